@@ -1,0 +1,92 @@
+"""Neural Network Diffusion (p-diff) as a plug-in for the trainer you already have.
+
+The public names below load on first use, so that ``import pdiff_plugin`` costs neither torch nor Ray.
+"""
+
+import os as _os
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
+__version__ = "0.1.0.dev0"
+
+# In a bare checkout the adapters live beside this package; an installed package has them inside.
+_here = _os.path.dirname(__file__)
+if not _os.path.isdir(_os.path.join(_here, "integrations")) and _os.path.isfile(
+    _os.path.join(_os.path.dirname(_here), "integrations", "__init__.py")
+):
+    __path__.append(_os.path.dirname(_here))
+
+if _TYPE_CHECKING:
+    from pdiff_plugin.config import DiffusionConfig as DiffusionConfig
+    from pdiff_plugin.config import FitConfig as FitConfig
+    from pdiff_plugin.config import SubspaceConfig as SubspaceConfig
+    from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble as DiffusionEnsemble
+    from pdiff_plugin.ensemble.ensemble import ensemble_from_diffusion as ensemble_from_diffusion
+    from pdiff_plugin.ensemble.swap import swap_ as swap_
+    from pdiff_plugin.ensemble.swap import swapped as swapped
+    from pdiff_plugin.errors import PDiffError as PDiffError
+    from pdiff_plugin.evaluation.evaluate import Evaluation as Evaluation
+    from pdiff_plugin.evaluation.evaluate import evaluate as evaluate
+    from pdiff_plugin.evaluation.task import Task as Task
+    from pdiff_plugin.fitting.fit import fit as fit
+    from pdiff_plugin.generator.generator import WeightGenerator as WeightGenerator
+    from pdiff_plugin.generator.weights import WeightSet as WeightSet
+    from pdiff_plugin.recording.collect import collect as collect
+    from pdiff_plugin.recording.recorder import PDiffRecorder as PDiffRecorder
+    from pdiff_plugin.snapshots.layout import Layout as Layout
+    from pdiff_plugin.snapshots.store import SnapshotStore as SnapshotStore
+
+_HOME = {
+    "DiffusionConfig": "config",
+    "DiffusionEnsemble": "ensemble.ensemble",
+    "Evaluation": "evaluation.evaluate",
+    "FitConfig": "config",
+    "Layout": "snapshots.layout",
+    "PDiffError": "errors",
+    "PDiffRecorder": "recording.recorder",
+    "SnapshotStore": "snapshots.store",
+    "SubspaceConfig": "config",
+    "Task": "evaluation.task",
+    "WeightGenerator": "generator.generator",
+    "WeightSet": "generator.weights",
+    "collect": "recording.collect",
+    "ensemble_from_diffusion": "ensemble.ensemble",
+    "evaluate": "evaluation.evaluate",
+    "fit": "fitting.fit",
+    "swap_": "ensemble.swap",
+    "swapped": "ensemble.swap",
+}
+
+__all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, judge)
+    "PDiffRecorder",
+    "collect",
+    "SnapshotStore",
+    "Layout",
+    "FitConfig",
+    "SubspaceConfig",
+    "DiffusionConfig",
+    "fit",
+    "WeightGenerator",
+    "WeightSet",
+    "swapped",
+    "swap_",
+    "ensemble_from_diffusion",
+    "DiffusionEnsemble",
+    "Task",
+    "evaluate",
+    "Evaluation",
+    "PDiffError",
+]
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

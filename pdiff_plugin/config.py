@@ -1,0 +1,113 @@
+"""Settings, one frozen dataclass per job.
+
+Field docstrings are the command line's help, field defaults are the only defaults, and the settings of a fit are saved
+inside what it made. This module imports nothing heavy, so that ``pdiff --help`` is quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pdiff_plugin.errors import ConfigError
+
+PredictionType = Literal["epsilon", "v_prediction", "flow"]
+Sampler = Literal["ddpm", "ddim", "flow"]
+
+
+def _check(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    if not low <= value <= high:
+        expected = f"must be at least {low}" if high == float("inf") else f"must be from {low} to {high}"
+        raise ConfigError(name, value, expected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubspaceConfig:
+    """The `subspace` autoencoder: leading principal directions of the standardised snapshots."""
+
+    latent_dim: int = 64
+    """Largest number K of directions; fewer are kept when fewer reach `explained_variance`."""
+    explained_variance: float = 0.9999
+    """Share of the training snapshots' variance that the kept directions must reach, if `latent_dim` allows."""
+    min_fidelity: float = 0.9
+    """Share of the held-out snapshots' variance that must survive encoding and decoding; below it the fit says so."""
+    block_values: int = 16384
+    """Columns read at a time; bounds the memory of the pass over the snapshots."""
+
+    def __post_init__(self) -> None:
+        _check("latent_dim", self.latent_dim, 1)
+        _check("explained_variance", self.explained_variance, 0.0, 1.0)
+        _check("min_fidelity", self.min_fidelity, 0.0, 1.0)
+        _check("block_values", self.block_values, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The latent diffusion: what the denoiser predicts, its size, and how it is trained."""
+
+    prediction_type: PredictionType = "flow"
+    """What the denoiser predicts: the noise, the velocity v, or the velocity of a rectified flow."""
+    num_timesteps: int = 1000
+    """Length T of the noise schedule (`epsilon` and `v_prediction`)."""
+    beta_start: float = 1e-4
+    """First variance of the linear noise schedule."""
+    beta_end: float = 0.02
+    """Last variance of the linear noise schedule."""
+    width: int = 256
+    """Width of the denoiser's hidden layers."""
+    num_blocks: int = 3
+    """Residual blocks of the denoiser."""
+    max_steps: int = 3000
+    """Training steps at most; training stops earlier when the held-out loss stops improving."""
+    batch_size: int = 64
+    """Latents in a training batch."""
+    lr: float = 1e-3
+    """Learning rate of AdamW."""
+    weight_decay: float = 1e-2
+    """Weight decay of AdamW."""
+    ema_decay: float = 0.995
+    """Decay per step of the averaged denoiser, which is the one that samples."""
+    eval_every_n_steps: int = 100
+    """Steps between two measurements of the held-out loss."""
+    patience: int = 5
+    """Measurements without improvement after which training stops; the best weights are kept."""
+
+    def __post_init__(self) -> None:
+        _check("num_timesteps", self.num_timesteps, 2)
+        _check("beta_start", self.beta_start, 0.0, self.beta_end)
+        _check("beta_end", self.beta_end, self.beta_start, 0.999)
+        for name in ("width", "num_blocks", "max_steps", "batch_size", "eval_every_n_steps", "patience"):
+            _check(name, getattr(self, name), 1)
+        _check("lr", self.lr, 0.0)
+        _check("weight_decay", self.weight_decay, 0.0)
+        _check("ema_decay", self.ema_decay, 0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """How a generator is fitted to a snapshot store."""
+
+    autoencoder: SubspaceConfig = field(default_factory=SubspaceConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    heldout_fraction: float = 0.1
+    """Share of each trajectory held out, in contiguous blocks, to measure fidelity and to stop on."""
+    seed: int = 0
+    """Seed of every draw made while fitting."""
+    device: str = "auto"
+    """`auto` takes CUDA, else MPS, else the CPU; or name one, as in `cuda:1`."""
+
+    def __post_init__(self) -> None:
+        _check("heldout_fraction", self.heldout_fraction, 0.0, 0.5)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> FitConfig:
+        return cls(
+            **{
+                **document,
+                "autoencoder": SubspaceConfig(**document["autoencoder"]),
+                "diffusion": DiffusionConfig(**document["diffusion"]),
+            }
+        )

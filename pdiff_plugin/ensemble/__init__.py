@@ -1,0 +1,1 @@
+"""Swapping generated weights into a model and running many members as one."""

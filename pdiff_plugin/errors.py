@@ -1,0 +1,225 @@
+"""Every error this package raises on purpose.
+
+Each one names the thing, what was found, what was expected and the next move. The fields go to ``super()`` and the text
+is built in ``__str__``, so that an error survives the pickle trip home from a worker process.
+
+    PDiffError
+    ├── ConfigError               (ValueError)         a setting is out of range
+    ├── SelectionError            (ValueError)         `layers` picks nothing, or nothing that is trained
+    ├── LayoutMismatchError       (ValueError)         tensors differ from those recorded
+    ├── UnsupportedTensorError    (TypeError)          a tensor that cannot be recorded
+    ├── StoreNotFoundError        (FileNotFoundError)  a path that is not a snapshot store
+    ├── GeneratorNotFoundError    (FileNotFoundError)  a path without a generator file
+    ├── FormatError               (ValueError)         a file that is not what it should be
+    ├── FormatVersionError        (ValueError)         written by a newer release
+    ├── TrajectoryExistsError     (FileExistsError)    recording would add to somebody's finished run
+    ├── UnusableSnapshotsError    (ValueError)         empty, too few, constant, or too many non-finite rows
+    ├── FitExistsError            (FileExistsError)    the output folder holds another fit
+    ├── TrainingModeError         (RuntimeError)       an ensemble was given a model in train mode
+    ├── NotHookableError          (TypeError)          an optimizer without step hooks
+    └── MissingDependencyError    (ImportError)        an optional package is not installed
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "ConfigError",
+    "FitExistsError",
+    "FormatError",
+    "FormatVersionError",
+    "GeneratorNotFoundError",
+    "LayoutMismatchError",
+    "MissingDependencyError",
+    "NotHookableError",
+    "PDiffError",
+    "SelectionError",
+    "StoreNotFoundError",
+    "TrainingModeError",
+    "TrajectoryExistsError",
+    "UnsupportedTensorError",
+    "UnusableSnapshotsError",
+]
+
+
+class PDiffError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(PDiffError, ValueError):
+    """A setting has a value that cannot work."""
+
+    def __init__(self, field: str, found: Any, expected: str) -> None:
+        super().__init__(field, found, expected)
+        self.field, self.found, self.expected = field, found, expected
+
+    def __str__(self) -> str:
+        return f"{self.field} = {self.found!r}: it {self.expected}."
+
+
+class SelectionError(PDiffError, ValueError):
+    """``layers`` picks nothing that can be recorded."""
+
+    def __init__(self, layers: str, reason: str, nearest: tuple[str, ...] = (), advice: str = "") -> None:
+        super().__init__(layers, reason, nearest, advice)
+        self.layers, self.reason, self.nearest, self.advice = layers, reason, tuple(nearest), advice
+
+    def __str__(self) -> str:
+        text = f"layers={self.layers} {self.reason}."
+        if self.nearest:
+            text += f" Nearest names in this model: {', '.join(self.nearest)}."
+        return f"{text} {self.advice}".rstrip()
+
+
+class LayoutMismatchError(PDiffError, ValueError):
+    """Tensors differ from the recorded layout; the first difference is named."""
+
+    def __init__(self, name: str, expected: str, found: str, where: str = "the store") -> None:
+        super().__init__(name, expected, found, where)
+        self.name, self.expected, self.found, self.where = name, expected, found, where
+
+    def __str__(self) -> str:
+        return (
+            f"tensor {self.name!r}: {self.where} recorded {self.expected}, found {self.found}. "
+            "Build the model as in the recorded run, or record into a new store."
+        )
+
+
+class UnsupportedTensorError(PDiffError, TypeError):
+    """A tensor that cannot be part of a snapshot."""
+
+    def __init__(self, name: str, found: str, expected: str) -> None:
+        super().__init__(name, found, expected)
+        self.name, self.found, self.expected = name, found, expected
+
+    def __str__(self) -> str:
+        return f"tensor {self.name!r} is {self.found}; {self.expected}."
+
+
+class StoreNotFoundError(PDiffError, FileNotFoundError):
+    """A path that is not a snapshot store."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} is not a snapshot store: {self.reason}. "
+            "Give the folder that PDiffRecorder wrote (it holds layout.json and trajectories/)."
+        )
+
+
+class GeneratorNotFoundError(PDiffError, FileNotFoundError):
+    """A path without a generator file."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"{self.path} holds no generator.safetensors. Give the --out folder of a finished `pdiff fit`."
+
+
+class FormatError(PDiffError, ValueError):
+    """A file is not what its place says it is."""
+
+    def __init__(self, path: str, found: str, expected: str) -> None:
+        super().__init__(path, found, expected)
+        self.path, self.found, self.expected = path, found, expected
+
+    def __str__(self) -> str:
+        return f"{self.path}: found {self.found}, expected {self.expected}."
+
+
+class FormatVersionError(PDiffError, ValueError):
+    """A file was written by a newer release."""
+
+    def __init__(self, path: str, found: int, supported: int) -> None:
+        super().__init__(path, found, supported)
+        self.path, self.found, self.supported = path, found, supported
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} has format version {self.found}; this release reads versions up to {self.supported}. "
+            "Upgrade with `pip install --upgrade pdiff-plugin`."
+        )
+
+
+class TrajectoryExistsError(PDiffError, FileExistsError):
+    """Recording would add to a trajectory that already holds snapshots."""
+
+    def __init__(self, path: str, num_snapshots: int) -> None:
+        super().__init__(path, num_snapshots)
+        self.path, self.num_snapshots = path, num_snapshots
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} already holds {self.num_snapshots} snapshots. Choose another trajectory name (or none, for the "
+            "next free one); to continue this run, restore the recorder with load_state_dict() first."
+        )
+
+
+class UnusableSnapshotsError(PDiffError, ValueError):
+    """The snapshots of a store cannot be fitted."""
+
+    def __init__(self, path: str, found: str, expected: str, advice: str) -> None:
+        super().__init__(path, found, expected, advice)
+        self.path, self.found, self.expected, self.advice = path, found, expected, advice
+
+    def __str__(self) -> str:
+        return f"{self.path}: found {self.found}, expected {self.expected}. {self.advice}"
+
+
+class FitExistsError(PDiffError, FileExistsError):
+    """The output folder holds a fit of other settings or other snapshots."""
+
+    def __init__(self, path: str, difference: str) -> None:
+        super().__init__(path, difference)
+        self.path, self.difference = path, difference
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} holds another fit ({self.difference}). "
+            "Choose another output folder, or pass --fresh (fresh=True) to replace it."
+        )
+
+
+class TrainingModeError(PDiffError, RuntimeError):
+    """An ensemble was given a model in train mode."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__(module)
+        self.module = module
+
+    def __str__(self) -> str:
+        return (
+            f"{self.module} is in train mode, in which members would share dropout and overwrite BatchNorm statistics. "
+            "Call .eval() on the model (or the ensemble) first."
+        )
+
+
+class NotHookableError(PDiffError, TypeError):
+    """An optimizer whose steps cannot be observed."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(optimizer)
+        self.optimizer = optimizer
+
+    def __str__(self) -> str:
+        return (
+            f"{self.optimizer} has no step hooks: expected a torch.optim.Optimizer or a wrapper with one as `.optimizer`. "
+            "Attach without it, recorder.attach(model), and call recorder.step() after each update."
+        )
+
+
+class MissingDependencyError(PDiffError, ImportError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(package, extra)
+        self.package, self.extra = package, extra
+
+    def __str__(self) -> str:
+        return f'{self.package} is not installed. Install it with: pip install "pdiff-plugin[{self.extra}]"'

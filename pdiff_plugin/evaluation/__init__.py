@@ -1,0 +1,1 @@
+"""Judging: a user's task, the metrics, the baselines, the table and the verdict."""

@@ -1,0 +1,1 @@
+"""Fitting a generator to a snapshot store."""

@@ -1,0 +1,60 @@
+"""Writing files so that a reader, or a kill, never meets half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pdiff_plugin.errors import FormatError, FormatVersionError
+
+TEMP_MARK = ".tmp-"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success its content is on disk and has replaced ``path``.
+
+    On any exception the temporary file is removed and ``path`` is as it was.
+    """
+    temp = path.with_name(f"{TEMP_MARK}{os.getpid()}-{path.name}")
+    try:
+        yield temp
+        with open(temp, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write ``document`` as indented JSON, atomically."""
+    with replacing(path) as temp:
+        temp.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, name: str, version: int) -> dict[str, Any]:
+    """Read a JSON document whose ``"format"`` is ``name`` and whose ``"format_version"`` is at most ``version``.
+
+    Raises:
+        FormatError: not JSON, or another format.
+        FormatVersionError: from a newer release.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(str(path), f"unreadable JSON ({error})", f"a {name} document") from error
+    check_format(str(path), document if isinstance(document, dict) else {}, name, version)
+    return dict(document)
+
+
+def check_format(path: str, header: dict[str, Any], name: str, version: int) -> None:
+    """Check the two keys that every file of ours carries; a header may hold them as text."""
+    if header.get("format") != name:
+        raise FormatError(path, f"format {header.get('format')!r}", f"format {name!r}")
+    found = int(header.get("format_version", 0))
+    if found > version:
+        raise FormatVersionError(path, found, version)

@@ -1,0 +1,250 @@
+"""Which tensors a snapshot holds, and the exact map between them and one flat vector.
+
+Shapes: D values in a flat vector, B flat vectors in a batch, ``*shape`` the shape of one tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pdiff_plugin.errors import LayoutMismatchError, UnsupportedTensorError
+
+Kind = Literal["parameter", "buffer"]
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a layout."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.dtype} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ordered tensors and their places in a flat vector of ``num_values`` numbers."""
+
+    tensors: tuple[TensorSpec, ...]
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], kinds: Mapping[str, Kind] | None = None) -> Layout:
+        """Describe ``tensors`` in their order.
+
+        Args:
+            tensors: name -> floating-point tensor of any shape.
+            kinds: name -> "parameter" or "buffer"; without it, parameters are told by their class.
+
+        Raises:
+            UnsupportedTensorError: for a tensor that is sharded or not of float64, float32, float16 or bfloat16.
+        """
+        specs = []
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPE_NAMES:
+                raise UnsupportedTensorError(name, f"of {tensor.dtype}", f"a snapshot holds {', '.join(DTYPES)}")
+            kind: Kind = kinds[name] if kinds else ("parameter" if isinstance(tensor, nn.Parameter) else "buffer")
+            specs.append(TensorSpec(name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], kind))
+        return cls(tuple(specs))
+
+    @classmethod
+    def from_json(cls, tensors: Sequence[Mapping[str, Any]]) -> Layout:
+        """Inverse of :meth:`to_json`."""
+        return cls(tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"], t["kind"]) for t in tensors))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain lists and dictionaries, ready for ``json.dumps``."""
+        return [{**asdict(spec), "shape": list(spec.shape)} for spec in self.tensors]
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Name -> the tensor's place in the flat vector."""
+        slices, start = {}, 0
+        for spec in self.tensors:
+            slices[spec.name] = slice(start, start + spec.numel)
+            start += spec.numel
+        return slices
+
+    @cached_property
+    def num_values(self) -> int:
+        """Length D of a flat vector."""
+        return sum(spec.numel for spec in self.tensors)
+
+    @property
+    def names(self) -> list[str]:
+        return [spec.name for spec in self.tensors]
+
+    @property
+    def flat_dtype(self) -> torch.dtype:
+        """The narrowest dtype in which every tensor of this layout is exact: float32, or float64 where one needs it."""
+        return torch.float64 if any(s.dtype == "float64" for s in self.tensors) else torch.float32
+
+    @property
+    def digest(self) -> str:
+        """Hex fingerprint of names, shapes, dtypes and kinds."""
+        return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()[:16]
+
+    def __iter__(self) -> Iterator[TensorSpec]:
+        return iter(self.tensors)
+
+    def flatten(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """Concatenate ``tensors`` in layout order.
+
+        Args:
+            tensors: name -> (*shape) or, all with the same B, (B, *shape). Other names are ignored.
+            dtype: of the result; :attr:`flat_dtype` unless given, in which the round trip is exact.
+
+        Returns:
+            A new tensor, (D,) or (B, D), on the device of the tensors.
+
+        Raises:
+            LayoutMismatchError: naming the first tensor that is missing or of another shape.
+        """
+        lead = self._lead(tensors)
+        parts = [tensors[spec.name].detach().to(dtype or self.flat_dtype).reshape(*lead, -1) for spec in self.tensors]
+        return torch.cat(parts, dim=-1)
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """Cut a flat vector into tensors of their own shapes and dtypes.
+
+        Args:
+            flat: (D,) or (B, D).
+
+        Returns:
+            Name -> (*shape) or (B, *shape). The tensors own their memory.
+        """
+        if flat.shape[-1] != self.num_values:
+            raise LayoutMismatchError("<flat vector>", f"{self.num_values} values", f"{flat.shape[-1]}", "the layout")
+        lead = flat.shape[:-1]
+        return {
+            spec.name: flat[..., self.slices[spec.name]].reshape(*lead, *spec.shape).to(DTYPES[spec.dtype], copy=True)
+            for spec in self.tensors
+        }
+
+    def check_same(self, other: Layout, where: str = "the store") -> None:
+        """Raise :class:`LayoutMismatchError` at the first tensor in which ``other`` differs from this layout."""
+        for mine, theirs in zip(self.tensors, other.tensors, strict=False):
+            if mine.name != theirs.name:
+                raise LayoutMismatchError(theirs.name, f"{mine.name!r} in its place", str(theirs), where)
+            if mine != theirs:
+                raise LayoutMismatchError(mine.name, str(mine), str(theirs), where)
+        longer = max(self.tensors, other.tensors, key=len)
+        if len(self.tensors) != len(other.tensors):
+            extra = longer[min(len(self.tensors), len(other.tensors))]
+            found, expected = ("nothing", str(extra)) if longer is self.tensors else (str(extra), "nothing")
+            raise LayoutMismatchError(extra.name, expected, found, where)
+
+    def check_model(self, model: nn.Module, where: str = "the generator") -> None:
+        """Raise :class:`LayoutMismatchError` at the first tensor that ``model`` lacks or has in another shape.
+
+        The dtype may differ: weights recorded in float32 can serve a half-precision copy of the model.
+        """
+        tensors = named_tensors(model)
+        for spec in self.tensors:
+            found = tensors.get(spec.name)
+            if found is None:
+                raise LayoutMismatchError(spec.name, str(spec), "no such tensor in this model", where)
+            if tuple(found.shape) != spec.shape:
+                raise LayoutMismatchError(spec.name, str(spec.shape), str(tuple(found.shape)), where)
+
+    def _lead(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        lead: tuple[int, ...] | None = None
+        for spec in self.tensors:
+            found = tensors.get(spec.name)
+            if found is None:
+                raise LayoutMismatchError(spec.name, str(spec), "no such tensor", "the layout")
+            cut = found.ndim - len(spec.shape)
+            here = tuple(found.shape[: max(cut, 0)])
+            if tuple(found.shape[max(cut, 0) :]) != spec.shape or cut > 1 or (lead is not None and here != lead):
+                raise LayoutMismatchError(spec.name, str(spec.shape), str(tuple(found.shape)), "the layout")
+            lead = here
+        return lead or ()
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Live parameters and buffers of ``model`` by the names it has before any wrapping, in ``state_dict`` order.
+
+    The wrappers' own steps in a name (``module.`` of DataParallel and DistributedDataParallel, ``_orig_mod.`` of
+    ``torch.compile``) are left out, wherever they are; a user's own sub-module called ``module`` keeps its name. Tied
+    tensors appear once, under their first name.
+    """
+    return {clean: tensor for clean, _, tensor in _walk_tensors(model)}
+
+
+def wrapped_names(model: nn.Module) -> dict[str, str]:
+    """Name as in :func:`named_tensors` -> name inside ``unwrap(model)``, which keeps the steps of inner wrappers."""
+    return {clean: raw for clean, raw, _ in _walk_tensors(model)}
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Sub-modules of ``model``, itself first, with the names they have before any wrapping. Shared ones come once."""
+    for clean, _, module in _walk_modules(unwrap(model)):
+        yield clean, module
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module under DataParallel, DistributedDataParallel and ``torch.compile``, in any order."""
+    while (inner := _wrapped(model)) is not None:
+        model = inner[1]
+    return model
+
+
+def _walk_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    seen: set[int] = set()
+    for clean, raw, module in _walk_modules(unwrap(model)):
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield _join(clean, name), _join(raw, name), tensor
+
+
+def _walk_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    seen: set[int] = set()
+
+    def walk(clean: str, raw: str, module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+        inner = _wrapped(module)
+        if inner is not None:
+            yield from walk(clean, _join(raw, inner[0]), inner[1])
+        elif id(module) not in seen:
+            seen.add(id(module))
+            yield clean, raw, module
+            for name, child in module.named_children():
+                yield from walk(_join(clean, name), _join(raw, name), child)
+
+    yield from walk("", "", model)
+
+
+def _wrapped(module: nn.Module) -> tuple[str, nn.Module] | None:
+    # torch.compile's OptimizedModule is private; the attribute that gives it away is not.
+    name = "module" if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) else "_orig_mod"
+    inner = module._modules.get(name)
+    return (name, inner) if inner is not None else None
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
