@@ -53,7 +53,7 @@ class DiffusionConfig:
     """First variance of the linear noise schedule."""
     beta_end: float = 0.02
     """Last variance of the linear noise schedule."""
-    width: int = 256
+    width: int = 128
     """Width of the denoiser's hidden layers."""
     num_blocks: int = 3
     """Residual blocks of the denoiser."""

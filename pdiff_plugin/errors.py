@@ -156,8 +156,8 @@ class TrajectoryExistsError(PDiffError, FileExistsError):
 
     def __str__(self) -> str:
         return (
-            f"{self.path} already holds {self.num_snapshots} snapshots. Choose another trajectory name (or none, for the "
-            "next free one); to continue this run, restore the recorder with load_state_dict() first."
+            f"{self.path} already holds {self.num_snapshots} snapshots. Choose another trajectory name (or none, for "
+            "the next free one); to continue this run, restore the recorder with load_state_dict() first."
         )
 
 
@@ -209,8 +209,8 @@ class NotHookableError(PDiffError, TypeError):
 
     def __str__(self) -> str:
         return (
-            f"{self.optimizer} has no step hooks: expected a torch.optim.Optimizer or a wrapper with one as `.optimizer`. "
-            "Attach without it, recorder.attach(model), and call recorder.step() after each update."
+            f"{self.optimizer} has no step hooks: expected a torch.optim.Optimizer, or a wrapper with one as "
+            "`.optimizer`. Attach without it, recorder.attach(model), and call recorder.step() after each update."
         )
 
 

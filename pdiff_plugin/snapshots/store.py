@@ -243,7 +243,7 @@ class TrajectoryWriter:
         return path
 
     def drop_oldest(self, keep: int, *, exactly: bool = False) -> None:
-        """Delete the oldest chunks that the newest ``keep`` rows do not need; ``exactly`` also cuts the last of them."""
+        """Delete the oldest chunks that the newest ``keep`` rows do not need; ``exactly`` also cuts into one."""
         while self._chunks and self.num_rows - len(self._chunks[0][1]) >= keep:
             self._chunks.pop(0)[0].unlink(missing_ok=True)
         surplus = self.num_rows - keep

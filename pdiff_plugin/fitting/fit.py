@@ -1,0 +1,365 @@
+"""Fit a generator to a snapshot store: statistics, autoencoder, diffusion, and what the result is like.
+
+A run folder holds ``generator.safetensors``, ``fit.json`` (settings, history, measurements) and, while running, the
+checkpoints from which the same call goes on.
+
+Shapes: N snapshots, n of them for training, D values in a row, K latent width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pdiff_plugin
+from pdiff_plugin.config import FitConfig
+from pdiff_plugin.errors import FitExistsError, UnusableSnapshotsError
+from pdiff_plugin.fitting.diffusion_stage import train_diffusion
+from pdiff_plugin.fitting.runtime import Runtime, pick_device
+from pdiff_plugin.generator.autoencoder import (
+    NonFiniteRowsError,
+    Statistics,
+    Subspace,
+    fit_subspace,
+    measure,
+)
+from pdiff_plugin.generator.generator import FILE_NAME, WeightGenerator
+from pdiff_plugin.progress import OnProgress
+from pdiff_plugin.snapshots.files import read_json, write_json
+from pdiff_plugin.snapshots.store import SnapshotStore
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "pdiff-fit"
+FORMAT_VERSION = 1
+MIN_SNAPSHOTS = 10
+MAX_NONFINITE = 0.05
+_NUM_REPORT_MEMBERS = 256
+
+
+def fit(
+    store: SnapshotStore | str | os.PathLike[str],
+    config: FitConfig | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
+    on_progress: OnProgress | None = None,
+) -> WeightGenerator:
+    """Learn an autoencoder and a latent diffusion on the snapshots of a store.
+
+    The same call goes on where an interrupted one stopped, and returns at once when it had finished.
+
+    Args:
+        store: a snapshot store or its folder.
+        config: settings; the defaults unless given.
+        out: run folder, made if missing; without it nothing is written.
+        fresh: start anew, replacing the fit in ``out``.
+        on_progress: told how the stages get on.
+
+    Raises:
+        UnusableSnapshotsError: fewer than 10 snapshots, all equal, or more than 5 % with NaN or Inf.
+        FitExistsError: ``out`` holds a fit of other settings or other snapshots.
+    """
+    config = config or FitConfig()
+    store = store if isinstance(store, SnapshotStore) else SnapshotStore.open(store)
+    if len(store) < MIN_SNAPSHOTS:
+        advice = "Record more steps (last_steps, max_snapshots) or another run into the same store."
+        if store.problems:
+            advice = f"{len(store.problems)} files could not be read. {advice}"
+        expected = f"at least {MIN_SNAPSHOTS}"
+        raise UnusableSnapshotsError(str(store.path), f"{len(store)} snapshots", expected, advice)
+    run = _Run.open(store, config, Path(out) if out is not None else None, fresh=fresh)
+    if run.is_finished and run.folder is not None:
+        return WeightGenerator.load(run.folder)
+    runtime = Runtime(run.folder, on_progress)
+
+    with run.timed("statistics"):
+        rows, statistics = _statistics(store, config, runtime)
+    run.document["nonfinite_steps"] = sorted(set(_labels(store)) - {_labels(store)[i] for i in rows.tolist()})
+    with run.timed("autoencoder"):
+        subspace, heldout = _autoencoder(store, config, runtime, rows, statistics)
+    trajectory = store.trajectory_index[rows]
+    train = ~heldout
+    with run.timed("diffusion"):
+        denoiser, history = train_diffusion(
+            subspace.latents,
+            trajectory,
+            heldout,
+            num_trajectories=len(store.trajectories),
+            config=config,
+            device=pick_device(config.device),
+            runtime=runtime,
+            on_history=run.write_history,
+        )
+    generator = WeightGenerator(
+        store.layout, config, subspace.autoencoder, denoiser, store.trajectories, {}, _provenance(store, rows)
+    )
+    with run.timed("report"):
+        generator.report = _report(generator, subspace, trajectory, train, history, config)
+    generator.to("cpu")
+    run.finish(generator, history)
+    runtime.drop_checkpoints()
+    return generator
+
+
+def heldout_blocks(num_snapshots: int, fraction: float) -> Tensor:
+    """Choose contiguous blocks of one trajectory to hold out.
+
+    Neighbours on a trajectory are nearly equal, so single snapshots picked at random would test nothing.
+
+    Returns:
+        (num_snapshots,) bool, True where held out: up to three evenly spaced blocks, none at the ends.
+    """
+    held = torch.zeros(num_snapshots, dtype=torch.bool)
+    count = round(num_snapshots * fraction)
+    if count == 0:
+        return held
+    num_blocks = max(1, min(3, count // 5))
+    for block in range(num_blocks):
+        size = count // num_blocks + (block < count % num_blocks)
+        start = round((block + 0.5) / num_blocks * num_snapshots - size / 2)
+        held[start : start + size] = True
+    return held
+
+
+def _statistics(store: SnapshotStore, config: FitConfig, runtime: Runtime) -> tuple[Tensor, Statistics]:
+    """Indices of the usable snapshots, (N,), and one pass over their columns."""
+    saved = runtime.load_checkpoint("statistics")
+    if saved is not None:
+        tensors, _ = saved
+        return tensors["rows"], Statistics(tensors["gram"], tensors["scales"])
+    rows = torch.arange(len(store))
+    D = store.layout.num_values
+    while True:
+        heldout = _heldout(store, rows, config.heldout_fraction)
+        try:
+            statistics = measure(
+                partial(store.rows, indices=rows),
+                store.layout,
+                block_values=config.autoencoder.block_values,
+                train_rows=(~heldout).nonzero().squeeze(1),
+                on_columns=lambda done: runtime.report("statistics", done, D),
+            )
+            break
+        except NonFiniteRowsError as error:
+            rows = _without(store, rows, error.rows)
+    if not statistics.gram.diagonal().sum() > 0:
+        raise UnusableSnapshotsError(
+            str(store.path),
+            f"{len(rows)} snapshots that are all equal",
+            "weights that move",
+            "Record while the chosen layers train, with a learning rate above 0.",
+        )
+    tensors = {"rows": rows, "gram": statistics.gram, "scales": statistics.scales}
+    runtime.save_checkpoint("statistics", tensors, {})
+    return rows, statistics
+
+
+def _without(store: SnapshotStore, rows: Tensor, bad: list[int]) -> Tensor:
+    labels = _labels(store)
+    named = ", ".join(labels[int(rows[i])] for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+    keep = torch.ones(len(rows), dtype=torch.bool)
+    keep[bad] = False
+    lost = len(store) - int(keep.sum())
+    if lost > MAX_NONFINITE * len(store) or int(keep.sum()) < MIN_SNAPSHOTS:
+        raise UnusableSnapshotsError(
+            str(store.path),
+            f"{lost} of {len(store)} snapshots with NaN or Inf ({named})",
+            f"at most {MAX_NONFINITE:.0%}",
+            "The recorded training diverged. Lower its learning rate and record again.",
+        )
+    logger.warning("%d snapshots hold NaN or Inf and are left out (%s)", len(bad), named)
+    return rows[keep]
+
+
+def _autoencoder(
+    store: SnapshotStore, config: FitConfig, runtime: Runtime, rows: Tensor, statistics: Statistics
+) -> tuple[Subspace, Tensor]:
+    """The fitted subspace, and which of ``rows`` were held out, (N,) bool."""
+    heldout = _heldout(store, rows, config.heldout_fraction)
+    D = store.layout.num_values
+    subspace = fit_subspace(
+        partial(store.rows, indices=rows),
+        store.layout,
+        statistics,
+        config.autoencoder,
+        train_rows=(~heldout).nonzero().squeeze(1),
+        heldout_rows=heldout.nonzero().squeeze(1),
+        on_columns=lambda done: runtime.report("autoencoder", done, D),
+    )
+    if subspace.fidelity < config.autoencoder.min_fidelity:
+        logger.warning(
+            "the autoencoder keeps %.1f %% of the held-out snapshots' variance, below the %.0f %% asked for: samples "
+            "will miss what it drops. Raise latent_dim (%d), or record more snapshots.",
+            100 * subspace.fidelity,
+            100 * config.autoencoder.min_fidelity,
+            config.autoencoder.latent_dim,
+        )
+    return subspace, heldout
+
+
+def _heldout(store: SnapshotStore, rows: Tensor, fraction: float) -> Tensor:
+    """Which of the snapshots at ``rows`` are held out, (len(rows),) bool; blocks in every trajectory."""
+    trajectory = store.trajectory_index[rows]
+    held = torch.zeros(len(rows), dtype=torch.bool)
+    for number in range(len(store.trajectories)):
+        mine = trajectory == number
+        held[mine] = heldout_blocks(int(mine.sum()), fraction)
+    return held
+
+
+@torch.no_grad()
+def _report(
+    generator: WeightGenerator,
+    subspace: Subspace,
+    trajectory: Tensor,
+    train: Tensor,
+    history: list[dict[str, float]],
+    config: FitConfig,
+) -> dict[str, Any]:
+    """Measure the generator in latent space, against training and held-out snapshots.
+
+    ``copy_ratio`` is the median distance of a sample to its nearest training snapshot, over the same for held-out
+    snapshots (whose neighbours in time are at the edge of their block): far below 1, samples copy.
+    """
+    rng = torch.Generator().manual_seed(config.seed + 1)
+    num_members = _NUM_REPORT_MEMBERS
+    samples = generator.sample_latents(num_members, rng=rng).double()
+    latents = subspace.latents.double()
+    known = latents[train]
+    labels = torch.arange(num_members) % len(generator.trajectories)
+    spread, reference = [], []
+    for number in range(len(generator.trajectories)):
+        spread.append(samples[labels == number].var(dim=0, correction=0))
+        reference.append(latents[train & (trajectory == number)].var(dim=0, correction=0))
+    per_direction = (torch.stack(spread).sum(0) / torch.stack(reference).sum(0).clamp_min(1e-12)).sqrt()
+    total = (torch.stack(spread).sum() / torch.stack(reference).sum().clamp_min(1e-12)).sqrt()
+    nearest = torch.cdist(samples, known)
+    owner = trajectory[train][nearest.argmin(dim=1)]
+    report: dict[str, Any] = {
+        "fidelity": subspace.fidelity,
+        "fidelity_is_ok": subspace.fidelity >= config.autoencoder.min_fidelity,
+        "latent_dim": generator.autoencoder.latent_dim,
+        "spread_ratio": float(total),
+        "spread_ratio_per_direction": [round(float(r), 4) for r in per_direction[:16]],
+        "nearest_distance_samples": float(nearest.amin(dim=1).median()),
+        "trajectory_coverage": {
+            name: round(float((owner == number).double().mean()), 4)
+            for number, name in enumerate(generator.trajectories)
+        },
+        "diffusion_steps": int(history[-1]["best_step"]) if history else 0,
+        "heldout_loss": history[-1]["best_loss"] if history else None,
+    }
+    if bool((~train).any()):
+        held = torch.cdist(latents[~train], known).amin(dim=1).median()
+        report["nearest_distance_heldout"] = float(held)
+        report["copy_ratio"] = report["nearest_distance_samples"] / max(float(held), 1e-12)
+    return report
+
+
+def _labels(store: SnapshotStore) -> list[str]:
+    """``trajectory step S`` of every snapshot."""
+    names = [store.trajectories[t] for t in store.trajectory_index.tolist()]
+    return [f"{name} step {step}" for name, step in zip(names, store.steps.tolist(), strict=True)]
+
+
+def _provenance(store: SnapshotStore, rows: Tensor) -> dict[str, Any]:
+    return {
+        "store": str(store.path),
+        "num_snapshots": len(rows),
+        "num_trajectories": len(store.trajectories),
+        "layout_digest": store.layout.digest,
+        "pdiff_plugin": pdiff_plugin.__version__,
+        "torch": torch.__version__,
+    }
+
+
+@dataclass
+class _Run:
+    """The run folder's ``fit.json``."""
+
+    folder: Path | None
+    document: dict[str, Any]
+
+    @classmethod
+    def open(cls, store: SnapshotStore, config: FitConfig, folder: Path | None, *, fresh: bool) -> _Run:
+        mine = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "status": "running",
+            "store": str(store.path),
+            "config": config.to_json(),
+            "snapshots": _fingerprint(store),
+            "seconds": {},
+            "history": [],
+        }
+        run = cls(folder, mine)
+        if folder is None:
+            return run
+        path = folder / "fit.json"
+        if path.exists() and not fresh:
+            found = read_json(path, FORMAT, FORMAT_VERSION)
+            for key, text in (("config", "other settings"), ("snapshots", "other snapshots")):
+                if found.get(key) != json.loads(json.dumps(mine[key])):
+                    raise FitExistsError(str(folder), text)
+            run.document = found
+        elif path.exists() or folder.is_dir():
+            for name in (
+                "fit.json",
+                FILE_NAME,
+                "statistics.checkpoint.safetensors",
+                "diffusion.checkpoint.safetensors",
+            ):
+                if fresh:
+                    (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        run.write()
+        return run
+
+    @property
+    def is_finished(self) -> bool:
+        done = self.document["status"] == "finished"
+        return done and self.folder is not None and (self.folder / FILE_NAME).is_file()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds spent inside to ``document["seconds"][stage]``, over all attempts."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.document["seconds"]
+            seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
+            self.write()
+
+    def write_history(self, history: list[dict[str, float]]) -> None:
+        self.document["history"] = history
+        self.write()
+
+    def finish(self, generator: WeightGenerator, history: list[dict[str, float]]) -> None:
+        self.document |= {"status": "finished", "history": history, "report": generator.report}
+        if self.folder is not None:
+            generator.save(self.folder)
+        self.write()
+
+    def write(self) -> None:
+        if self.folder is not None:
+            write_json(self.folder / "fit.json", self.document)
+
+
+def _fingerprint(store: SnapshotStore) -> str:
+    """Hex digest of the layout and of which snapshots there are; sizes and steps stand for their values."""
+    text = json.dumps([store.layout.digest, store.trajectories, store.trajectory_index.tolist(), store.steps.tolist()])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,278 @@
+"""The `subspace` autoencoder: leading principal directions of the snapshots, from one streamed pass.
+
+With N snapshots of D values and N much smaller than D, the directions follow from the N x N Gram matrix (the method of
+snapshots, Sirovich 1987): its eigenvectors, carried back to the D coordinates, are the principal directions. The pass
+reads the store column block by column block, so its memory does not grow with D.
+
+Coordinates are standardised per tensor: one mean per coordinate, one standard deviation per tensor. Running variances
+are handled as logarithms, so that no decoded one is negative.
+
+Shapes: N snapshots, D values in a row, K latent width, B rows in a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pdiff_plugin.config import SubspaceConfig
+from pdiff_plugin.snapshots.layout import Layout
+
+logger = logging.getLogger(__name__)
+
+# Reads columns [lo, hi) of chosen snapshots: (lo, hi) -> (N, hi - lo) float32.
+ColumnReader = Callable[[int, int], Tensor]
+
+# Tensors of this name are positive and vary by factors: their logarithm is modelled.
+LOG_SUFFIX = "running_var"
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one pass over the snapshots leaves: the Gram matrix and how coordinates were standardised.
+
+    Attributes:
+        gram: (N, N) float64, inner products of the standardised, centred rows.
+        scales: (number of tensors,) float64, standard deviation of each tensor over snapshots and coordinates; one
+            where the tensor never moved.
+    """
+
+    gram: Tensor
+    scales: Tensor
+
+
+class NonFiniteRowsError(ValueError):
+    """Rows with NaN or Inf were met; ``rows`` are their places in what was read. Internal: the caller drops them."""
+
+    def __init__(self, rows: list[int]) -> None:
+        super().__init__(rows)
+        self.rows = rows
+
+
+def column_blocks(layout: Layout, block_values: int) -> Iterator[tuple[int, int, int]]:
+    """Cut [0, D) into pieces (tensor number, lo, hi) that cross no tensor border."""
+    for number, spec in enumerate(layout):
+        place = layout.slices[spec.name]
+        for lo in range(place.start, place.stop, block_values):
+            yield number, lo, min(lo + block_values, place.stop)
+
+
+def transform(values: Tensor, name: str) -> Tensor:
+    """Values as the autoencoder sees them: the logarithm for running variances, else unchanged."""
+    return values.clamp_min(_TINY).log() if name.endswith(LOG_SUFFIX) else values
+
+
+def inverse_transform(values: Tensor, name: str) -> Tensor:
+    """Inverse of :func:`transform`."""
+    return values.exp() if name.endswith(LOG_SUFFIX) else values
+
+
+def measure(
+    read: ColumnReader,
+    layout: Layout,
+    *,
+    block_values: int,
+    train_rows: Tensor,
+    on_columns: Callable[[int], None] | None = None,
+) -> Statistics:
+    """Accumulate the Gram matrix of all rows in one pass over the columns.
+
+    Means and standard deviations are those of ``train_rows``, so that held-out rows leave no trace in them.
+
+    Args:
+        read: gives columns of the N rows.
+        layout: of the rows.
+        block_values: columns held at a time.
+        train_rows: (n,) int64, places of the training rows among the N.
+        on_columns: told after each block how many columns are done.
+
+    Raises:
+        NonFiniteRowsError: naming the rows to leave out.
+    """
+    gram: Tensor | None = None
+    of_tensor: Tensor | None = None
+    scales = torch.ones(len(layout.tensors), dtype=torch.float64)
+    previous = -1
+
+    def close(number: int) -> None:
+        nonlocal gram
+        assert of_tensor is not None
+        n = len(train_rows)
+        variance = of_tensor.diagonal()[train_rows].sum() / (n * layout.tensors[number].numel)
+        if variance > 0:
+            scales[number] = variance.sqrt()
+            gram = of_tensor / variance if gram is None else gram.add_(of_tensor / variance)
+
+    rows = None
+    for number, lo, hi in column_blocks(layout, block_values):
+        name = layout.tensors[number].name
+        rows = read(lo, hi)
+        bad = (~torch.isfinite(rows.sum(dim=1))).nonzero().squeeze(1)
+        if len(bad):
+            # A sum of finite float32 values may overflow: look again before a row is given up.
+            bad = bad[~torch.isfinite(rows[bad]).all(dim=1)]
+            if len(bad):
+                raise NonFiniteRowsError(bad.tolist())
+        values = transform(rows, name).double()
+        values -= values[train_rows].mean(dim=0)
+        if number != previous:
+            if previous >= 0:
+                close(previous)
+            of_tensor = torch.zeros(len(values), len(values), dtype=torch.float64)
+            previous = number
+        assert of_tensor is not None
+        of_tensor.addmm_(values, values.T)
+        if on_columns is not None:
+            on_columns(hi)
+    close(previous)
+    if gram is None:
+        count = 0 if rows is None else len(rows)
+        gram = torch.zeros(count, count, dtype=torch.float64)
+    return Statistics(gram, scales)
+
+
+class SubspaceAutoencoder:
+    """Encode (B, D) -> (B, K) and decode (B, K) -> (B, D) by an orthonormal basis of the standardised coordinates.
+
+    Latents keep the relative size of their directions and have unit variance over all their entries, so that a
+    diffusion meets neither vanishing nor exploding inputs.
+
+    Attributes:
+        mean: (D,) float32, of the transformed training rows.
+        basis: (K, D) float32, orthonormal rows in standardised coordinates.
+        scales: (number of tensors,) float32.
+        latent_scale: standard deviation that latents were divided by.
+    """
+
+    def __init__(self, layout: Layout, mean: Tensor, basis: Tensor, scales: Tensor, latent_scale: float) -> None:
+        self.layout, self.mean, self.basis, self.scales, self.latent_scale = layout, mean, basis, scales, latent_scale
+
+    @property
+    def latent_dim(self) -> int:
+        return len(self.basis)
+
+    def encode(self, flat: Tensor) -> Tensor:
+        """Latents (B, K) float32 of flat vectors (B, D)."""
+        latents = torch.zeros(len(flat), self.latent_dim, dtype=torch.float64)
+        for number, spec in enumerate(self.layout):
+            place = self.layout.slices[spec.name]
+            values = (transform(flat[:, place], spec.name) - self.mean[place]) / self.scales[number]
+            latents += (values @ self.basis[:, place].T).double()
+        return (latents / self.latent_scale).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Flat vectors (B, D) float32 of latents (B, K)."""
+        out = torch.empty(len(latents), self.layout.num_values)
+        for spec, place, values in self.decode_blocks(latents):
+            del spec
+            out[:, place] = values
+        return out
+
+    def decode_blocks(self, latents: Tensor, block_values: int = 1 << 20) -> Iterator[tuple[str, slice, Tensor]]:
+        """Decode a few columns at a time.
+
+        Args:
+            latents: (B, K).
+            block_values: columns at most in a block.
+
+        Yields:
+            (tensor name, place [lo, hi) in the flat vector, values (B, hi - lo)).
+        """
+        scaled = latents.to(self.basis.dtype).cpu() * self.latent_scale
+        for number, lo, hi in column_blocks(self.layout, block_values):
+            name = self.layout.tensors[number].name
+            values = torch.addmm(self.mean[lo:hi], scaled, self.basis[:, lo:hi], alpha=float(self.scales[number]))
+            yield name, slice(lo, hi), inverse_transform(values, name)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that rebuild this autoencoder together with its layout."""
+        return {
+            "mean": self.mean,
+            "basis": self.basis,
+            "scales": self.scales,
+            "latent_scale": torch.tensor(self.latent_scale, dtype=torch.float64),
+        }
+
+    @classmethod
+    def from_state(cls, layout: Layout, state: Mapping[str, Tensor]) -> SubspaceAutoencoder:
+        return cls(layout, state["mean"], state["basis"], state["scales"], float(state["latent_scale"]))
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """A fitted subspace: the autoencoder and what is known of the rows it was fitted on.
+
+    Attributes:
+        autoencoder: the encoder and decoder.
+        latents: (N, K) float32, of all rows that were read, held-out ones included.
+        variances: (K,) float64, share of the training rows' variance along each kept direction.
+        fidelity: share of the variance of the held-out rows (of all rows, if none are held out) that survives encoding
+            and decoding; one minus the relative squared error.
+    """
+
+    autoencoder: SubspaceAutoencoder
+    latents: Tensor
+    variances: Tensor
+    fidelity: float
+
+
+def fit_subspace(
+    read: ColumnReader,
+    layout: Layout,
+    statistics: Statistics,
+    config: SubspaceConfig,
+    *,
+    train_rows: Tensor,
+    heldout_rows: Tensor,
+    on_columns: Callable[[int], None] | None = None,
+) -> Subspace:
+    """Turn the Gram matrix into an autoencoder with one more pass over the columns.
+
+    Args:
+        read: gives columns of the N rows, as for :func:`measure`.
+        layout: of the rows.
+        statistics: of the same rows.
+        config: how many directions to keep.
+        train_rows: (n,) int64 places of the training rows.
+        heldout_rows: (m,) int64 places of the others.
+        on_columns: told after each block how many columns are done.
+    """
+    gram = statistics.gram[train_rows][:, train_rows]
+    # Centring leaves rank n - 1 at most. Values under the noise of the accumulation are no directions.
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
+    num_real = int((eigenvalues > eigenvalues[0] * 1e-10).sum())
+    share = eigenvalues.clamp_min(0).cumsum(0) / eigenvalues.clamp_min(0).sum()
+    needed = int((share < config.explained_variance).sum()) + 1
+    K = max(1, min(config.latent_dim, needed, num_real, len(train_rows) - 1))
+    singular = eigenvalues[:K].sqrt()  # (K,)
+    lift = (vectors[:, :K] / singular).T  # (K, n): rows -> orthonormal directions
+    # Every row's coordinates follow from the Gram matrix alone: z = X b = G[:, train] v / s.
+    coordinates = statistics.gram[:, train_rows] @ vectors[:, :K] / singular  # (N, K)
+    latent_scale = float(coordinates[train_rows].std(correction=0)) or 1.0
+
+    basis = torch.empty(K, layout.num_values)
+    mean = torch.empty(layout.num_values)
+    for number, lo, hi in column_blocks(layout, config.block_values):
+        values = transform(read(lo, hi)[train_rows], layout.tensors[number].name).double()
+        mean_here = values.mean(dim=0)
+        mean[lo:hi] = mean_here
+        # A float64 product: in float32 the small directions of a long trajectory lose four digits.
+        basis[:, lo:hi] = lift @ ((values - mean_here) / statistics.scales[number])
+        if on_columns is not None:
+            on_columns(hi)
+
+    judged = heldout_rows if len(heldout_rows) else train_rows
+    total = statistics.gram.diagonal()[judged].sum()
+    fidelity = float(coordinates[judged].square().sum() / total) if total > 0 else 1.0
+    return Subspace(
+        SubspaceAutoencoder(layout, mean, basis, statistics.scales.float(), latent_scale),
+        (coordinates / latent_scale).float(),
+        eigenvalues[:K] / eigenvalues.clamp_min(0).sum(),
+        fidelity,
+    )

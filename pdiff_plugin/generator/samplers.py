@@ -1,0 +1,141 @@
+"""Samplers: each walks noise to latents by asking a denoiser, one loop per algorithm.
+
+Shapes: B latents, K latent width, S sampling steps, T timesteps of the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pdiff_plugin.config import DiffusionConfig
+from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.generator.diffusion import Predictor, linear_alpha_bars, split_prediction, timestep_to_time
+
+# Told the current estimate of the clean latents, (B, K), after each step.
+OnStep = Callable[[Tensor], None]
+
+
+def spaced_timesteps(num_timesteps: int, num_sampling_steps: int) -> list[int]:
+    """S timesteps from T-1 down to 0, evenly spaced, both ends included (one step: T-1 alone)."""
+    if not 1 <= num_sampling_steps <= num_timesteps:
+        raise ConfigError("num_sampling_steps", num_sampling_steps, f"must be from 1 to num_timesteps={num_timesteps}")
+    return [int(t) for t in torch.linspace(num_timesteps - 1, 0, num_sampling_steps, dtype=torch.float64).round()]
+
+
+def sample_ddpm(
+    predict: Predictor,
+    x: Tensor,
+    config: DiffusionConfig,
+    num_sampling_steps: int,
+    rng: torch.Generator,
+    *,
+    temperature: float = 1.0,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2, with σ² = β̃).
+
+    With fewer than T steps the posterior is that between the visited timesteps (Nichol & Dhariwal 2021, eq. 19).
+
+    Args:
+        predict: the denoiser.
+        x: standard normal noise, (B, K).
+        config: prediction type and schedule.
+        num_sampling_steps: S, at most T.
+        rng: source of the noise added at each step.
+        temperature: factor on that noise.
+        on_step: told the estimate of x_0 after each step.
+
+    Returns:
+        Latents (B, K).
+    """
+    return _ancestral(predict, x, config, num_sampling_steps, 1.0, temperature, rng, on_step)
+
+
+def sample_ddim(
+    predict: Predictor,
+    x: Tensor,
+    config: DiffusionConfig,
+    num_sampling_steps: int,
+    rng: torch.Generator | None = None,
+    *,
+    eta: float = 0.0,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16): deterministic at ``eta=0``, ancestral at ``eta=1``.
+
+    Few steps shrink the spread of the samples: with the exact denoiser of a Gaussian, 50 of 1000 steps lose about 5 %
+    of the standard deviation, and more where it is small. Arguments as in :func:`sample_ddpm`.
+    """
+    return _ancestral(predict, x, config, num_sampling_steps, eta, 1.0, rng, on_step)
+
+
+def _ancestral(
+    predict: Predictor,
+    x: Tensor,
+    config: DiffusionConfig,
+    num_sampling_steps: int,
+    eta: float,
+    temperature: float,
+    rng: torch.Generator | None,
+    on_step: OnStep | None,
+) -> Tensor:
+    alpha_bars = linear_alpha_bars(config.num_timesteps, config.beta_start, config.beta_end)
+    timesteps = spaced_timesteps(config.num_timesteps, num_sampling_steps)
+    for now, after in zip(timesteps, [*timesteps[1:], None], strict=True):
+        alpha_bar = alpha_bars[now]
+        alpha_bar_after = alpha_bars[after] if after is not None else torch.ones((), dtype=torch.float64)
+        time = timestep_to_time(torch.full((len(x),), now, device=x.device), config)
+        prediction = predict(x, time)
+        x0, epsilon = split_prediction(prediction, x, alpha_bar.to(x), config.prediction_type)
+        # Variance of q(x_after | x_now, x_0), times eta².
+        variance = (1 - alpha_bar_after) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_after)
+        sigma = eta * variance.clamp_min(0).sqrt()
+        direction = (1 - alpha_bar_after - sigma**2).clamp_min(0).sqrt()
+        x = alpha_bar_after.sqrt().to(x) * x0 + direction.to(x) * epsilon
+        if eta > 0 and after is not None:
+            # Drawn where the rng lives, so that one seed gives the same members on every device.
+            noise = torch.randn(x.shape, generator=rng, device=rng.device if rng else x.device, dtype=x.dtype)
+            x = x + temperature * sigma.to(x) * noise.to(x)
+        if on_step is not None:
+            on_step(x0)
+    return x
+
+
+def sample_flow(
+    predict: Predictor,
+    x: Tensor,
+    num_sampling_steps: int,
+    *,
+    heun: bool = False,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Follow the velocity of a rectified flow from t = 1 (noise) to t = 0 (Liu et al. 2022).
+
+    One Euler step returns the mean of the latents, not a sample. Heun's rule asks the denoiser twice a step and needs
+    about a tenth of the steps.
+
+    Args:
+        predict: the velocity, asked at times from 1 down to 0.
+        x: standard normal noise, (B, K).
+        num_sampling_steps: S steps of equal length.
+        heun: average the velocity at both ends of a step (second order) instead of Euler's rule.
+        on_step: told the estimate of x_0 after each step.
+
+    Returns:
+        Latents (B, K).
+    """
+    times = torch.linspace(1.0, 0.0, num_sampling_steps + 1, dtype=torch.float64).tolist()
+    for now, after in pairwise(times):
+        velocity = predict(x, torch.full((len(x),), now, device=x.device))
+        moved = x + (after - now) * velocity
+        if heun:
+            ahead = predict(moved, torch.full((len(x),), after, device=x.device))
+            moved = x + (after - now) * 0.5 * (velocity + ahead)
+        if on_step is not None:
+            on_step(x - now * velocity)
+        x = moved
+    return x
