@@ -1,0 +1,199 @@
+"""The one sentence that says whether generating members was worth it, and the rule behind it.
+
+Checked in this order:
+
+1. "copies the snapshots": the median member is less than half as far from its nearest snapshot as a snapshot is from
+   its nearest one outside its own block of time; or (given enough errors to tell) members err on the same items as some
+   snapshot, error overlap 0.99 or more.
+2. For each cheap alternative, the difference in ensemble NLL on the same items, d = generated - alternative, with its
+   standard error s (over items, paired, and over draws of the generated members). A gain counts from 1 % of the
+   alternative's NLL.
+   "worth it": against every alternative d + 2 s < 0 and the gain counts, and accuracy is not lower by more than 2 s.
+   "no better than averaging": against some alternative d - 2 s excludes a gain that counts, or accuracy is lower.
+   "too few data to tell": otherwise, or if the members make fewer than 10 errors on average.
+
+To be better than every alternative needs no correction for their number: each test alone has to be passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pdiff_plugin.evaluation.metrics import standard_error
+from pdiff_plugin.evaluation.scores import Scores
+
+Outcome = Literal[
+    "worth it", "no better than averaging", "copies the snapshots", "too few data to tell", "nothing generated"
+]
+
+MIN_GAIN = 0.01
+COPY_RATIO = 0.5
+COPY_OVERLAP = 0.99
+MIN_ERRORS = 10.0
+NUM_ERRORS_OF_MEAN = 2.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An outcome, the sentence that tells it, and the two numbers that decided it."""
+
+    outcome: Outcome
+    sentence: str
+    numbers: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Generated ensemble against one alternative on the same items; negative NLL differences favour the generated.
+
+    Attributes:
+        nll: mean of the paired differences, and ``nll_error`` its standard error.
+        accuracy: the same of the ensembles' accuracy.
+        other_nll: the alternative's NLL.
+    """
+
+    name: str
+    nll: float
+    nll_error: float
+    accuracy: float
+    accuracy_error: float
+    other_nll: float
+
+    @property
+    def needed(self) -> float:
+        """Gain in NLL that counts."""
+        return MIN_GAIN * self.other_nll
+
+    @property
+    def is_won(self) -> bool:
+        return (
+            self.nll + NUM_ERRORS_OF_MEAN * self.nll_error < 0 and -self.nll >= self.needed and not self.loses_accuracy
+        )
+
+    @property
+    def is_excluded(self) -> bool:
+        """Whether the data rule out a gain that counts."""
+        return -self.nll + NUM_ERRORS_OF_MEAN * self.nll_error < self.needed or self.loses_accuracy
+
+    @property
+    def loses_accuracy(self) -> bool:
+        return self.accuracy + NUM_ERRORS_OF_MEAN * self.accuracy_error < 0
+
+    @property
+    def margin(self) -> float:
+        """Gain beyond the one that counts, in standard errors: the alternative with the smallest is the strongest."""
+        return (-self.nll - self.needed) / max(self.nll_error, 1e-12)
+
+
+def draw_error(member_nll: Tensor) -> float:
+    """Standard error of an ensemble's mean NLL over draws of its members, by the jackknife.
+
+    Args:
+        member_nll: -log p(true) of each member, (M, n).
+    """
+    m = len(member_nll)
+    if m < 2:
+        return 0.0
+    probs = (-member_nll).exp()
+    others = (probs.sum(dim=0) - probs).clamp_min(1e-300) / (m - 1)  # ensemble without member m, (M, n)
+    left_out = -others.log().mean(dim=1)
+    return float(((m - 1) / m * (left_out - left_out.mean()).square().sum()).sqrt())
+
+
+def compare(name: str, generated: Scores, other: Scores) -> Comparison:
+    """Pair two ensembles item by item."""
+    nll = generated.nll[-1] - other.nll[-1]
+    accuracy = generated.hit[-1].double() - other.hit[-1].double()
+    over_items, over_draws = standard_error(nll), draw_error(generated.member_nll)
+    return Comparison(
+        name,
+        float(nll.mean()),
+        float((over_items**2 + over_draws**2) ** 0.5),
+        float(accuracy.mean()),
+        standard_error(accuracy),
+        float(other.nll[-1].mean()),
+    )
+
+
+def judge(
+    scores: Mapping[str, Scores],
+    alternatives: Mapping[str, str],
+    *,
+    distance: float,
+    reference_distance: float,
+    overlap: float,
+) -> tuple[Verdict, list[Comparison]]:
+    """Apply the rule at the top of this module.
+
+    Args:
+        scores: of every set, "generated" among them.
+        alternatives: set name -> how a sentence calls it.
+        distance: median distance of the generated members to their nearest snapshot.
+        reference_distance: the same of the snapshots, outside their own block.
+        overlap: mean over generated members of the largest error overlap with a snapshot.
+    """
+    if "generated" not in scores:
+        text = "Nothing generated was given: the table shows the snapshots and what can be made of them cheaply."
+        return Verdict("nothing generated", text, {}), []
+    generated = scores["generated"]
+    comparisons = [compare(name, generated, scores[name]) for name in alternatives if name in scores]
+    num_errors = float((~generated.correct).sum(dim=1).double().mean())
+
+    if distance < COPY_RATIO * reference_distance:
+        text = (
+            f"Copies the snapshots: generated members lie {distance:.2f} from the nearest snapshot, snapshots lie "
+            f"{reference_distance:.2f} from the nearest one outside their own block of time."
+        )
+        numbers = {"nearest_snapshot_distance": distance, "snapshots_nearest_distance": reference_distance}
+        return Verdict("copies the snapshots", text, numbers), comparisons
+    if num_errors < MIN_ERRORS:
+        text = (
+            f"Too few data to tell: members make {num_errors:.1f} errors on {generated.correct.shape[1]} items; "
+            f"it takes {MIN_ERRORS:.0f} to compare sets. Evaluate on more, or harder, data."
+        )
+        numbers = {"errors": num_errors, "errors_needed": MIN_ERRORS}
+        return Verdict("too few data to tell", text, numbers), comparisons
+    if overlap >= COPY_OVERLAP:
+        text = (
+            f"Copies the snapshots: of the items that a generated member or its likest snapshot gets wrong, "
+            f"{overlap:.1%} are the same ({COPY_OVERLAP:.0%} and more counts as a copy)."
+        )
+        return Verdict("copies the snapshots", text, {"wrong_iou": overlap, "threshold": COPY_OVERLAP}), comparisons
+    if not comparisons:
+        return Verdict("nothing generated", "No alternative was evaluated, so there is no verdict.", {}), comparisons
+
+    hardest = min(comparisons, key=lambda c: (not c.is_excluded, c.margin))
+    against = (
+        f"ensemble NLL {hardest.nll + hardest.other_nll:.4f} against {hardest.other_nll:.4f} of "
+        f"{alternatives[hardest.name]} ({hardest.nll:+.4f} ± {hardest.nll_error:.4f})"
+    )
+    numbers = {"generated_nll": hardest.nll + hardest.other_nll, f"{hardest.name}_nll": hardest.other_nll}
+    if all(c.is_won for c in comparisons):
+        return Verdict(
+            "worth it", f"Worth it: {against}, and better than every other alternative.", numbers
+        ), comparisons
+    if hardest.is_excluded:
+        if hardest.loses_accuracy:
+            against = f"ensemble accuracy {hardest.accuracy:+.2%} ± {hardest.accuracy_error:.2%} against " + (
+                f"{alternatives[hardest.name]}"
+            )
+            numbers = {"accuracy_difference": hardest.accuracy, "standard_error": hardest.accuracy_error}
+        return Verdict("no better than averaging", f"No better than averaging: {against}.", numbers), comparisons
+    text = f"Too few data to tell: {against}; a gain of {hardest.needed:.4f} would count. Evaluate on more data."
+    return Verdict("too few data to tell", text, numbers), comparisons
+
+
+def half_mask(num_items: int, seed: int) -> Tensor:
+    """A random half of the items, (n,) bool."""
+    order = torch.randperm(num_items, generator=torch.Generator().manual_seed(seed))
+    mask = torch.zeros(num_items, dtype=torch.bool)
+    mask[order[: num_items // 2]] = True
+    return mask
