@@ -1,0 +1,466 @@
+"""The `pdiff` command: one function per subcommand, whose signature is its flags and whose docstring is its help.
+
+Exit codes: 0 done, 1 an error that names the next move, 2 wrong usage, 130 interrupted (run again to go on).
+Nothing heavy is imported before a subcommand runs, so that ``pdiff --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json as _json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from tyro.conf import Positional, arg
+
+import pdiff_plugin
+from pdiff_plugin.config import FitConfig, Sampler
+from pdiff_plugin.errors import ConfigError, FitExistsError, PDiffError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pdiff_plugin.snapshots.store import SnapshotStore
+
+_Inline = arg(name="")  # a config's fields become flags without its own name in front
+
+
+def demo(
+    *,
+    out: Path = Path("pdiff-demo"),
+    seed: int = 0,
+    num_threads: int | None = None,
+    fresh: bool = False,
+    json: bool = False,
+) -> None:
+    """Run the whole path on scikit-learn's digits: train with PDiffRecorder, fit, generate, swap, judge.
+
+    Args:
+        out: Folder for the store, the generator and the result.
+        seed: Seed of every draw.
+        num_threads: CPU threads; PyTorch's choice unless given. Figures repeat exactly for one choice on one machine.
+        fresh: Replace what an earlier demo left in the folder.
+        json: Print the result as one JSON document on stdout.
+    """
+    from pdiff_plugin import console
+    from pdiff_plugin import demo as module
+
+    if num_threads is not None:
+        import torch
+
+        torch.set_num_threads(num_threads)
+    console.tell("Training a small network on 150 images of digits; PDiffRecorder records its last two BatchNorms.")
+    with console.progress() as on_progress:
+        result = module.run(out, seed=seed, fresh=fresh, on_progress=on_progress)
+    if json:
+        _print_json(result.to_json())
+        return
+    _show_evaluation(result)
+    console.say(
+        f"\nEverything is in {out}/. Try next:\n"
+        f"  pdiff inspect {out}/store\n"
+        f"  pdiff inspect {out}/fit\n"
+        f"  pdiff generate {out}/fit --num-members 8 --out {out}/members\n"
+        f"  cd {out} && pdiff evaluate fit --task task:task --num-members 64"
+    )
+
+
+def layers(model: Positional[str], *, layers: str = "last-norms:2", json: bool = False) -> None:
+    """Show what would be recorded of a model.
+
+    Args:
+        model: `timm:NAME`, or `package.module:function` returning a torch.nn.Module.
+        layers: Selection, as for PDiffRecorder: last-norms:N, norms, head, lora, all, or a glob of module names.
+        json: Print one JSON document on stdout.
+    """
+    from pdiff_plugin import console
+    from pdiff_plugin.recording.selection import select
+
+    network = _load_model(model)
+    selection = select(network, layers)
+    layout = selection.layout
+    total = sum(p.numel() for p in network.parameters())
+    if json:
+        _print_json(
+            {
+                "model": model,
+                "layers": layers,
+                "tensors": layout.to_json(),
+                "num_values": layout.num_values,
+                "num_model_parameters": total,
+                "frozen": list(selection.frozen),
+            }
+        )
+        return
+    rows = [[s.name, s.kind, s.dtype, " x ".join(map(str, s.shape)), f"{s.numel:,}"] for s in layout]
+    share = sum(s.numel for s in layout if s.kind == "parameter") / max(total, 1)
+    note = (
+        f"{layout.num_values:,} values in {len(layout.tensors)} tensors; {share:.3%} of the model's {total:,} "
+        f"parameters. 300 snapshots take {300 * 4 * layout.num_values / 2**20:,.1f} MiB."
+    )
+    if selection.frozen:
+        note += f"\nLeft out because frozen: {', '.join(selection.frozen)}."
+    console.table(f"{model}, layers={layers}", ["tensor", "kind", "dtype", "shape", "values"], rows, note=note)
+
+
+def inspect(path: Positional[Path], *, json: bool = False) -> None:
+    """Show what is in a snapshot store, or in a fitted generator.
+
+    Args:
+        path: A store, a generator file or the folder of a fit.
+        json: Print one JSON document on stdout.
+    """
+    from pdiff_plugin.generator.generator import FILE_NAME
+
+    is_generator = path.suffix == ".safetensors" or (path / FILE_NAME).is_file()
+    document = _describe_generator(path) if is_generator else _describe_store(path)
+    if json:
+        _print_json(document)
+        return
+    from pdiff_plugin import console
+
+    if is_generator:
+        report = document["report"]
+        rows = [[name, _text(value)] for name, value in report.items()]
+        console.table(f"generator {path}", ["measured by the fit", ""], rows)
+        console.say(_describe_layout(document))
+        return
+    rows = [
+        [t["id"], str(t["snapshots"]), f"{t['first_step']}..{t['last_step']}", t["base"], t["rest_drift"]]
+        for t in document["trajectories"]
+    ]
+    headers = ["trajectory", "snapshots", "steps", "base", "drift of the rest"]
+    console.table(
+        f"store {path}: {document['num_snapshots']} snapshots", headers, rows, note=_describe_layout(document)
+    )
+    for problem in document["problems"]:
+        console.say(f"! {problem}")
+
+
+def fit(
+    store: Positional[Path],
+    *,
+    out: Path,
+    fresh: bool = False,
+    json: bool = False,
+    config: Annotated[FitConfig, _Inline] = FitConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Learn a generator from the snapshots of a store. Run again after an interruption, it goes on where it was.
+
+    Args:
+        store: The snapshot store.
+        out: Run folder for generator.safetensors and fit.json.
+        fresh: Start anew and replace the fit in the run folder.
+        json: Print what the fit measured as one JSON document on stdout.
+        config: Settings of the fit.
+    """
+    from pdiff_plugin import console
+    from pdiff_plugin.fitting.fit import fit as run
+
+    with console.progress() as on_progress:
+        generator = run(store, config, out=out, fresh=fresh, on_progress=on_progress)
+    if json:
+        _print_json(_describe_generator(out))
+        return
+    report = generator.report
+    console.table(f"fitted {out}", ["measured", ""], [[name, _text(value)] for name, value in report.items()])
+    console.say(
+        f"Next: pdiff generate {out} --num-members 16 --out members   or   pdiff evaluate {out} --task MODULE:FUNCTION"
+    )
+
+
+def generate(
+    generator: Positional[Path],
+    *,
+    out: Path,
+    num_members: int = 16,
+    seed: int = 0,
+    num_sampling_steps: int | None = None,
+    temperature: float = 1.0,
+    sampler: Sampler | None = None,
+    trajectory: str | None = None,
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
+    """Sample new weights: one safetensors state dict per member, for `model.load_state_dict(..., strict=False)`.
+
+    Args:
+        generator: Folder of a fit, or its generator.safetensors.
+        out: Folder for member-0000.safetensors and so on.
+        num_members: How many members to make.
+        seed: Seed of the draw.
+        num_sampling_steps: Questions asked of the denoiser; the sampler's usual number unless given.
+        temperature: Factor on the initial noise; below 1 members move toward the centre of the snapshots.
+        sampler: ddpm, ddim or flow; the one that fits the generator unless given.
+        trajectory: Make members of this run only.
+        overwrite: Replace members that are in the folder already.
+        json: Print the list of files as one JSON document on stdout.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from pdiff_plugin import console
+    from pdiff_plugin.generator.generator import WeightGenerator
+    from pdiff_plugin.progress import Progress
+    from pdiff_plugin.snapshots.files import replacing
+
+    fitted = WeightGenerator.load(generator)
+    earlier = sorted(out.glob("member-*.safetensors"))
+    if earlier and not overwrite:
+        raise FitExistsError(str(out), f"{len(earlier)} members; pass --overwrite to replace them")
+    out.mkdir(parents=True, exist_ok=True)
+    for path in earlier:
+        path.unlink()
+    members = fitted.sample_members(
+        num_members,
+        num_sampling_steps=num_sampling_steps,
+        temperature=temperature,
+        sampler=sampler,
+        trajectory=trajectory,
+        rng=torch.Generator().manual_seed(seed),
+    )
+    files = []
+    header = {"format": "pt", "generator": str(generator), "seed": str(seed)}
+    with console.progress() as on_progress:
+        for number, state in enumerate(members):
+            path = out / f"member-{number:04d}.safetensors"
+            with replacing(path) as temp:
+                save_file(
+                    {name: tensor.contiguous() for name, tensor in state.items()},
+                    temp,
+                    header | {"member": str(number)},
+                )
+            files.append(str(path))
+            on_progress(Progress("generate", number + 1, num_members))
+    if json:
+        _print_json({"members": files, "num_values": fitted.layout.num_values})
+    else:
+        console.say(f"{len(files)} members of {fitted.layout.num_values:,} values each in {out}")
+
+
+def evaluate(
+    generator: Positional[Path],
+    *,
+    task: str,
+    store: Path | None = None,
+    num_members: int = 32,
+    seed: int = 0,
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Judge generated members beside the snapshots and the cheap alternatives.
+
+    Args:
+        generator: Folder of a fit, or its generator.safetensors.
+        task: `package.module:function` returning a pdiff_plugin.Task; modules are also looked for in this folder.
+        store: The snapshot store; the one the generator was fitted on unless given.
+        num_members: Members of every set.
+        seed: Seed of every draw.
+        out: Also write the result to this JSON file.
+        json: Print the result as one JSON document on stdout.
+    """
+    from pdiff_plugin import console
+    from pdiff_plugin.evaluation.evaluate import evaluate as run
+    from pdiff_plugin.evaluation.task import Task
+    from pdiff_plugin.generator.generator import WeightGenerator
+    from pdiff_plugin.snapshots.files import write_json
+
+    fitted = WeightGenerator.load(generator)
+    made = _call("--task", task, Task)
+    with console.progress() as on_progress:
+        result = run(
+            made,
+            _store_of(fitted.provenance["store"], store),
+            fitted,
+            num_members=num_members,
+            seed=seed,
+            on_progress=on_progress,
+        )
+    if out is not None:
+        write_json(out, result.to_json())
+    if json:
+        _print_json(result.to_json())
+    else:
+        _show_evaluation(result)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "layers": layers,
+    "inspect": inspect,
+    "fit": fit,
+    "generate": generate,
+    "evaluate": evaluate,
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run `pdiff`; returns the exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    if "--version" in args:
+        print(pdiff_plugin.__version__)
+        return 0
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    app = tyro.extras.SubcommandApp()
+    for name, function in COMMANDS.items():
+        app.command(name=name)(function)
+    try:
+        app.cli(
+            prog="pdiff",
+            description=(
+                "Neural Network Diffusion as a plug-in: fit a generator to recorded snapshots of chosen layers, sample "
+                "new weights, and find out whether that was worth it. Start with `pdiff demo`. "
+                "--version and --debug (tracebacks) go with every command."
+            ),
+            args=args,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except PDiffError as error:
+        from pdiff_plugin import console
+
+        if debug:
+            console.err.print_exception()
+        console.error(error)
+        return 1
+    except KeyboardInterrupt:
+        from pdiff_plugin import console
+
+        console.tell("Interrupted. What was finished is kept; run the same command again to go on.")
+        return 130
+    return 0
+
+
+def _load_model(text: str) -> nn.Module:
+    from torch import nn
+
+    if text.startswith("timm:"):
+        import timm
+
+        try:
+            model: nn.Module = timm.create_model(text.removeprefix("timm:"), pretrained=False)
+        except RuntimeError as error:
+            near = ", ".join(timm.list_models(f"*{text.removeprefix('timm:')[:6]}*")[:5])
+            raise ConfigError(
+                "model", text, f"must name a timm model ({error}); near it: {near or 'nothing'}"
+            ) from error
+        return model
+    made: nn.Module = _call("model", text, nn.Module)
+    return made
+
+
+def _call(flag: str, text: str, kind: type[Any]) -> Any:
+    """Import `package.module:function`, call it, and check what it returns."""
+    from importlib import import_module
+
+    module_name, _, function_name = text.partition(":")
+    if not function_name:
+        raise ConfigError(flag, text, "must be package.module:function")
+    if "" not in sys.path:
+        sys.path.insert(
+            0, ""
+        )  # a user's own module lies where the command runs, which a console script does not search
+    try:
+        function = getattr(import_module(module_name), function_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(flag, text, f"must name a module that can be imported from {Path.cwd()} ({error})") from error
+    except AttributeError as error:
+        raise ConfigError(flag, text, f"must name a function of that module ({error})") from error
+    made = function()
+    if not isinstance(made, kind):
+        raise ConfigError(flag, text, f"must return a {kind.__name__}, not a {type(made).__name__}")
+    return made
+
+
+def _store_of(recorded: str, given: Path | None) -> SnapshotStore:
+    from pdiff_plugin.errors import StoreNotFoundError
+    from pdiff_plugin.snapshots.store import SnapshotStore
+
+    try:
+        return SnapshotStore.open(given or recorded)
+    except StoreNotFoundError as error:
+        if given is not None:
+            raise
+        raise StoreNotFoundError(recorded, "the fit names it, but it is not there; pass --store") from error
+
+
+def _describe_store(path: Path) -> dict[str, Any]:
+    from pdiff_plugin.snapshots.store import SnapshotStore
+
+    store = SnapshotStore.open(path)
+    trajectories = []
+    for number, name in enumerate(store.trajectories):
+        steps = store.steps[store.trajectory_index == number]
+        header = store.base_header(name)
+        drift = header.get("rest_drift")
+        trajectories.append(
+            {
+                "id": name,
+                "snapshots": len(steps),
+                "first_step": int(steps[0]),
+                "last_step": int(steps[-1]),
+                "base": "yes" if header else "no",
+                "rest_drift": f"{float(drift):.2%}" if drift else "-",
+            }
+        )
+    return {
+        "store": str(path),
+        "num_snapshots": len(store),
+        "num_values": store.layout.num_values,
+        "row_dtype": str(store.row_dtype).removeprefix("torch."),
+        "tensors": store.layout.to_json(),
+        "trajectories": trajectories,
+        "problems": store.problems,
+    }
+
+
+def _describe_generator(path: Path) -> dict[str, Any]:
+    from pdiff_plugin.generator.generator import WeightGenerator
+
+    fitted = WeightGenerator.load(path)
+    return {
+        "generator": str(path),
+        "num_values": fitted.layout.num_values,
+        "tensors": fitted.layout.to_json(),
+        "trajectories": fitted.trajectories,
+        "config": fitted.config.to_json(),
+        "report": fitted.report,
+        "provenance": fitted.provenance,
+    }
+
+
+def _describe_layout(document: dict[str, Any]) -> str:
+    tensors = document["tensors"]
+    names = ", ".join(t["name"] for t in tensors[:6]) + (", ..." if len(tensors) > 6 else "")
+    return f"{document['num_values']:,} values in {len(tensors)} tensors: {names}"
+
+
+def _show_evaluation(result: Any) -> None:
+    from pdiff_plugin import console
+    from pdiff_plugin.evaluation.evaluate import FOOTNOTE
+
+    headers, rows = result.table()
+    console.table(f"{result.details['task']}: {result.details['num_items']} items", headers, rows, note=FOOTNOTE)
+    console.say(f"\n{result.verdict.sentence}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return " ".join(_text(v) for v in value)
+    return str(value)
+
+
+def _print_json(document: Any) -> None:
+    print(_json.dumps(document, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
