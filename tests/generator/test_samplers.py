@@ -1,0 +1,176 @@
+"""Samplers against the one case with a known answer, normal latents, and step by step against diffusers."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from pdiff_plugin.config import DiffusionConfig
+from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.generator.diffusion import linear_alpha_bars
+from pdiff_plugin.generator.samplers import sample_ddim, sample_ddpm, sample_flow, spaced_timesteps
+
+MEAN = torch.tensor([0.0, 2.0, -1.0], dtype=torch.float64)
+STD = torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64)
+NUM_DRAWS = 5_000
+
+
+def exact_predictor(config):
+    """The best denoiser of N(MEAN, STD²) latents: E[x_0 | x_t], expressed as ``config`` asks."""
+    alpha_bars = linear_alpha_bars(config.num_timesteps, config.beta_start, config.beta_end)
+
+    def predict(x, time):
+        if config.prediction_type == "flow":
+            signal, sigma = 1 - time.double()[:, None], time.double()[:, None]
+        else:
+            alpha_bar = alpha_bars[(time.double() * (config.num_timesteps - 1)).round().long()][:, None]
+            signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        residual = (x - signal * MEAN) / (signal**2 * STD**2 + sigma**2)
+        x0, epsilon = MEAN + STD**2 * signal * residual, sigma * residual
+        return {"flow": epsilon - x0, "epsilon": epsilon, "v_prediction": signal * epsilon - sigma * x0}[
+            config.prediction_type
+        ]
+
+    return predict
+
+
+def noise(seed=0, shape=(NUM_DRAWS, 3)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def assert_normal(samples, std_tolerance):
+    """Mean within four standard errors plus a hundredth, standard deviation within a relative tolerance."""
+    assert (samples.mean(0) - MEAN).abs().max() < 0.01 + 4 / NUM_DRAWS**0.5
+    error = (samples.std(0) / STD - 1).abs()
+    assert torch.all(error < torch.as_tensor(std_tolerance, dtype=torch.float64)), error
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_ddpm_with_every_timestep_returns_the_mean_and_spread_of_normal_latents(prediction_type):
+    config = DiffusionConfig(prediction_type=prediction_type)
+    rng = torch.Generator().manual_seed(1)
+
+    samples = sample_ddpm(exact_predictor(config), noise(), config, config.num_timesteps, rng)
+
+    assert_normal(samples, 0.05)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_ddim_with_every_timestep_returns_the_mean_and_spread_of_normal_latents(prediction_type):
+    config = DiffusionConfig(prediction_type=prediction_type)
+
+    samples = sample_ddim(exact_predictor(config), noise(), config, config.num_timesteps)
+
+    assert_normal(samples, 0.03)
+
+
+def test_ddim_with_fifty_steps_loses_spread_where_it_is_small_and_no_more_than_stated():
+    config = DiffusionConfig(prediction_type="epsilon")
+
+    samples = sample_ddim(exact_predictor(config), noise(), config, 50)
+
+    assert_normal(samples, [0.06, 0.07, 0.25])
+    assert samples.std(0)[2] < 0.9 * STD[2]
+
+
+def test_fifty_euler_steps_of_a_flow_return_the_mean_and_spread_of_normal_latents():
+    config = DiffusionConfig(prediction_type="flow")
+
+    samples = sample_flow(exact_predictor(config), noise(), 50)
+
+    assert_normal(samples, [0.03, 0.04, 0.15])
+
+
+def test_twenty_heun_steps_of_a_flow_return_the_mean_and_spread_of_normal_latents():
+    config = DiffusionConfig(prediction_type="flow")
+
+    samples = sample_flow(exact_predictor(config), noise(), 20, heun=True)
+
+    assert_normal(samples, [0.02, 0.02, 0.05])
+
+
+def test_one_euler_step_returns_the_mean_alone():
+    config = DiffusionConfig(prediction_type="flow")
+
+    samples = sample_flow(exact_predictor(config), noise(), 1)
+
+    torch.testing.assert_close(samples, MEAN.expand_as(samples))
+
+
+class FixedNetwork:
+    """Some fixed function that is no denoiser (steps must agree for any output); keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, x, time):
+        self.asked.append(x)
+        return (0.8 * x.roll(1, dims=1) + 0.3 * time[:, None].to(x)).tanh()
+
+
+def assert_same_steps(run, scheduler, timesteps, **options):
+    """Each step of ``run(network, start, rng, on_step)`` from where it stood equals the scheduler's from there."""
+    # diffusers keeps ᾱ in float32, where 1 - ᾱ_t/ᾱ_(t-1) has lost four digits; test_diffusion compares the schedules.
+    scheduler.alphas_cumprod = linear_alpha_bars(scheduler.config.num_train_timesteps)
+    scheduler.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
+    network, estimates = FixedNetwork(), []
+    start = noise(shape=(8, 5))
+    last = run(network, start, torch.Generator().manual_seed(3), estimates.append)
+
+    rng = torch.Generator().manual_seed(3)
+    T = scheduler.config.num_train_timesteps
+    states = [*network.asked, last]
+    assert len(estimates) == len(timesteps) == len(states) - 1
+    for number, t in enumerate(timesteps):
+        output = FixedNetwork()(states[number], torch.full((8,), t / (T - 1)))
+        expected = scheduler.step(output, t, states[number], generator=rng, **options)
+        torch.testing.assert_close(estimates[number], expected.pred_original_sample, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(states[number + 1], expected.prev_sample, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("num_sampling_steps", [200, 23])
+def test_ddpm_steps_agree_with_diffusers(prediction_type, num_sampling_steps):
+    config = DiffusionConfig(prediction_type=prediction_type, num_timesteps=200)
+    theirs = DDPMScheduler(200, prediction_type=prediction_type, clip_sample=False, variance_type="fixed_small")
+    timesteps = spaced_timesteps(200, num_sampling_steps)
+    theirs.set_timesteps(timesteps=timesteps)
+
+    def run(network, start, rng, on_step):
+        return sample_ddpm(network, start, config, num_sampling_steps, rng, on_step=on_step)
+
+    assert_same_steps(run, theirs, timesteps)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_ddim_steps_agree_with_diffusers(prediction_type, eta):
+    config = DiffusionConfig(prediction_type=prediction_type, num_timesteps=100)
+    theirs = DDIMScheduler(100, prediction_type=prediction_type, clip_sample=False)
+    theirs.set_timesteps(100)
+
+    def run(network, start, rng, on_step):
+        return sample_ddim(network, start, config, 100, rng, eta=eta, on_step=on_step)
+
+    assert_same_steps(run, theirs, theirs.timesteps.tolist(), eta=eta)
+
+
+def test_ddim_with_eta_one_is_ancestral_sampling():
+    config = DiffusionConfig(prediction_type="epsilon", num_timesteps=60)
+    start = noise(shape=(4, 3))
+
+    ancestral = sample_ddpm(FixedNetwork(), start, config, 20, torch.Generator().manual_seed(0))
+    found = sample_ddim(FixedNetwork(), start, config, 20, torch.Generator().manual_seed(0), eta=1.0)
+
+    torch.testing.assert_close(found, ancestral)
+
+
+def test_spaced_timesteps_run_from_the_noisiest_to_zero():
+    assert spaced_timesteps(1000, 4) == [999, 666, 333, 0]
+    assert spaced_timesteps(1000, 1) == [999]
+    assert spaced_timesteps(5, 5) == [4, 3, 2, 1, 0]
+
+
+def test_more_sampling_steps_than_timesteps_are_refused_with_both_numbers():
+    with pytest.raises(ConfigError) as error:
+        spaced_timesteps(50, 51)
+    assert str(error.value) == "num_sampling_steps = 51: it must be from 1 to num_timesteps=50."
