@@ -141,7 +141,7 @@ class Layout:
             raise LayoutMismatchError("<flat vector>", f"{self.num_values} values", f"{flat.shape[-1]}", "the layout")
         lead = flat.shape[:-1]
         return {
-            spec.name: flat[..., self.slices[spec.name]].reshape(*lead, *spec.shape).to(DTYPES[spec.dtype], copy=True)
+            spec.name: flat[..., self.slices[spec.name]].reshape((*lead, *spec.shape)).to(DTYPES[spec.dtype], copy=True)
             for spec in self.tensors
         }
 

@@ -1,0 +1,245 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pdiff_plugin.errors import (
+    FormatError,
+    FormatVersionError,
+    LayoutMismatchError,
+    StoreNotFoundError,
+    TrajectoryExistsError,
+)
+from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.store import SnapshotStore, TrajectoryWriter
+
+LAYOUT = Layout.from_tensors({"a": torch.zeros(2, 2), "b": torch.zeros(3)})
+DATA = Path(__file__).parents[1] / "data"
+
+
+def rows(num, start=0):
+    return torch.arange(start * 7, (start + num) * 7, dtype=torch.float32).reshape(num, 7)
+
+
+def write(path, trajectory=None, chunks=((1, 2, 3), (4, 5)), layout=LAYOUT, **kwargs):
+    writer = TrajectoryWriter(path, layout, trajectory=trajectory, **kwargs)
+    for steps in chunks:
+        writer.write_chunk(rows(len(steps), steps[0]), steps)
+    return writer
+
+
+def chunk(path, number, trajectory="run-001"):
+    return path / "trajectories" / trajectory / f"chunk-{number:06d}.safetensors"
+
+
+def test_a_store_gives_back_what_was_written(tmp_path):
+    writer = TrajectoryWriter(tmp_path, LAYOUT)
+    writer.write_chunk(rows(2), [5, 9], [0.5, None], [{"loss": 1.5}, {}])
+    store = SnapshotStore.open(tmp_path)
+    assert len(store) == 2
+    assert store.layout == LAYOUT
+    assert store.steps.tolist() == [5, 9]
+    assert store.epochs == [0.5, None]
+    assert store.metrics == [{"loss": 1.5}, {}]
+    assert torch.equal(store.rows(), rows(2))
+    state = store.state_dict(-1)
+    assert torch.equal(state["a"], rows(2)[1, :4].reshape(2, 2))
+    assert torch.equal(state["b"], rows(2)[1, 4:])
+    with pytest.raises(IndexError, match="snapshot 2 of a store that holds 2"):
+        store.state_dict(2)
+
+
+def test_columns_and_picked_rows_equal_those_of_the_full_rows(tmp_path):
+    write(tmp_path)
+    write(tmp_path, chunks=((1,), (2, 3)))
+    store = SnapshotStore.open(tmp_path)
+    full = store.rows()
+    assert full.shape == (8, 7)
+    for lo, hi in ((0, 7), (0, 1), (2, 5), (6, 7), (3, 3)):
+        assert torch.equal(store.rows(lo, hi), full[:, lo:hi])
+        for indices in ([0], [7, 0, 3], [4, 3, 2, 1], [2, 2], list(range(8)), [1, 0, 2], []):
+            assert torch.equal(store.rows(lo, hi, indices), full[indices, lo:hi])
+
+
+def test_several_trajectories_are_told_apart(tmp_path):
+    write(tmp_path, "b", chunks=((1, 2),))
+    write(tmp_path, "a", chunks=((1,), (2, 3)))
+    store = SnapshotStore.open(tmp_path)
+    assert store.trajectories == ["a", "b"]
+    assert store.trajectory_index.tolist() == [0, 0, 0, 1, 1]
+    assert store.steps.tolist() == [1, 2, 3, 1, 2]
+
+
+def test_writers_at_the_same_time_get_trajectories_of_their_own(tmp_path):
+    writers = [TrajectoryWriter(tmp_path, LAYOUT) for _ in range(3)]
+    for index, writer in enumerate(writers):
+        writer.write_chunk(rows(1, index), [1])
+    store = SnapshotStore.open(tmp_path)
+    assert store.trajectories == ["run-001", "run-002", "run-003"]
+    assert torch.equal(store.rows(), rows(3))
+
+
+def test_rows_may_be_bfloat16_and_the_store_decides(tmp_path):
+    write(tmp_path, row_dtype=torch.bfloat16)
+    second = write(tmp_path, row_dtype=torch.float32)
+    assert second.row_dtype == torch.bfloat16
+    with safe_open(chunk(tmp_path, 1, "run-002"), framework="pt") as file:
+        assert file.get_tensor("rows").dtype == torch.bfloat16
+    assert SnapshotStore.open(tmp_path).rows().dtype == torch.float32
+
+
+def test_another_layout_is_refused_by_the_name_of_the_first_difference(tmp_path):
+    write(tmp_path)
+    other = Layout.from_tensors({"a": torch.zeros(2, 2), "b": torch.zeros(4)})
+    with pytest.raises(LayoutMismatchError) as caught:
+        TrajectoryWriter(tmp_path, other)
+    assert str(caught.value) == (
+        f"tensor 'b': the store {tmp_path} recorded buffer float32 (3,), found buffer float32 (4,). "
+        "Build the model as in the recorded run, or record into a new store."
+    )
+
+
+def test_a_newer_format_is_refused_by_both_numbers(tmp_path):
+    write(tmp_path)
+    document = json.loads((tmp_path / "layout.json").read_text())
+    (tmp_path / "layout.json").write_text(json.dumps(document | {"format_version": 7}))
+    for opened in (SnapshotStore.open, lambda path: TrajectoryWriter(path, LAYOUT)):
+        with pytest.raises(FormatVersionError, match="has format version 7; this release reads versions up to 1"):
+            opened(tmp_path)
+
+
+def test_a_chunk_of_a_newer_format_is_refused(tmp_path):
+    write(tmp_path)
+    save_file({"rows": rows(1)}, chunk(tmp_path, 2), {"format": "pdiff-snapshots", "format_version": "2"})
+    with pytest.raises(FormatVersionError, match="has format version 2; this release reads versions up to 1"):
+        SnapshotStore.open(tmp_path)
+
+
+def test_a_truncated_chunk_is_reported_and_the_rest_is_read(tmp_path, caplog):
+    write(tmp_path)
+    whole = chunk(tmp_path, 2).read_bytes()
+    for size in (0, 5, len(whole) - 1):
+        chunk(tmp_path, 2).write_bytes(whole[:size])
+        caplog.clear()
+        store = SnapshotStore.open(tmp_path)
+        assert store.steps.tolist() == [1, 2, 3]
+        assert len(store.problems) == 1
+        assert store.problems[0].startswith(f"{chunk(tmp_path, 2)}: found an unreadable chunk")
+        assert store.problems[0].endswith("expected a complete safetensors file. Its snapshots are left out.")
+        assert store.problems[0] in caplog.text
+
+
+def test_a_chunk_of_another_width_is_reported(tmp_path):
+    write(tmp_path)
+    write(tmp_path / "other", layout=Layout.from_tensors({"a": torch.zeros(7 * 2)}), chunks=())
+    other = TrajectoryWriter(tmp_path / "other", Layout.from_tensors({"a": torch.zeros(7 * 2)}), trajectory="x")
+    other.write_chunk(torch.zeros(1, 14), [4]).replace(chunk(tmp_path, 2))
+    store = SnapshotStore.open(tmp_path)
+    assert len(store) == 3
+    assert "found rows of shape [1, 14], expected (1, 7)" in store.problems[0]
+
+
+def test_strays_are_ignored_and_cleaned_by_the_next_writer_of_the_trajectory(tmp_path):
+    write(tmp_path)
+    folder = chunk(tmp_path, 1).parent
+    for name in (".tmp-99-chunk-000003.safetensors", "notes.txt", "chunk-3.safetensors"):
+        (folder / name).write_bytes(b"half")
+    store = SnapshotStore.open(tmp_path)
+    assert len(store) == 5
+    assert store.problems == []
+    TrajectoryWriter(tmp_path, LAYOUT, trajectory="run-001", resume_step=5)
+    assert not list(folder.glob(".tmp-*"))
+    assert (folder / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda path: None,
+            "is not a snapshot store: there is no such folder. Give the folder that PDiffRecorder wrote",
+        ),
+        (lambda path: path.write_text(""), "is not a snapshot store: it is a file"),
+        (lambda path: path.mkdir(), "is not a snapshot store: it has no layout.json"),
+    ],
+)
+def test_a_path_that_is_not_a_store_is_named(tmp_path, make, text):
+    make(tmp_path / "x")
+    with pytest.raises(StoreNotFoundError) as caught:
+        SnapshotStore.open(tmp_path / "x")
+    assert str(tmp_path / "x") in str(caught.value)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", '{"format": "something"}', "[]"])
+def test_a_layout_file_of_something_else_is_refused(tmp_path, text):
+    (tmp_path / "layout.json").write_text(text)
+    with pytest.raises(FormatError, match=r"layout\.json: found"):
+        SnapshotStore.open(tmp_path)
+
+
+def test_a_trajectory_with_snapshots_is_not_written_over(tmp_path):
+    write(tmp_path, "a")
+    with pytest.raises(TrajectoryExistsError) as caught:
+        TrajectoryWriter(tmp_path, LAYOUT, trajectory="a")
+    assert "already holds 5 snapshots. Choose another trajectory name" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../up", ".hidden", "a/b", "a b", ""])
+def test_a_trajectory_name_that_is_no_folder_name_is_refused(tmp_path, name):
+    with pytest.raises(FormatError, match="expected letters, digits"):
+        TrajectoryWriter(tmp_path, LAYOUT, trajectory=name)
+
+
+def test_rows_past_the_restored_step_are_dropped(tmp_path):
+    write(tmp_path, "a")
+    writer = TrajectoryWriter(tmp_path, LAYOUT, trajectory="a", resume_step=2)
+    assert writer.num_rows == writer.last_step == 2
+    writer.write_chunk(rows(2, 50), [3, 4])
+    store = SnapshotStore.open(tmp_path)
+    assert store.steps.tolist() == [1, 2, 3, 4]
+    assert torch.equal(store.rows(), torch.cat([rows(2, 1), rows(2, 50)]))
+
+
+def test_the_oldest_chunks_are_dropped_and_the_last_of_them_cut(tmp_path):
+    writer = write(tmp_path, chunks=((1, 2, 3), (4, 5, 6), (7, 8)))
+    writer.drop_oldest(4)
+    assert SnapshotStore.open(tmp_path).steps.tolist() == [4, 5, 6, 7, 8]
+    writer.drop_oldest(4, exactly=True)
+    store = SnapshotStore.open(tmp_path)
+    assert store.steps.tolist() == [5, 6, 7, 8]
+    assert torch.equal(store.rows(), torch.cat([rows(3, 4)[1:], rows(2, 7)]))
+    assert writer.write_chunk(rows(1), [9]) == chunk(tmp_path, 4)
+
+
+def test_the_base_keeps_tied_tensors_once_and_integer_buffers(tmp_path):
+    tied = torch.randn(4, 4)
+    writer = write(tmp_path)
+    writer.write_base({"in": tied, "out": tied, "t": tied.t(), "n": torch.tensor(3)}, {"rest_drift": "0.5"})
+    store = SnapshotStore.open(tmp_path)
+    base = store.base()
+    assert sorted(base) == ["in", "n", "out", "t"]
+    assert torch.equal(base["out"], tied)
+    assert torch.equal(base["t"], tied.t())
+    assert base["n"].item() == 3
+    assert base["in"].data_ptr() == base["out"].data_ptr()
+    assert store.base_header("run-001")["rest_drift"] == "0.5"
+    assert store.base("run-009") is None
+    assert store.base_header("run-009") == {}
+
+
+def test_the_store_of_format_version_1_is_read():
+    store = SnapshotStore.open(DATA / "store-v1")
+    assert store.problems == []
+    assert store.trajectories == ["run-001", "run-002"]
+    assert store.steps.tolist() == [2, 3, 4, 1]
+    assert store.epochs == [0.5, 0.75, 1.0, None]
+    assert store.metrics == [{"loss": 2.0}, {"loss": 1.5}, {}, {}]
+    assert [str(spec) for spec in store.layout] == ["parameter float32 (2,)", "buffer bfloat16 (2,)"]
+    assert store.rows().tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [-1, -2, -3, -4]]
+    assert store.state_dict(0)["bn.running_mean"].dtype == torch.bfloat16
+    assert store.base("run-001")["bn.num_batches_tracked"].item() == 4
+    assert store.base_header("run-001")["rest_drift"] == "0.125"
