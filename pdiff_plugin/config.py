@@ -31,14 +31,11 @@ class SubspaceConfig:
     """Share of the training snapshots' variance that the kept directions must reach, if `latent_dim` allows."""
     min_fidelity: float = 0.9
     """Share of the held-out snapshots' variance that must survive encoding and decoding; below it the fit says so."""
-    block_values: int = 16384
-    """Columns read at a time; bounds the memory of the pass over the snapshots."""
 
     def __post_init__(self) -> None:
         _check("latent_dim", self.latent_dim, 1)
         _check("explained_variance", self.explained_variance, 0.0, 1.0)
         _check("min_fidelity", self.min_fidelity, 0.0, 1.0)
-        _check("block_values", self.block_values, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +88,8 @@ class FitConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     heldout_fraction: float = 0.1
     """Share of each trajectory held out, in contiguous blocks, to measure fidelity and to stop on."""
+    memory_gb: float = 0.5
+    """Memory for the passes over the snapshots, in GB; more means larger reads, not another result."""
     seed: int = 0
     """Seed of every draw made while fitting."""
     device: str = "auto"
@@ -98,6 +97,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         _check("heldout_fraction", self.heldout_fraction, 0.0, 0.5)
+        _check("memory_gb", self.memory_gb, 0.001)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -104,39 +104,49 @@ def train_diffusion(
     parameters: list[Tensor] = list(denoiser.parameters())
     averaged: list[Tensor] = list(average.parameters())
     patience = settings.patience * settings.eval_every_n_steps if judge.has_data else settings.max_steps
-    while step < settings.max_steps and step - best_step < patience:
-        batch, batch_labels = _draw(on_device, labels, train, shares, rng, config)
-        optimizer.zero_grad(set_to_none=True)
-        value = loss(lambda x, t, own=batch_labels: denoiser(x, t, own), batch)  # type: ignore[misc]  # bound per step
-        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        optimizer.step()
-        step += 1
-        # The average forgets its start quickly: decay 0.1 at step 1, the configured one after some hundred steps.
-        decay = min(settings.ema_decay, step / (step + 9.0))
-        torch._foreach_lerp_(averaged, parameters, 1.0 - decay)
-        running += value.detach()
-        if step % settings.eval_every_n_steps == 0 or step == settings.max_steps:
-            heldout_loss = judge(average)
-            if not judge.has_data or heldout_loss < best_loss:
-                best_step, best_loss = step, heldout_loss
-                best.load_state_dict(average.state_dict())
-            train_loss = float(running) / (step - (history[-1]["step"] if history else 0))
-            running.zero_()
-            history.append(
-                {
-                    "step": step,
-                    "train_loss": train_loss,
-                    "heldout_loss": heldout_loss,
-                    "best_step": best_step,
-                    "best_loss": best_loss,
-                    "seconds": round(seconds + time.perf_counter() - started, 3),
-                }
-            )
-            runtime.report("diffusion", step, settings.max_steps, train_loss=train_loss, heldout_loss=heldout_loss)
-            on_history(history)
-        if time.perf_counter() - last_checkpoint > _CHECKPOINT_EVERY_S:
+    is_between_steps = True
+    try:
+        while step < settings.max_steps and step - best_step < patience:
+            is_between_steps = False
+            batch, batch_labels = _draw(on_device, labels, train, shares, rng, config)
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(lambda x, t, own=batch_labels: denoiser(x, t, own), batch)  # type: ignore[misc]  # bound per step
+            value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            optimizer.step()
+            step += 1
+            # The average forgets its start quickly: decay 0.1 at step 1, the configured one after some hundred steps.
+            decay = min(settings.ema_decay, step / (step + 9.0))
+            torch._foreach_lerp_(averaged, parameters, 1.0 - decay)
+            running += value.detach()
+            if step % settings.eval_every_n_steps == 0 or step == settings.max_steps:
+                heldout_loss = judge(average)
+                if not judge.has_data or heldout_loss < best_loss:
+                    best_step, best_loss = step, heldout_loss
+                    best.load_state_dict(average.state_dict())
+                train_loss = float(running) / (step - (history[-1]["step"] if history else 0))
+                running.zero_()
+                history.append(
+                    {
+                        "step": step,
+                        "train_loss": train_loss,
+                        "heldout_loss": heldout_loss,
+                        "best_step": best_step,
+                        "best_loss": best_loss,
+                        "seconds": round(seconds + time.perf_counter() - started, 3),
+                    }
+                )
+                is_between_steps = True
+                runtime.report("diffusion", step, settings.max_steps, train_loss=train_loss, heldout_loss=heldout_loss)
+                on_history(history)
+            is_between_steps = True
+            if time.perf_counter() - last_checkpoint > _CHECKPOINT_EVERY_S:
+                checkpoint()
+                last_checkpoint = time.perf_counter()
+    except KeyboardInterrupt:
+        # In the middle of a step the tensors do not belong together: then the last checkpoint stays the newest.
+        if is_between_steps:
             checkpoint()
-            last_checkpoint = time.perf_counter()
+        raise
     checkpoint()
     return best, history
 

@@ -27,7 +27,7 @@ import pdiff_plugin
 from pdiff_plugin.config import FitConfig
 from pdiff_plugin.errors import FitExistsError, UnusableSnapshotsError
 from pdiff_plugin.fitting.diffusion_stage import train_diffusion
-from pdiff_plugin.fitting.runtime import Runtime, pick_device
+from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX, Runtime, pick_device
 from pdiff_plugin.generator.autoencoder import (
     NonFiniteRowsError,
     Statistics,
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "pdiff-fit"
 FORMAT_VERSION = 1
+STAGES = ("statistics", "autoencoder", "diffusion")
 MIN_SNAPSHOTS = 10
 MAX_NONFINITE = 0.05
 _NUM_REPORT_MEMBERS = 256
@@ -111,7 +112,8 @@ def fit(
     generator.to("cpu")
     run.finish(generator, history)
     runtime.drop_checkpoints()
-    return generator
+    # Read back, so that the basis lies in the generator's own file and no longer in memory or scratch.
+    return generator if run.folder is None else WeightGenerator.load(run.folder)
 
 
 def heldout_blocks(num_snapshots: int, fraction: float) -> Tensor:
@@ -148,7 +150,7 @@ def _statistics(store: SnapshotStore, config: FitConfig, runtime: Runtime) -> tu
             statistics = measure(
                 partial(store.rows, indices=rows),
                 store.layout,
-                block_values=config.autoencoder.block_values,
+                block_values=_block_values(len(rows), config.memory_gb),
                 train_rows=(~heldout).nonzero().squeeze(1),
                 on_columns=lambda done: runtime.report("statistics", done, D),
             )
@@ -165,6 +167,12 @@ def _statistics(store: SnapshotStore, config: FitConfig, runtime: Runtime) -> tu
     tensors = {"rows": rows, "gram": statistics.gram, "scales": statistics.scales}
     runtime.save_checkpoint("statistics", tensors, {})
     return rows, statistics
+
+
+def _block_values(num_rows: int, memory_gb: float) -> int:
+    """Columns to hold at a time: each value costs 4 bytes as read and 8 in each of three working copies."""
+    # Beyond 16384 columns a block leaves the caches and the pass gets slower.
+    return max(1, min(16384, int(memory_gb * 1e9 / (28 * num_rows))))
 
 
 def _without(store: SnapshotStore, rows: Tensor, bad: list[int]) -> Tensor:
@@ -195,6 +203,8 @@ def _autoencoder(
         store.layout,
         statistics,
         config.autoencoder,
+        block_values=_block_values(len(rows), config.memory_gb),
+        scratch=runtime.folder,
         train_rows=(~heldout).nonzero().squeeze(1),
         heldout_rows=heldout.nonzero().squeeze(1),
         on_columns=lambda done: runtime.report("autoencoder", done, D),
@@ -315,15 +325,9 @@ class _Run:
                 if found.get(key) != json.loads(json.dumps(mine[key])):
                     raise FitExistsError(str(folder), text)
             run.document = found
-        elif path.exists() or folder.is_dir():
-            for name in (
-                "fit.json",
-                FILE_NAME,
-                "statistics.checkpoint.safetensors",
-                "diffusion.checkpoint.safetensors",
-            ):
-                if fresh:
-                    (folder / name).unlink(missing_ok=True)
+        elif fresh:
+            for name in ("fit.json", FILE_NAME, *(f"{stage}{CHECKPOINT_SUFFIX}" for stage in STAGES)):
+                (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         run.write()
         return run

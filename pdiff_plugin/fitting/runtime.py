@@ -21,6 +21,7 @@ from pdiff_plugin.snapshots.files import check_format, replacing
 
 CHECKPOINT_FORMAT = "pdiff-fit-checkpoint"
 CHECKPOINT_VERSION = 1
+CHECKPOINT_SUFFIX = ".checkpoint.safetensors"
 
 
 class Runtime:
@@ -59,12 +60,12 @@ class Runtime:
             "format_version": str(CHECKPOINT_VERSION),
             "state": json.dumps(state),
         }
-        with replacing(self.folder / f"{name}.checkpoint.safetensors") as temp:
+        with replacing(self.folder / f"{name}{CHECKPOINT_SUFFIX}") as temp:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temp, header)
 
     def load_checkpoint(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What :meth:`save_checkpoint` kept under ``name``, or None."""
-        path = self.folder / f"{name}.checkpoint.safetensors" if self.folder else None
+        path = self.folder / f"{name}{CHECKPOINT_SUFFIX}" if self.folder else None
         if path is None or not path.is_file():
             return None
         try:
@@ -81,7 +82,7 @@ class Runtime:
     def drop_checkpoints(self) -> None:
         """Delete the checkpoints of a finished fit."""
         if self.folder is not None:
-            for path in self.folder.glob("*.checkpoint.safetensors"):
+            for path in self.folder.glob(f"*{CHECKPOINT_SUFFIX}"):
                 path.unlink(missing_ok=True)
 
 

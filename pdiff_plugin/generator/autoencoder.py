@@ -13,13 +13,16 @@ Shapes: N snapshots, D values in a row, K latent width, B rows in a batch.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pdiff_plugin.config import SubspaceConfig
+from pdiff_plugin.snapshots.files import TEMP_MARK
 from pdiff_plugin.snapshots.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,8 @@ ColumnReader = Callable[[int, int], Tensor]
 # Tensors of this name are positive and vary by factors: their logarithm is modelled.
 LOG_SUFFIX = "running_var"
 _TINY = 1e-12
+# A basis of this size (in float32) is kept on disk while fitting, where there is a folder for it.
+_MAPPED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -227,8 +232,10 @@ def fit_subspace(
     statistics: Statistics,
     config: SubspaceConfig,
     *,
+    block_values: int,
     train_rows: Tensor,
     heldout_rows: Tensor,
+    scratch: Path | None = None,
     on_columns: Callable[[int], None] | None = None,
 ) -> Subspace:
     """Turn the Gram matrix into an autoencoder with one more pass over the columns.
@@ -238,8 +245,10 @@ def fit_subspace(
         layout: of the rows.
         statistics: of the same rows.
         config: how many directions to keep.
+        block_values: columns held at a time.
         train_rows: (n,) int64 places of the training rows.
         heldout_rows: (m,) int64 places of the others.
+        scratch: folder where a large basis is kept in a mapped file instead of in memory.
         on_columns: told after each block how many columns are done.
     """
     gram = statistics.gram[train_rows][:, train_rows]
@@ -256,9 +265,9 @@ def fit_subspace(
     coordinates = statistics.gram[:, train_rows] @ vectors[:, :K] / singular  # (N, K)
     latent_scale = float(coordinates[train_rows].std(correction=0)) or 1.0
 
-    basis = torch.empty(K, layout.num_values)
+    basis = _empty_basis(K, layout.num_values, scratch)
     mean = torch.empty(layout.num_values)
-    for number, lo, hi in column_blocks(layout, config.block_values):
+    for number, lo, hi in column_blocks(layout, block_values):
         values = transform(read(lo, hi)[train_rows], layout.tensors[number].name).double()
         mean_here = values.mean(dim=0)
         mean[lo:hi] = mean_here
@@ -276,3 +285,13 @@ def fit_subspace(
         eigenvalues[:K] / eigenvalues.clamp_min(0).sum(),
         fidelity,
     )
+
+
+def _empty_basis(K: int, D: int, scratch: Path | None) -> Tensor:
+    """(K, D) float32; from _MAPPED_BYTES on in a file of ``scratch`` that is gone with the tensor."""
+    if scratch is None or 4 * K * D < _MAPPED_BYTES or os.name != "posix":
+        return torch.empty(K, D)
+    path = scratch / f"{TEMP_MARK}{os.getpid()}-basis"
+    basis = torch.from_file(str(path), shared=True, size=K * D, dtype=torch.float32).view(K, D)
+    path.unlink()  # the mapping keeps it alive; nothing is left behind by a kill
+    return basis

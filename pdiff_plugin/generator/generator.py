@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pdiff_plugin.config import FitConfig, Sampler
@@ -25,6 +24,7 @@ from pdiff_plugin.errors import ConfigError, FormatError, GeneratorNotFoundError
 from pdiff_plugin.generator.autoencoder import SubspaceAutoencoder
 from pdiff_plugin.generator.denoiser import Denoiser
 from pdiff_plugin.generator.samplers import OnStep, sample_ddim, sample_ddpm, sample_flow
+from pdiff_plugin.generator.streaming import save_tensors
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.files import check_format, replacing
 from pdiff_plugin.snapshots.layout import Layout
@@ -170,7 +170,7 @@ class WeightGenerator:
             path.mkdir(parents=True, exist_ok=True)
             path = path / FILE_NAME
         tensors = {f"autoencoder.{k}": v for k, v in self.autoencoder.state_dict().items()}
-        tensors |= {f"denoiser.{k}": v.detach().cpu().contiguous() for k, v in self.denoiser.state_dict().items()}
+        tensors |= {f"denoiser.{k}": v for k, v in self.denoiser.state_dict().items()}
         header = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
@@ -181,7 +181,7 @@ class WeightGenerator:
             "provenance": json.dumps(self.provenance),
         }
         with replacing(path) as temp:
-            save_file(tensors, temp, header)
+            save_tensors(temp, tensors, header)
         return path
 
     @classmethod

@@ -1,0 +1,302 @@
+"""Fitting from end to end on small stores: results, bad input, interruptions."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pdiff_plugin import DiffusionConfig, FitConfig, SubspaceConfig, WeightGenerator, fit
+from pdiff_plugin.errors import FitExistsError, FormatVersionError, StoreNotFoundError, UnusableSnapshotsError
+from pdiff_plugin.fitting.fit import heldout_blocks
+
+QUICK = FitConfig(
+    autoencoder=SubspaceConfig(latent_dim=6),
+    diffusion=DiffusionConfig(width=16, num_blocks=1, max_steps=60, batch_size=16, eval_every_n_steps=20),
+)
+
+
+class InterruptAt:
+    """``on_progress`` that is Ctrl-C at the first report of a stage from a step on."""
+
+    def __init__(self, stage, step=0):
+        self.stage, self.step = stage, step
+
+    def __call__(self, progress):
+        if progress.stage == self.stage and progress.step >= self.step:
+            raise KeyboardInterrupt
+
+
+def file_of(folder):
+    return (folder / "generator.safetensors").read_bytes()
+
+
+def test_a_fit_leaves_a_generator_and_its_history(make_store, tmp_path):
+    generator = fit(make_store(), QUICK, out=tmp_path / "fit")
+
+    assert sorted(p.name for p in (tmp_path / "fit").iterdir()) == ["fit.json", "generator.safetensors"]
+    document = json.loads((tmp_path / "fit" / "fit.json").read_text())
+    assert document["status"] == "finished"
+    assert [entry["step"] for entry in document["history"]] == [20, 40, 60]
+    assert document["report"] == generator.report
+    assert {"statistics", "autoencoder", "diffusion", "report"} <= document["seconds"].keys()
+    assert generator.sample(3)["head.weight"].shape == (3, 3, 8)
+
+
+def test_a_longer_fit_returns_the_mean_and_spread_of_the_snapshots(make_store):
+    store = make_store(num_snapshots=200)
+    config = FitConfig(diffusion=DiffusionConfig(width=64, max_steps=600))
+
+    weights = fit(store, config).sample(200, rng=torch.Generator().manual_seed(0))
+
+    flat, rows = store.layout.flatten(weights), store.rows()
+    movement = (rows - rows.mean(0)).square().sum(1).mean().sqrt()
+    assert (flat.mean(0) - rows.mean(0)).norm() < 0.35 * movement
+    spread = (flat - flat.mean(0)).square().sum(1).mean().sqrt()
+    assert 0.6 * movement < spread < 1.4 * movement
+
+
+def test_nothing_is_written_without_a_folder(make_store, tmp_path, monkeypatch):
+    store = make_store()
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+
+    fit(store, QUICK)
+
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_fits_of_one_seed_are_equal_and_of_another_are_not(make_store, tmp_path):
+    store = make_store()
+    before = torch.get_rng_state()
+
+    fit(store, QUICK, out=tmp_path / "a")
+    torch.manual_seed(99)
+    fit(store, QUICK, out=tmp_path / "b")
+    torch.set_rng_state(before)
+    other = FitConfig(autoencoder=QUICK.autoencoder, diffusion=QUICK.diffusion, seed=1)
+    fit(store, other, out=tmp_path / "c")
+
+    assert file_of(tmp_path / "a") == file_of(tmp_path / "b")
+    assert WeightGenerator.load(tmp_path / "c").report != WeightGenerator.load(tmp_path / "a").report
+
+
+def test_global_random_state_is_left_alone(make_store):
+    store = make_store()
+    before = torch.get_rng_state()
+
+    fit(store, QUICK)
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_finished_fit_returns_at_once(make_store, tmp_path):
+    store = make_store()
+    first = fit(store, QUICK, out=tmp_path / "fit")
+    stages = []
+
+    again = fit(store, QUICK, out=tmp_path / "fit", on_progress=lambda p: stages.append(p.stage))
+
+    assert stages == []
+    assert again.report == first.report
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"), [("statistics", 0), ("autoencoder", 0), ("diffusion", 20), ("diffusion", 60)]
+)
+@pytest.mark.parametrize("trajectories", [1, 2])
+def test_an_interrupted_fit_goes_on_to_the_same_generator(make_store, tmp_path, stage, step, trajectories):
+    store = make_store(trajectories=trajectories)
+    fit(store, QUICK, out=tmp_path / "whole")
+    seen = []
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(store, QUICK, out=tmp_path / "cut", on_progress=InterruptAt(stage, step))
+    fit(store, QUICK, out=tmp_path / "cut", on_progress=seen.append)
+
+    assert file_of(tmp_path / "cut") == file_of(tmp_path / "whole")
+    if stage == "diffusion":
+        assert not any(p.stage == "statistics" for p in seen)
+        assert all(p.step > step for p in seen if p.stage == "diffusion")
+
+
+def test_an_interruption_inside_a_step_goes_back_to_the_last_whole_one(make_store, tmp_path, monkeypatch):
+    store = make_store()
+    fit(store, QUICK, out=tmp_path / "whole")
+    monkeypatch.setattr("pdiff_plugin.fitting.diffusion_stage._CHECKPOINT_EVERY_S", 0.0)
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    original = torch._foreach_lerp_
+    monkeypatch.setattr("torch._foreach_lerp_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(store, QUICK, out=tmp_path / "cut")
+    fit(store, QUICK, out=tmp_path / "cut")
+
+    assert file_of(tmp_path / "cut") == file_of(tmp_path / "whole")
+
+
+def test_a_fit_of_other_settings_in_the_folder_is_not_touched(make_store, tmp_path):
+    store = make_store()
+    fit(store, QUICK, out=tmp_path / "fit")
+    before = file_of(tmp_path / "fit")
+
+    with pytest.raises(FitExistsError) as error:
+        fit(store, FitConfig(), out=tmp_path / "fit")
+
+    assert str(error.value) == (
+        f"{tmp_path / 'fit'} holds another fit (other settings). "
+        "Choose another output folder, or pass --fresh (fresh=True) to replace it."
+    )
+    assert file_of(tmp_path / "fit") == before
+
+
+def test_a_fit_of_other_snapshots_in_the_folder_is_refused_and_replaced_when_asked(make_store, tmp_path):
+    fit(make_store(), QUICK, out=tmp_path / "fit")
+    other = make_store(num_snapshots=30, name="other")
+
+    with pytest.raises(FitExistsError, match="other snapshots"):
+        fit(other, QUICK, out=tmp_path / "fit")
+    generator = fit(other, QUICK, out=tmp_path / "fit", fresh=True)
+
+    assert generator.provenance["num_snapshots"] == 30
+
+
+def test_fresh_forgets_an_interrupted_fit_and_keeps_files_of_others(make_store, tmp_path):
+    store = make_store()
+    fit(store, QUICK, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(store, QUICK, out=tmp_path / "cut", on_progress=InterruptAt("diffusion"))
+    (tmp_path / "cut" / "notes.txt").write_text("mine")
+    steps = []
+
+    fit(store, QUICK, out=tmp_path / "cut", fresh=True, on_progress=lambda p: steps.append((p.stage, p.step)))
+
+    assert ("diffusion", 20) in steps
+    assert file_of(tmp_path / "cut") == file_of(tmp_path / "whole")
+    assert (tmp_path / "cut" / "notes.txt").read_text() == "mine"
+
+
+def test_a_fit_folder_of_a_newer_release_is_refused(make_store, tmp_path):
+    (tmp_path / "fit").mkdir()
+    (tmp_path / "fit" / "fit.json").write_text(json.dumps({"format": "pdiff-fit", "format_version": 7}))
+
+    with pytest.raises(FormatVersionError, match="has format version 7; this release reads versions up to 1"):
+        fit(make_store(), QUICK, out=tmp_path / "fit")
+
+
+def test_a_folder_that_is_not_a_store_is_refused(tmp_path):
+    with pytest.raises(StoreNotFoundError, match=r"is not a snapshot store: it has no layout\.json"):
+        fit(tmp_path, QUICK)
+
+
+@pytest.mark.parametrize("count", [0, 9])
+def test_too_few_snapshots_are_refused_with_their_number(make_store, count):
+    store = make_store(torch.randn(count, 40))
+
+    with pytest.raises(UnusableSnapshotsError) as error:
+        fit(store, QUICK)
+
+    assert str(error.value) == (
+        f"{store.path}: found {count} snapshots, expected at least 10. "
+        "Record more steps (last_steps, max_snapshots) or another run into the same store."
+    )
+
+
+def test_equal_snapshots_are_refused(make_store):
+    store = make_store(torch.ones(20, 40))
+
+    with pytest.raises(UnusableSnapshotsError) as error:
+        fit(store, QUICK)
+
+    assert str(error.value) == (
+        f"{store.path}: found 20 snapshots that are all equal, expected weights that move. "
+        "Record while the chosen layers train, with a learning rate above 0."
+    )
+
+
+def test_snapshots_with_nan_are_left_out_and_named_by_step(make_store, tmp_path, caplog):
+    store = make_store()
+    rows = store.rows()
+    rows[4, 3], rows[17, 30] = float("nan"), float("inf")
+    broken = make_store(rows, name="broken")
+
+    with caplog.at_level(logging.WARNING):
+        generator = fit(broken, QUICK, out=tmp_path / "fit")
+
+    assert "1 snapshots hold NaN or Inf and are left out (run-001 step 5)" in caplog.text
+    assert "(run-001 step 18)" in caplog.text
+    assert generator.provenance["num_snapshots"] == 38
+    document = json.loads((tmp_path / "fit" / "fit.json").read_text())
+    assert document["nonfinite_steps"] == ["run-001 step 18", "run-001 step 5"]
+    assert all(t.isfinite().all() for t in generator.sample(4).values())
+
+
+def test_more_than_five_percent_of_snapshots_with_nan_are_refused(make_store):
+    rows = make_store().rows()
+    rows[[4, 5, 20], 0] = float("nan")
+    broken = make_store(rows, name="broken")
+
+    with pytest.raises(UnusableSnapshotsError) as error:
+        fit(broken, QUICK)
+
+    assert str(error.value) == (
+        f"{broken.path}: found 3 of 40 snapshots with NaN or Inf (run-001 step 5, run-001 step 6, run-001 step 21), "
+        "expected at most 5%. The recorded training diverged. Lower its learning rate and record again."
+    )
+
+
+def test_an_autoencoder_that_loses_heldout_variance_says_so(make_store, caplog):
+    rng = torch.Generator().manual_seed(0)
+    store = make_store(1.0 + 0.01 * torch.randn(40, 40, generator=rng))
+
+    with caplog.at_level(logging.WARNING):
+        generator = fit(store, QUICK)
+
+    assert not generator.report["fidelity_is_ok"]
+    assert "of the held-out snapshots' variance, below the 90 % asked for" in caplog.text
+
+
+def test_members_cover_every_trajectory(make_store):
+    generator = fit(make_store(trajectories=3), QUICK)
+
+    assert generator.trajectories == ["run-001", "run-002", "run-003"]
+    assert set(generator.report["trajectory_coverage"]) == set(generator.trajectories)
+    assert sum(generator.report["trajectory_coverage"].values()) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_fitting_needs_no_ray(make_store):
+    store = make_store()
+    script = (
+        "import sys; from pdiff_plugin import fit, FitConfig, DiffusionConfig\n"
+        f"fit({str(store.path)!r}, FitConfig(diffusion=DiffusionConfig(max_steps=5)))\n"
+        "assert 'ray' not in sys.modules and 'rich' not in sys.modules"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("num_snapshots", [10, 37, 300])
+def test_heldout_snapshots_are_few_contiguous_blocks_away_from_the_ends(num_snapshots):
+    held = heldout_blocks(num_snapshots, 0.1)
+
+    assert int(held.sum()) == round(0.1 * num_snapshots)
+    assert not held[0]
+    assert not held[-1]
+    starts = int((held[1:] & ~held[:-1]).sum())
+    assert starts == (3 if num_snapshots == 300 else 1)
+
+
+def test_nothing_is_held_out_when_asked(make_store):
+    assert not heldout_blocks(50, 0.0).any()
+    config = FitConfig(autoencoder=QUICK.autoencoder, diffusion=QUICK.diffusion, heldout_fraction=0.0)
+    assert "copy_ratio" not in fit(make_store(), config).report

@@ -1,0 +1,197 @@
+"""The subspace autoencoder against numpy's SVD and scikit-learn's PCA."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from pdiff_plugin.config import SubspaceConfig
+from pdiff_plugin.generator.autoencoder import NonFiniteRowsError, column_blocks, fit_subspace, measure
+from pdiff_plugin.snapshots.layout import Layout, TensorSpec
+
+N = 24
+LAYOUT = Layout(
+    (
+        TensorSpec("weight", (7, 5), "float32", "parameter"),
+        TensorSpec("bias", (7,), "float32", "parameter"),
+        TensorSpec("bn.running_var", (3,), "float32", "buffer"),
+        TensorSpec("frozen", (4,), "float32", "parameter"),
+    )
+)
+FULL = SubspaceConfig(latent_dim=N, explained_variance=1.0)
+
+
+@pytest.fixture
+def rows():
+    """Snapshots of one run: a random walk of two scales, running variances over many orders, a tensor that is still."""
+    rng = torch.Generator().manual_seed(0)
+    walk = torch.randn(N, LAYOUT.num_values, generator=rng).cumsum(0)
+    walk[:, LAYOUT.slices["weight"]] *= 1e-3
+    walk[:, LAYOUT.slices["bn.running_var"]] = walk[:, LAYOUT.slices["bn.running_var"]].exp()
+    walk[:, LAYOUT.slices["frozen"]] = 0.5
+    return walk
+
+
+def fitted(rows, config=FULL, heldout=(), layout=LAYOUT, block_values=16):
+    def read(lo, hi):
+        return rows[:, lo:hi].clone()
+
+    held = torch.tensor(sorted(heldout), dtype=torch.int64)
+    train = torch.tensor([i for i in range(len(rows)) if i not in set(heldout)])
+    statistics = measure(read, layout, block_values=block_values, train_rows=train)
+    return fit_subspace(
+        read, layout, statistics, config, block_values=block_values, train_rows=train, heldout_rows=held
+    )
+
+
+def standardised(rows):
+    """What the autoencoder should see, in numpy: logarithms, centred, each moving tensor with unit variance."""
+    parts = []
+    for spec in LAYOUT:
+        values = rows[:, LAYOUT.slices[spec.name]].double().numpy()
+        values = np.log(values) if spec.name.endswith("running_var") else values
+        values = values - values.mean(axis=0)
+        parts.append(values / (values.std() or 1.0))
+    return np.concatenate(parts, axis=1)
+
+
+def test_every_snapshot_decodes_to_itself_at_full_rank(rows):
+    autoencoder = fitted(rows).autoencoder
+
+    decoded = autoencoder.decode(autoencoder.encode(rows))
+
+    for spec in LAYOUT:
+        place = LAYOUT.slices[spec.name]
+        torch.testing.assert_close(decoded[:, place], rows[:, place], rtol=1e-4, atol=1e-6)
+
+
+def test_directions_and_variances_agree_with_numpy_svd(rows):
+    subspace = fitted(rows)
+    _U, s, Vt = np.linalg.svd(standardised(rows), full_matrices=False)
+    K = subspace.autoencoder.latent_dim
+
+    assert K == N - 1
+    np.testing.assert_allclose(subspace.variances.numpy(), (s**2 / (s**2).sum())[:K], rtol=1e-5, atol=1e-9)
+    cosines = np.abs((subspace.autoencoder.basis.numpy() * Vt[:K]).sum(axis=1))
+    np.testing.assert_allclose(cosines, 1.0, atol=1e-4)
+
+
+def test_latents_agree_with_scikit_learn_up_to_sign_and_one_scale(rows):
+    subspace = fitted(rows, SubspaceConfig(latent_dim=5, explained_variance=1.0))
+    pca = PCA(5, svd_solver="full")
+    expected = pca.fit_transform(standardised(rows))
+
+    found = subspace.latents.double().numpy() * subspace.autoencoder.latent_scale
+
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(subspace.variances.numpy(), pca.explained_variance_ratio_, rtol=1e-6)
+
+
+def test_latents_from_the_gram_matrix_are_what_encode_returns(rows):
+    subspace = fitted(rows, heldout=range(10, 14))
+
+    torch.testing.assert_close(subspace.autoencoder.encode(rows), subspace.latents, rtol=1e-3, atol=1e-4)
+
+
+def test_training_latents_have_unit_variance_over_all_entries_and_keep_their_order_of_size(rows):
+    latents = fitted(rows).latents
+
+    assert float(latents.std(correction=0)) == pytest.approx(1.0, rel=1e-4)
+    spread = latents.var(dim=0)
+    assert torch.all(spread[:-1] >= spread[1:])
+
+
+def test_blocks_of_any_size_give_the_same_autoencoder(rows):
+    one, many = fitted(rows, block_values=1000), fitted(rows, block_values=2)
+
+    torch.testing.assert_close(one.latents, many.latents, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(one.autoencoder.mean, many.autoencoder.mean)
+
+
+def test_running_variances_stay_positive_however_far_a_latent_lies(rows):
+    autoencoder = fitted(rows).autoencoder
+    latents = 5 * torch.randn(50, autoencoder.latent_dim, generator=torch.Generator().manual_seed(1))
+
+    decoded = autoencoder.decode(latents)[:, LAYOUT.slices["bn.running_var"]]
+
+    assert decoded.min() > 0
+    assert decoded.isfinite().all()
+
+
+def test_a_tensor_that_never_moved_comes_back_as_it_was(rows):
+    autoencoder = fitted(rows).autoencoder
+    decoded = autoencoder.decode(torch.randn(8, autoencoder.latent_dim, generator=torch.Generator().manual_seed(1)))
+
+    assert torch.all(decoded[:, LAYOUT.slices["frozen"]] == 0.5)
+
+
+def test_a_running_variance_of_zero_survives(rows):
+    rows[:, LAYOUT.slices["bn.running_var"]] = 0.0
+    autoencoder = fitted(rows).autoencoder
+
+    decoded = autoencoder.decode(autoencoder.encode(rows))
+
+    assert decoded[:, LAYOUT.slices["bn.running_var"]].abs().max() < 1e-6
+
+
+def test_explained_variance_decides_how_many_directions_are_kept(rows):
+    s = np.linalg.svd(standardised(rows), compute_uv=False) ** 2
+    share = s.cumsum() / s.sum()
+
+    subspace = fitted(rows, SubspaceConfig(latent_dim=N, explained_variance=0.9))
+
+    assert subspace.autoencoder.latent_dim == int((share < 0.9).sum()) + 1
+
+
+def test_heldout_rows_leave_no_trace_in_the_autoencoder(rows):
+    held = range(8, 12)
+    other = rows.clone()
+    other[list(held)] += 100.0
+
+    one, two = fitted(rows, heldout=held).autoencoder, fitted(other, heldout=held).autoencoder
+
+    assert torch.equal(one.mean, two.mean)
+    assert torch.equal(one.basis, two.basis)
+
+
+def test_fidelity_is_the_share_of_heldout_variance_that_survives(rows):
+    held = list(range(8, 12))
+    subspace = fitted(rows, SubspaceConfig(latent_dim=3), heldout=held)
+    autoencoder = subspace.autoencoder
+    scales = torch.cat([autoencoder.scales[i].expand(spec.numel) for i, spec in enumerate(LAYOUT)])
+
+    def seen(flat):
+        flat = flat.clone()
+        flat[:, LAYOUT.slices["bn.running_var"]] = flat[:, LAYOUT.slices["bn.running_var"]].log()
+        return (flat - autoencoder.mean) / scales
+
+    truth, decoded = seen(rows[held]), seen(autoencoder.decode(autoencoder.encode(rows[held])))
+
+    expected = 1 - float((truth - decoded).square().sum() / truth.square().sum())
+    assert subspace.fidelity == pytest.approx(expected, abs=1e-4)
+    assert 0 < subspace.fidelity < 1
+
+
+def test_rows_that_are_not_finite_are_named(rows):
+    rows[3, 0], rows[7, 2] = float("nan"), float("inf")
+
+    with pytest.raises(NonFiniteRowsError) as error:
+        fitted(rows)
+
+    assert error.value.rows == [3, 7]
+
+
+def test_large_finite_values_whose_sum_overflows_are_not_taken_for_infinite(rows):
+    rows[:, LAYOUT.slices["bias"]] = 3e38 * rows[:, LAYOUT.slices["bias"]].sign()
+
+    assert fitted(rows).autoencoder.latent_dim > 0
+
+
+def test_column_blocks_cover_every_column_once_and_cross_no_tensor_border():
+    blocks = list(column_blocks(LAYOUT, 16))
+
+    assert [i for _, lo, hi in blocks for i in range(lo, hi)] == list(range(LAYOUT.num_values))
+    for number, lo, hi in blocks:
+        place = LAYOUT.slices[LAYOUT.tensors[number].name]
+        assert place.start <= lo < hi <= place.stop
+        assert hi - lo <= 16
