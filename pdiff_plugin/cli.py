@@ -7,6 +7,7 @@ Nothing heavy is imported before a subcommand runs, so that ``pdiff --help`` is 
 from __future__ import annotations
 
 import json as _json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -124,7 +125,7 @@ def inspect(path: Positional[Path], *, json: bool = False) -> None:
     if is_generator:
         report = document["report"]
         rows = [[name, _text(value)] for name, value in report.items()]
-        console.table(f"generator {path}", ["measured by the fit", ""], rows)
+        console.table(f"generator {path}", ["measured by the fit", ""], rows, numeric=False)
         console.say(_describe_layout(document))
         return
     rows = [
@@ -165,7 +166,8 @@ def fit(
         _print_json(_describe_generator(out))
         return
     report = generator.report
-    console.table(f"fitted {out}", ["measured", ""], [[name, _text(value)] for name, value in report.items()])
+    rows = [[name, _text(value)] for name, value in report.items()]
+    console.table(f"fitted {out}", ["measured", ""], rows, numeric=False)
     console.say(
         f"Next: pdiff generate {out} --num-members 16 --out members   or   pdiff evaluate {out} --task MODULE:FUNCTION"
     )
@@ -324,6 +326,10 @@ def main(args: list[str] | None = None) -> int:
         if debug:
             console.err.print_exception()
         console.error(error)
+        return 1
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) has left. Python would complain once more on flushing stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         from pdiff_plugin import console

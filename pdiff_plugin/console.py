@@ -23,15 +23,17 @@ from pdiff_plugin.progress import OnProgress, Progress
 
 _PLAIN_LINE_EVERY_S = 10.0
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
 
 
-def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "") -> None:
-    """Print a table on stdout: the first column to the left, the others to the right."""
+def table(
+    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "", numeric: bool = True
+) -> None:
+    """Print a table on stdout: the first column to the left, the others, if ``numeric``, to the right."""
     grid = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
     for number, header in enumerate(headers):
-        grid.add_column(header, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        grid.add_column(header, justify="right" if numeric and number else "left", no_wrap=number == 0)
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     if not out.is_terminal:
@@ -40,17 +42,17 @@ def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, 
     else:
         out.print(grid)
     if note:
-        out.print(note, markup=False)
+        say(note)
 
 
 def say(text: str) -> None:
     """Print a line of a result on stdout, as it is."""
-    out.print(text, markup=False)
+    out.print(text, markup=False, soft_wrap=True)
 
 
 def tell(text: str) -> None:
     """Print a line about what is going on, on stderr."""
-    err.print(text, markup=False)
+    err.print(text, markup=False, soft_wrap=True)
 
 
 def error(exception: BaseException) -> None:

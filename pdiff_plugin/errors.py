@@ -10,12 +10,14 @@ is built in ``__str__``, so that an error survives the pickle trip home from a w
     ├── UnsupportedTensorError    (TypeError)          a tensor that cannot be recorded
     ├── StoreNotFoundError        (FileNotFoundError)  a path that is not a snapshot store
     ├── GeneratorNotFoundError    (FileNotFoundError)  a path without a generator file
+    ├── EvaluationNotFoundError   (FileNotFoundError)  a path without an evaluation
     ├── FormatError               (ValueError)         a file that is not what it should be
     ├── FormatVersionError        (ValueError)         written by a newer release
     ├── TrajectoryExistsError     (FileExistsError)    recording would add to somebody's finished run
     ├── UnusableSnapshotsError    (ValueError)         empty, too few, constant, or too many non-finite rows
     ├── FitExistsError            (FileExistsError)    the output folder holds another fit
     ├── TrainingModeError         (RuntimeError)       an ensemble was given a model in train mode
+    ├── ConcurrentUseError        (RuntimeError)       two ensembles would run over one model at the same time
     ├── NotHookableError          (TypeError)          an optimizer without step hooks
     └── MissingDependencyError    (ImportError)        an optional package is not installed
 """
@@ -25,7 +27,9 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "ConcurrentUseError",
     "ConfigError",
+    "EvaluationNotFoundError",
     "FitExistsError",
     "FormatError",
     "FormatVersionError",
@@ -51,11 +55,12 @@ class ConfigError(PDiffError, ValueError):
     """A setting has a value that cannot work."""
 
     def __init__(self, field: str, found: Any, expected: str) -> None:
-        super().__init__(field, found, expected)
+        # The text goes to super() here, because the command line's parser shows args[0]; pickling rebuilds from fields.
+        super().__init__(f"{field} = {found!r}: it {expected}.")
         self.field, self.found, self.expected = field, found, expected
 
-    def __str__(self) -> str:
-        return f"{self.field} = {self.found!r}: it {self.expected}."
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, Any, str]]:
+        return type(self), (self.field, self.found, self.expected)
 
 
 class SelectionError(PDiffError, ValueError):
@@ -120,6 +125,17 @@ class GeneratorNotFoundError(PDiffError, FileNotFoundError):
 
     def __str__(self) -> str:
         return f"{self.path} holds no generator.safetensors. Give the --out folder of a finished `pdiff fit`."
+
+
+class EvaluationNotFoundError(PDiffError, FileNotFoundError):
+    """A path without an evaluation."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"{self.path} holds no evaluation.json. Give the --out folder of `pdiff evaluate` or of `pdiff demo`."
 
 
 class FormatError(PDiffError, ValueError):
@@ -197,6 +213,20 @@ class TrainingModeError(PDiffError, RuntimeError):
         return (
             f"{self.module} is in train mode, in which members would share dropout and overwrite BatchNorm statistics. "
             "Call .eval() on the model (or the ensemble) first."
+        )
+
+
+class ConcurrentUseError(PDiffError, RuntimeError):
+    """A model is in use by an ensemble that is running."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__(module)
+        self.module = module
+
+    def __str__(self) -> str:
+        return (
+            f"an ensemble over this {self.module} is already running, and its members take turns inside the live model. "
+            "Give each thread its own copy.deepcopy of the model or the ensemble."
         )
 
 

@@ -1,0 +1,231 @@
+"""The command line as a person meets it: tables, JSON, error texts and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from pdiff_plugin import SnapshotStore, cli
+from pdiff_plugin.cli import main
+
+TASK = """
+import torch
+from pdiff_plugin import Task
+
+def task():
+    model = torch.nn.ModuleDict({"norm": torch.nn.Linear(5, 8)})
+    return Task(model, [(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))])
+"""
+QUICK = ["--diffusion.max-steps", "40", "--diffusion.eval-every-n-steps", "20"]
+
+
+@pytest.fixture
+def fitted(walk_store: Path, tmp_path: Path) -> Path:
+    assert main(["fit", str(walk_store), "--out", str(tmp_path / "fit"), *QUICK]) == 0
+    return tmp_path / "fit"
+
+
+def error_text(capsys: pytest.CaptureFixture[str]) -> str:
+    """What the panel on stderr says, without its frame and line breaks."""
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_help_answers_within_a_second() -> None:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "pdiff_plugin.cli", "--help"], capture_output=True, text=True)
+    # The promise is one second; a loaded machine gets five, and loading torch alone takes longer than that on one.
+    assert time.perf_counter() - start < 5
+    assert done.returncode == 0
+    for command in cli.COMMANDS:
+        assert command in done.stdout
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == cli.pdiff_plugin.__version__
+
+
+def test_wrong_usage_exits_with_2() -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["fit"])
+    assert caught.value.code == 2
+
+
+def test_layers_lists_what_would_be_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layers", "timm:resnet18", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [t["name"] for t in document["tensors"]] == [
+        f"layer4.1.{norm}.{tensor}"
+        for norm in ("bn1", "bn2")
+        for tensor in ("weight", "bias", "running_mean", "running_var")
+    ]
+    assert document["num_values"] == 4096
+
+
+def test_layers_prints_a_table_with_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layers", "timm:resnet18", "--layers", "head"]) == 0
+    text = capsys.readouterr().out
+    assert "fc.weight" in text
+    assert "1000 x 512" in text
+    assert "513,000 values in 2 tensors" in text
+
+
+def test_layers_of_an_unknown_model_names_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layers", "timm:resnet1888"]) == 1
+    assert "near it: " in error_text(capsys)
+
+
+def test_inspect_shows_the_trajectories(walk_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(walk_store)]) == 0
+    text = capsys.readouterr().out
+    assert "60 snapshots" in text
+    assert "run-001" in text
+    assert "1..60" in text
+    assert "48 values in 2 tensors: norm.weight, norm.bias" in text
+
+
+def test_inspect_reports_a_truncated_chunk(walk_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chunk = walk_store / "trajectories" / "run-001" / "chunk-000002.safetensors"
+    chunk.write_bytes((chunk.parent / "chunk-000001.safetensors").read_bytes()[:500])
+    assert main(["inspect", str(walk_store)]) == 0
+    assert "chunk-000002.safetensors: found an unreadable chunk" in capsys.readouterr().out
+
+
+def test_inspect_of_something_else_says_what_was_expected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path)]) == 1
+    text = error_text(capsys)
+    assert "is not a snapshot store: it has no layout.json" in text
+    assert "Give the folder that PDiffRecorder wrote" in text
+
+
+def test_inspect_shows_what_a_fit_measured(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["inspect", str(fitted)]) == 0
+    assert "spread_ratio" in capsys.readouterr().out
+
+
+def test_debug_adds_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_fit_prints_what_it_measured_as_json(
+    walk_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", str(walk_store), "--out", str(tmp_path / "fit"), "--json", *QUICK]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["config"]["diffusion"]["max_steps"] == 40
+    assert document["report"]["latent_dim"] >= 1
+
+
+def test_fit_refuses_a_folder_with_another_fit(
+    fitted: Path, walk_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["fit", str(walk_store), "--out", str(fitted), "--seed", "7", *QUICK]) == 1
+    text = error_text(capsys)
+    assert "holds another fit (other settings)" in text
+    assert "--fresh" in text
+
+
+def test_an_impossible_setting_is_named(walk_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", str(walk_store), "--out", str(tmp_path / "fit"), "--diffusion.num-timesteps", "0"])
+    assert caught.value.code == 2
+    assert "num_timesteps = 0" in error_text(capsys)
+
+
+def test_generated_members_load_into_the_model(fitted: Path, tmp_path: Path) -> None:
+    assert main(["generate", str(fitted), "--num-members", "3", "--out", str(tmp_path / "members")]) == 0
+    files = sorted((tmp_path / "members").iterdir())
+    assert [f.name for f in files] == [f"member-{i:04d}.safetensors" for i in range(3)]
+    model = nn.ModuleDict({"norm": nn.Linear(5, 8), "other": nn.Linear(2, 2)})
+    missing, unexpected = model.load_state_dict(load_file(files[1]), strict=False)
+    assert missing == ["other.weight", "other.bias"]
+    assert unexpected == []
+    assert torch.equal(model["norm"].weight, load_file(files[1])["norm.weight"])
+
+
+def test_one_seed_generates_the_same_members(fitted: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert main(["generate", str(fitted), "--num-members", "2", "--seed", "5", "--out", str(tmp_path / name)]) == 0
+    a, b = (load_file(tmp_path / name / "member-0001.safetensors") for name in ("a", "b"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_generate_does_not_overwrite_members_unasked(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", str(fitted), "--num-members", "2", "--out", str(tmp_path / "members")]
+    assert main(command) == 0
+    assert main(command) == 1
+    assert "--overwrite" in error_text(capsys)
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_generate_without_a_generator_says_where_one_comes_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(tmp_path), "--out", str(tmp_path / "members")]) == 1
+    assert "holds no generator.safetensors. Give the --out folder of a finished `pdiff fit`" in error_text(capsys)
+
+
+def test_evaluate_names_a_task_that_cannot_be_imported(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(fitted), "--task", "no_such_module:task"]) == 1
+    assert "must name a module that can be imported" in error_text(capsys)
+    assert main(["evaluate", str(fitted), "--task", "json"]) == 1
+    assert "must be package.module:function" in error_text(capsys)
+    assert main(["evaluate", str(fitted), "--task", "collections:OrderedDict"]) == 1
+    assert "must return a Task, not a OrderedDict" in error_text(capsys)
+
+
+def test_evaluate_says_so_when_the_store_has_moved(
+    fitted: Path, walk_store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk_store.rename(walk_store.with_name("elsewhere"))
+    (fitted.parent / "my_task.py").write_text(TASK)
+    monkeypatch.chdir(fitted.parent)
+    assert main(["evaluate", str(fitted), "--task", "my_task:task"]) == 1
+    assert "pass --store" in error_text(capsys)
+
+
+def test_ctrl_c_in_fit_exits_with_130_and_the_same_command_goes_on(walk_store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fit"
+    command = [sys.executable, "-m", "pdiff_plugin.cli", "fit", str(walk_store), "--out", str(out)]
+    command += ["--diffusion.max-steps", "400", "--diffusion.eval-every-n-steps", "10", "--diffusion.patience", "1000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "fit.json").exists() or not json.loads((out / "fit.json").read_text())["history"]:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again" in err
+    before = json.loads((out / "fit.json").read_text())
+    assert before["status"] == "running"
+
+    done = subprocess.run(command, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    after = json.loads((out / "fit.json").read_text())
+    assert after["status"] == "finished"
+    kept = before["history"][: len(before["history"]) - 1]
+    assert after["history"][: len(kept)] == kept
+    assert [entry["step"] for entry in after["history"]] == list(range(10, 401, 10))
+    assert len(SnapshotStore.open(walk_store)) == 60
+
+
+def test_a_closed_pipe_is_no_traceback(walk_store: Path) -> None:
+    command = f"{sys.executable} -m pdiff_plugin.cli inspect {walk_store} --json | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ)
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,97 @@
+"""The demo: the whole path on real data, as the README promises it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdiff_plugin import demo
+from pdiff_plugin.cli import main
+
+FIGURES = {
+    "members", "accuracy_mean", "accuracy_best", "accuracy_worst", "accuracy_std", "ensemble_accuracy", "ensemble_nll",
+    "ensemble_ece", "wrong_iou_mean", "wrong_iou_max_to_snapshots", "nearest_snapshot_distance",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mapping[str, Any]]:
+    """One run of `pdiff demo --json` in a process of its own: its folder and the document on its stdout."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    command = [sys.executable, "-m", "pdiff_plugin.cli", "demo", "--out", str(folder), "--json", "--num-threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+def test_all_sets_are_judged_by_finite_figures(finished: tuple[Path, Mapping[str, Any]]) -> None:
+    _, document = finished
+    assert {"snapshots", "generated", "average", "gaussian", "noise"} <= set(document["sets"])
+    for name, figures in document["sets"].items():
+        assert set(figures) >= FIGURES, name
+        assert all(math.isfinite(figures[key]) for key in FIGURES - {"wrong_iou_mean"}), name
+    assert isinstance(document["verdict"], str)
+    assert {"train", "fit", "score"} <= set(document["seconds"])
+
+
+def test_the_test_error_leaves_room_for_differences(finished: tuple[Path, Mapping[str, Any]]) -> None:
+    _, document = finished
+    assert 0.90 <= document["sets"]["snapshots"]["accuracy_mean"] <= 0.95
+
+
+def test_generated_members_are_about_as_accurate_as_the_snapshots(finished: tuple[Path, Mapping[str, Any]]) -> None:
+    _, document = finished
+    sets = document["sets"]
+    assert sets["generated"]["accuracy_mean"] >= sets["snapshots"]["accuracy_mean"] - 0.003
+
+
+def test_everything_is_left_on_disk(finished: tuple[Path, Mapping[str, Any]]) -> None:
+    folder, document = finished
+    assert json.loads((folder / "result.json").read_text())["sets"] == document["sets"]
+    assert (folder / "fit" / "generator.safetensors").is_file()
+    assert (folder / "store" / "layout.json").is_file()
+
+
+def test_the_same_seed_gives_the_same_figures(finished: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
+    _, first = finished
+    command = [sys.executable, "-m", "pdiff_plugin.cli", "demo", "--out", str(tmp_path / "x"), "--json"]
+    done = subprocess.run([*command, "--num-threads", "1"], capture_output=True, text=True, check=True)
+    second = json.loads(done.stdout)
+    assert second["sets"] == first["sets"]
+    assert second["verdict"] == first["verdict"]
+
+
+def test_the_commands_that_it_prints_next_work(
+    finished: tuple[Path, Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = finished
+    assert main(["inspect", str(folder / "store")]) == 0
+    assert main(["inspect", str(folder / "fit")]) == 0
+    assert main(["generate", str(folder / "fit"), "--num-members", "2", "--out", str(folder / "members")]) == 0
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    assert main(["evaluate", "fit", "--task", "task:task", "--num-members", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sets"]["generated"]["members"] == 4
+
+
+def test_a_second_demo_in_the_same_folder_is_refused(
+    finished: tuple[Path, Mapping[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = finished
+    assert main(["demo", "--out", str(folder)]) == 1
+    assert "--fresh" in capsys.readouterr().err
+
+
+def test_the_split_is_the_same_each_time_and_shares_no_image() -> None:
+    train, test = demo.digits()
+    again, _ = demo.digits()
+    assert (train.tensors[0] == again.tensors[0]).all()
+    assert len(train) == demo.NUM_TRAIN
+    assert len(train) + len(test) == 1797

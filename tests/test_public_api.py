@@ -1,0 +1,50 @@
+"""What `import pdiff_plugin` offers and what it must not cost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import pdiff_plugin
+
+HEAVY = ("torch", "ray", "rich", "timm", "torchvision", "sklearn", "tyro", "lightning", "transformers", "accelerate")
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_every_public_name_loads_and_is_listed() -> None:
+    for name in pdiff_plugin.__all__:
+        assert getattr(pdiff_plugin, name) is not None
+    assert set(pdiff_plugin.__all__) <= set(dir(pdiff_plugin))
+
+
+def test_the_names_that_the_documentation_promises_are_public() -> None:
+    promised = {
+        "PDiffRecorder", "collect", "SnapshotStore", "Layout", "FitConfig", "fit", "WeightGenerator", "WeightSet",
+        "swapped", "swap_", "ensemble_from_diffusion", "DiffusionEnsemble", "Task", "evaluate", "PDiffError",
+    }  # fmt: skip
+    assert promised <= set(pdiff_plugin.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        pdiff_plugin.nonsense  # noqa: B018
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert not loaded_by("import pdiff_plugin") & set(HEAVY)
+
+
+def test_importing_the_command_line_loads_neither_torch_nor_ray() -> None:
+    assert not loaded_by("import pdiff_plugin.cli") & {"torch", "ray", "timm", "sklearn"}
+
+
+def test_fitting_sampling_and_judging_load_no_ray() -> None:
+    names = "PDiffRecorder, fit, WeightGenerator, DiffusionEnsemble, evaluate, collect"
+    assert "ray" not in loaded_by(f"from pdiff_plugin import {names}")
