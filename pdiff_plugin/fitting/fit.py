@@ -287,7 +287,7 @@ def _labels(store: SnapshotStore) -> list[str]:
 
 def _provenance(store: SnapshotStore, rows: Tensor) -> dict[str, Any]:
     return {
-        "store": str(store.path),
+        "store": str(store.path.resolve()),
         "num_snapshots": len(rows),
         "num_trajectories": len(store.trajectories),
         "layout_digest": store.layout.digest,
@@ -309,7 +309,7 @@ class _Run:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "status": "running",
-            "store": str(store.path),
+            "store": str(store.path.resolve()),
             "config": config.to_json(),
             "snapshots": _fingerprint(store),
             "seconds": {},
