@@ -8,7 +8,9 @@ Shapes: N snapshots, M members, b columns in a block, k snapshots in an average,
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -35,10 +37,35 @@ def snapshots(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> Wei
     return rows.members(evenly_spaced(len(rows), num_members))
 
 
-def average(rows: SnapshotRows, num_members: int, rng: torch.Generator, k: int = 16) -> WeightSet:
-    """Each member is the mean of ``k`` different random snapshots (of all, where there are fewer)."""
-    groups = [torch.arange(len(rows))]
-    return _averages(rows, groups, num_members, rng, k)
+def last(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> WeightSet:
+    """The last snapshot of each run: what a user without any of this would keep."""
+    del num_members, rng
+    return rows.members(torch.stack([group[-1] for group in rows.runs]))
+
+
+def swa(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> WeightSet:
+    """The mean of all snapshots of each run: one model per run (stochastic weight averaging, Izmailov et al. 2018)."""
+    del num_members, rng
+    mixture = torch.zeros(len(rows.runs), len(rows), dtype=torch.float64)
+    for member, group in enumerate(rows.runs):
+        mixture[member, group] = 1 / len(group)
+    return _by_block(rows, len(mixture), lambda values: mixture @ values, logarithms=False)
+
+
+def average(
+    rows: SnapshotRows, num_members: int, rng: torch.Generator, k: int = 16, *, per_run: bool = False
+) -> WeightSet:
+    """Each member is the mean of ``k`` different random snapshots (of all, where there are fewer).
+
+    ``per_run`` averages within one run; members take the runs in turn.
+    """
+    groups = _groups(rows, per_run)
+    mixture = torch.zeros(num_members, len(rows), dtype=torch.float64)
+    for member in range(num_members):
+        group = groups[member % len(groups)]
+        chosen = group[torch.randperm(len(group), generator=rng)[:k]]
+        mixture[member, chosen] = 1 / len(chosen)
+    return _by_block(rows, num_members, lambda values: mixture @ values, logarithms=False)
 
 
 def noise(rows: SnapshotRows, num_members: int, rng: torch.Generator, size: float = 0.05) -> WeightSet:
@@ -57,37 +84,101 @@ def noise(rows: SnapshotRows, num_members: int, rng: torch.Generator, size: floa
     return WeightSet(noisy)
 
 
-def gaussian(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> WeightSet:
-    """Normal draws with the mean and standard deviation of each coordinate over all snapshots."""
+def gaussian(rows: SnapshotRows, num_members: int, rng: torch.Generator, *, per_run: bool = False) -> WeightSet:
+    """Normal draws with the mean and standard deviation of each coordinate, over all snapshots or over a run's."""
+    groups = _groups(rows, per_run)
+    owner = torch.arange(num_members) % len(groups)
 
     def draw(values: Tensor) -> Tensor:
-        z = torch.randn(num_members, values.shape[1], generator=rng, dtype=torch.float64)
-        return values.mean(dim=0) + values.std(dim=0) * z
+        mean, std = _moments(values, groups)  # (number of groups, b)
+        return mean[owner] + std[owner] * _normal(num_members, values.shape[1], rng)
 
     return _by_block(rows, num_members, draw)
 
 
-CORE: dict[str, Draw] = {
-    "snapshots": snapshots,
-    "average": average,
-    "gaussian": gaussian,
-    "noise": partial(noise, size=0.05),
+def swag(
+    rows: SnapshotRows,
+    num_members: int,
+    rng: torch.Generator,
+    *,
+    scale: float = 0.5,
+    rank: int = 20,
+    per_run: bool = False,
+) -> WeightSet:
+    """Draws from a Gaussian of low rank plus diagonal around the mean (SWAG, Maddox et al. 2019, algorithm 1).
+
+    A member is mean + sqrt(scale) (std * z1 + deviations^T z2 / sqrt(r - 1)), with ``deviations`` those of r evenly
+    spaced snapshots, z1 drawn for each coordinate and z2 (r,) once for all layers. With ``scale`` 0.5 the two halves
+    of the covariance have the weights of the paper. ``per_run`` makes one such Gaussian for each run (MultiSWAG).
+    """
+    groups = _groups(rows, per_run)
+    owner = torch.arange(num_members) % len(groups)
+    picked = [group[evenly_spaced(len(group), rank)] for group in groups]
+    shared = [_normal(num_members, len(places), rng) / max(len(places) - 1, 1) ** 0.5 for places in picked]
+
+    def draw(values: Tensor) -> Tensor:
+        mean, std = _moments(values, groups)
+        drawn = std[owner] * _normal(num_members, values.shape[1], rng)
+        for number, places in enumerate(picked):
+            mine = owner == number
+            drawn[mine] += shared[number][mine] @ (values[places] - mean[number])
+        return mean[owner] + math.sqrt(scale) * drawn
+
+    return _by_block(rows, num_members, draw)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """How a set is drawn and called.
+
+    Attributes:
+        draw: makes the set.
+        text: its name in a sentence.
+        is_random: whether another seed gives other members.
+        per_run: whether members take the runs in turn; drawn only from stores of several runs.
+    """
+
+    draw: Draw
+    text: str
+    is_random: bool = True
+    per_run: bool = False
+
+
+BASELINES = {
+    "snapshots": Baseline(snapshots, "the snapshots themselves", is_random=False),
+    "last": Baseline(last, "the last snapshot of each run", is_random=False),
+    "swa": Baseline(swa, "the average of all snapshots of each run", is_random=False),
+    "average-4": Baseline(partial(average, k=4), "averages of 4 snapshots"),
+    "average": Baseline(partial(average, k=16), "averages of 16 snapshots"),
+    "average-64": Baseline(partial(average, k=64), "averages of 64 snapshots"),
+    "average-per-run": Baseline(partial(average, per_run=True), "averages of 16 snapshots of one run", per_run=True),
+    "gaussian": Baseline(gaussian, "a Gaussian around the snapshots"),
+    "gaussian-per-run": Baseline(partial(gaussian, per_run=True), "a Gaussian around each run", per_run=True),
+    "swag": Baseline(swag, "SWAG"),
+    "swag-per-run": Baseline(partial(swag, per_run=True), "SWAG around each run", per_run=True),
+    "noise-0.02": Baseline(partial(noise, size=0.02), "snapshots with 2 % noise"),
+    "noise": Baseline(partial(noise, size=0.05), "snapshots with 5 % noise"),
+    "noise-0.1": Baseline(partial(noise, size=0.1), "snapshots with 10 % noise"),
 }
+"""Every cheap alternative, in the order of the table."""
+
+CORE = ("snapshots", "generated", "average", "gaussian", "noise")
+"""The sets of a quick evaluation; of a store of several runs, the per-run average and Gaussian come with them."""
 
 
-def _averages(rows: SnapshotRows, groups: list[Tensor], num_members: int, rng: torch.Generator, k: int) -> WeightSet:
-    """Member m is the mean of k snapshots of group m modulo the number of groups."""
-    mixture = torch.zeros(num_members, len(rows), dtype=torch.float64)
-    for member in range(num_members):
-        group = groups[member % len(groups)]
-        chosen = group[torch.randperm(len(group), generator=rng)[:k]]
-        mixture[member, chosen] = 1 / len(chosen)
-    return _mixtures(rows, mixture)
+def _groups(rows: SnapshotRows, per_run: bool) -> list[Tensor]:
+    return rows.runs if per_run else [torch.arange(len(rows))]
 
 
-def _mixtures(rows: SnapshotRows, mixture: Tensor) -> WeightSet:
-    """Members as weighted sums of the snapshots: mixture (M, N) float64."""
-    return _by_block(rows, len(mixture), lambda values: mixture @ values, logarithms=False)
+def _moments(values: Tensor, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each group of rows of (N, b), both (number of groups, b)."""
+    mean = torch.stack([values[group].mean(dim=0) for group in groups])
+    std = torch.stack([values[group].std(dim=0, correction=min(1, len(group) - 1)) for group in groups])
+    return mean, std
+
+
+def _normal(rows: int, columns: int, rng: torch.Generator) -> Tensor:
+    return torch.randn(rows, columns, generator=rng, dtype=torch.float64)
 
 
 def _by_block(

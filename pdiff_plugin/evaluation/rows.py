@@ -99,9 +99,14 @@ class SnapshotRows:
         width = (counts * _BLOCK_SHARE).round().long()
         return same & ((places[:, None] - places[None, :]).abs() <= width[:, None])
 
+    @cached_property
+    def runs(self) -> list[Tensor]:
+        """Places among the N of each trajectory's snapshots, in order of time."""
+        return [(self.trajectory == number).nonzero().squeeze(1) for number in sorted(set(self.trajectory.tolist()))]
+
     @property
     def num_duplicates(self) -> int:
-        """Snapshots that repeat an earlier one."""
+        """Snapshots that repeat another one that comes before them in the store."""
         repeated = (self.squared_distances <= _DUPLICATE_DISTANCE**2).tril(diagonal=-1)
         return int(repeated.any(dim=1).sum())
 
@@ -129,9 +134,21 @@ class SnapshotRows:
             squares += theirs.square().sum(dim=1)
         return cross, squares
 
-    def distances(self, weights: WeightSet) -> Tensor:
-        """Distance of each member to each snapshot, (M, N) float64."""
-        cross, squares = self.products(weights)
+    @cached_property
+    def plane(self) -> tuple[Tensor, Tensor]:
+        """The two leading principal directions as combinations of snapshots, (N, 2), and their share of variance, (2,).
+
+        Products of anything with the snapshots, times the first, are its coordinates, in deviations per coordinate.
+        """
+        values, vectors = torch.linalg.eigh(self.statistics.gram)
+        values, vectors = values.flip(0)[:2].clamp_min(0), vectors.flip(1)[:, :2]
+        vectors = vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()  # a sign is arbitrary
+        scale = (values * self._num_moving).sqrt().clamp_min(1e-300)
+        return vectors / scale, values / self.statistics.gram.diagonal().sum()
+
+    def distances(self, products: tuple[Tensor, Tensor]) -> Tensor:
+        """Distance of each member to each snapshot, (M, N) float64, from the members' :meth:`products`."""
+        cross, squares = products
         own = self.statistics.gram.diagonal()
         return ((squares[:, None] + own[None, :] - 2 * cross).clamp_min(0) / self._num_moving).sqrt()
 

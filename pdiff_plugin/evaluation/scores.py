@@ -1,4 +1,4 @@
-"""Run sets of members over a task's data, keeping what every metric needs and nothing that grows with the classes.
+"""Run sets of members over data, keeping what every metric needs and nothing that grows with the classes.
 
 Shapes: M members, B items in a batch, n items in all, C classes, S ensemble sizes.
 """
@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
+from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
 from pdiff_plugin.evaluation import metrics
-from pdiff_plugin.evaluation.task import Task, as_arguments, batches, evaluating, logits_of
+from pdiff_plugin.evaluation.task import Task, as_arguments, batches, check_logits, evaluating
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.progress import OnProgress, Progress
-from pdiff_plugin.snapshots.layout import wrapped_names
+
+# Batches whose FLOPs are counted: in the first an ensemble may still try what works, the last counted one is believed.
+_NUM_COUNTED = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class Scores:
         hit: whether that class is true, (S, n) bool.
         brier: of the whole ensemble, (n,).
         entropy: of the whole ensemble's mean probabilities, (n,).
-        seconds: time spent in the members' forward passes.
+        forward_passes: arithmetic of the members in forward passes of the model; None where nothing is counted
+            (FLOPs of matrix products and convolutions).
+        seconds: time of the members' forward passes.
     """
 
     correct: Tensor
@@ -45,6 +50,7 @@ class Scores:
     hit: Tensor
     brier: Tensor
     entropy: Tensor
+    forward_passes: float | None
     seconds: float
 
 
@@ -58,73 +64,95 @@ def score_sets(
     task: Task,
     sets: Mapping[str, WeightSet],
     *,
+    loader: Iterable[Any] | None = None,
+    name: str = "eval_loader",
+    has_targets: bool = True,
     seed: int = 0,
     on_progress: OnProgress | None = None,
-) -> dict[str, Scores]:
-    """Score every set in one pass over the task's data: batch outside, sets and members inside.
+) -> tuple[dict[str, Scores], Tensor]:
+    """Score every set in one pass over the data: batch outside, sets and members inside.
 
-    One pass keeps the sets' items aligned whatever the order in which a loader gives them.
+    One pass keeps the items of the sets aligned whatever the order in which a loader gives them.
 
     Args:
-        task: model and data.
+        task: the model, and the data unless ``loader`` is given.
         sets: name -> members.
+        loader: other data.
+        name: of the data, in errors.
+        has_targets: False where targets mean nothing (out-of-distribution data); then only ``entropy`` does.
         seed: of the order in which members join the smaller ensembles (those of a trajectory are ordered in time).
         on_progress: told the number of batches done.
+
+    Returns:
+        Set name -> scores, and the targets met, (n,) int64.
     """
-    parts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in sets}
-    seconds = dict.fromkeys(sets, 0.0)
     device = task.target_device()
-    total = _length(task.eval_loader)
-    orders = {
-        name: torch.randperm(weights.num_members, generator=torch.Generator().manual_seed(seed))
-        for name, weights in sets.items()
-    }
+    data = task.eval_loader if loader is None else loader
+    total = _length(data)
+    seen: list[Tensor] = []
     with evaluating(task) as model, torch.no_grad():
-        runners = {name: _Runner(model, weights, device) for name, weights in sets.items()}
-        for number, (inputs, targets) in enumerate(batches(task.eval_loader, device), start=1):
-            for name, runner in runners.items():
-                started = time.perf_counter()
-                logits = runner(inputs)  # (M, B, C)
-                seconds[name] += time.perf_counter() - started
-                parts[name].append(_score_batch(logits, targets, orders[name]))
+        runs = {key: _Run(model, weights, seed) for key, weights in sets.items()}
+        flops_per_item = 0.0
+        for number, (inputs, targets) in enumerate(batches(data, device, name, has_targets), start=1):
+            if number == 1:
+                args, kwargs = as_arguments(inputs)
+                with FlopCounterMode(display=False) as counter:
+                    model(*args, **kwargs)
+                flops_per_item = counter.get_total_flops() / len(targets)
+            seen.append(targets.cpu())
+            for run in runs.values():
+                run.score(inputs, seen[-1], name)
             if on_progress is not None:
                 on_progress(Progress("score", number, max(total, number)))
-    return {
-        name: Scores(
-            **{key: torch.cat([part[key] for part in parts[name]], dim=-1) for key in parts[name][0]},
-            sizes=ensemble_sizes(weights.num_members),
-            seconds=seconds[name],
-        )
-        for name, weights in sets.items()
-    }
+    return {key: run.scores(flops_per_item) for key, run in runs.items()}, torch.cat(seen)
 
 
-class _Runner:
-    """Members of one set on the user's model: inputs -> logits (M, B, C)."""
+class _Run:
+    """One set on its way through the data."""
 
-    def __init__(self, model: nn.Module, weights: WeightSet, device: torch.device) -> None:
-        self.model = model
-        names = wrapped_names(model)
-        self.members = [
-            {names[name]: tensor.to(device) for name, tensor in member.items()} for member in weights.members()
-        ]
+    def __init__(self, model: nn.Module, weights: WeightSet, seed: int) -> None:
+        self.ensemble = DiffusionEnsemble(model, weights)
+        self.order = torch.randperm(weights.num_members, generator=torch.Generator().manual_seed(seed))
+        self.parts: list[dict[str, Tensor]] = []
+        self.flops_per_item = 0.0
+        self.seconds: list[float] = []
 
-    def __call__(self, inputs: Any) -> Tensor:
+    def score(self, inputs: Any, targets: Tensor, name: str) -> None:
         args, kwargs = as_arguments(inputs)
-        return torch.stack([logits_of(functional_call(self.model, m, args, kwargs)) for m in self.members])
+        started = time.perf_counter()
+        if len(self.parts) >= _NUM_COUNTED:
+            logits = self.ensemble.members(*args, **kwargs)
+        else:
+            with FlopCounterMode(display=False) as counter:
+                logits = self.ensemble.members(*args, **kwargs)
+            self.flops_per_item = counter.get_total_flops() / len(targets)
+        logits = check_logits(logits, targets, name).cpu()  # (M, B, C); waits for the device
+        self.seconds.append(time.perf_counter() - started)
+        self.parts.append(_score_batch(logits, targets, self.order))
+
+    def scores(self, flops_per_item: float) -> Scores:
+        # Counting takes time: batches without it stand for all, where there are such.
+        items = [part["entropy"].shape[-1] for part in self.parts]
+        first = _NUM_COUNTED if len(items) > _NUM_COUNTED else 0
+        seconds = sum(self.seconds[first:]) * sum(items) / sum(items[first:])
+        return Scores(
+            **{key: torch.cat([part[key] for part in self.parts], dim=-1) for key in self.parts[0]},
+            sizes=ensemble_sizes(len(self.order)),
+            forward_passes=self.flops_per_item / flops_per_item if flops_per_item else None,
+            seconds=seconds,
+        )
 
 
 def _score_batch(logits: Tensor, targets: Tensor, order: Tensor) -> dict[str, Tensor]:
-    """Per-item results (..., B) on the CPU of logits (M, B, C)."""
-    log_probs = metrics.member_log_probs(logits.cpu())
-    targets = targets.cpu()
+    """Per-item results (..., B) of logits (M, B, C)."""
+    log_probs = metrics.member_log_probs(logits)
     log_true = -metrics.nll(log_probs, targets)  # (M, B)
     sizes = torch.tensor(ensemble_sizes(len(logits)))
     counts = sizes.double()[:, None]
     probs = log_probs[order].exp().cumsum(dim=0)[sizes - 1] / counts[..., None]  # (S, B, C)
     confidence, predicted = probs.max(dim=-1)
     return {
-        "correct": (log_probs.argmax(dim=-1) == targets) & ~logits.cpu().isnan().any(dim=-1),
+        "correct": (log_probs.argmax(dim=-1) == targets) & ~logits.isnan().any(dim=-1),
         "member_nll": -log_true,
         "nll": counts.log() - log_true[order].logcumsumexp(dim=0)[sizes - 1],
         "confidence": confidence,

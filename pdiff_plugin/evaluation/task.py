@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ class Task:
     _: KW_ONLY
     name: str = "task"
     """Title in tables and reports."""
+    shifted: Mapping[str, Iterable[Any]] = field(default_factory=dict)
+    """Other data of the same classes (corrupted, from elsewhere), by name: scored as ``eval_loader`` is."""
+    out_of_distribution: Mapping[str, Iterable[Any]] = field(default_factory=dict)
+    """Data of no class, by name: how well an ensemble's entropy tells it from ``eval_loader`` (AUROC). Batches are
+    inputs, or pairs whose targets are ignored."""
     device: str | torch.device | None = None
     """Where to run; the model is moved there and back. Unless given, where the model is."""
 
@@ -42,8 +47,10 @@ class Task:
         return _device_of(self.model) if self.device is None else torch.device(self.device)
 
 
-def batches(loader: Iterable[Any], device: torch.device, name: str = "eval_loader") -> Iterator[Batch]:
-    """Yield (inputs, targets (B,) int64) on ``device``.
+def batches(
+    loader: Iterable[Any], device: torch.device, name: str = "eval_loader", has_targets: bool = True
+) -> Iterator[Batch]:
+    """Yield (inputs on ``device``, targets (B,) int64); without targets, zeros stand for them.
 
     Raises:
         ConfigError: the loader is empty, or yields something else.
@@ -51,15 +58,28 @@ def batches(loader: Iterable[Any], device: torch.device, name: str = "eval_loade
     empty = True
     for batch in loader:
         empty = False
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
+        is_pair = isinstance(batch, tuple | list) and len(batch) == 2
+        if not has_targets:
+            inputs = batch[0] if is_pair else batch
+            yield to_device(inputs, device), torch.zeros(len(_first_tensor(inputs, name)), dtype=torch.int64)
+            continue
+        if not is_pair:
             raise ConfigError(name, type(batch).__name__, "must yield pairs (inputs, targets)")
         inputs, targets = batch
         if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
             found = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
             raise ConfigError(f"targets of {name}", found, "must be class indices, integers of shape (B,)")
-        yield to_device(inputs, device), targets.to(device=device, dtype=torch.int64)
+        yield to_device(inputs, device), targets.to(dtype=torch.int64)
     if empty:
         raise ConfigError(name, "no batch", "must yield at least one batch")
+
+
+def _first_tensor(inputs: Any, name: str) -> Tensor:
+    values = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    found = next((v for v in (values if isinstance(values, tuple | list) else [values]) if isinstance(v, Tensor)), None)
+    if found is None:
+        raise ConfigError(name, type(inputs).__name__, "must yield tensors, or tuples or dictionaries of them")
+    return found
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
@@ -80,23 +100,19 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
 
 
-def logits_of(output: Any) -> Tensor:
-    """Logits (B, C) from what a model returned: a tensor, an object or mapping with ``logits``, or a tuple.
+def check_logits(logits: Tensor, targets: Tensor, name: str) -> Tensor:
+    """``logits`` again, if they are (M, B, C) and every one of ``targets`` (B,) is a class.
 
     Raises:
-        ConfigError: there are none of shape (B, C).
+        ConfigError: they are not.
     """
-    found = output
-    if isinstance(output, Mapping) and "logits" in output:
-        found = output["logits"]
-    elif hasattr(output, "logits"):
-        found = output.logits
-    elif isinstance(output, tuple | list) and output:
-        found = output[0]
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        text = str(tuple(found.shape)) if isinstance(found, Tensor) else type(output).__name__
-        raise ConfigError("output of the model", text, "must be logits of shape (B, C), or hold them as `logits`")
-    return found
+    if logits.ndim != 3 or logits.shape[1] != len(targets):
+        found = str(tuple(logits.shape[1:]))
+        raise ConfigError("output of the model", found, f"must be logits of shape ({len(targets)}, C), one per target")
+    if targets.min() < 0 or targets.max() >= logits.shape[2]:
+        found = f"from {int(targets.min())} to {int(targets.max())}"
+        raise ConfigError(f"targets of {name}", found, f"must be from 0 to {logits.shape[2] - 1}, the model's classes")
+    return logits
 
 
 @contextmanager

@@ -9,7 +9,8 @@ Checked in this order:
    standard error s (over items, paired, and over draws of the generated members). A gain counts from 1 % of the
    alternative's NLL.
    "worth it": against every alternative d + 2 s < 0 and the gain counts, and accuracy is not lower by more than 2 s.
-   "no better than averaging": against some alternative d - 2 s excludes a gain that counts, or accuracy is lower.
+   "no better than averaging": against some alternative, the average or another, d - 2 s excludes a gain that counts,
+   or accuracy is lower.
    "too few data to tell": otherwise, or if the members make fewer than 10 errors on average.
 
 To be better than every alternative needs no correction for their number: each test alone has to be passed.
@@ -17,7 +18,8 @@ To be better than every alternative needs no correction for their number: each t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -93,39 +95,79 @@ class Comparison:
         return (-self.nll - self.needed) / max(self.nll_error, 1e-12)
 
 
-def draw_error(member_nll: Tensor) -> float:
-    """Standard error of an ensemble's mean NLL over draws of its members, by the jackknife.
+@dataclass(frozen=True)
+class Candidate:
+    """A set as the verdict sees it.
+
+    Attributes:
+        text: its name in a sentence.
+        draws: scores of each draw of its members, one or more.
+        is_random: whether its members were drawn at random.
+        num_strata: runs that members take in turn; 1 where they do not.
+    """
+
+    text: str
+    draws: Sequence[Scores]
+    is_random: bool = True
+    num_strata: int = 1
+
+    @property
+    def nll(self) -> Tensor:
+        """Of the ensemble, mean over draws, (n,)."""
+        return torch.stack([scores.nll[-1] for scores in self.draws]).mean(dim=0)
+
+    @property
+    def hit(self) -> Tensor:
+        """Whether the ensemble is right, mean over draws, (n,) float64."""
+        return torch.stack([scores.hit[-1].double() for scores in self.draws]).mean(dim=0)
+
+    @property
+    def draw_error(self) -> float:
+        """Standard error of the ensemble's mean NLL over draws of its members."""
+        if not self.is_random:
+            return 0.0
+        if len(self.draws) > 1:
+            return standard_error(torch.stack([scores.nll[-1].mean() for scores in self.draws]))
+        return jackknife_error(self.draws[0].member_nll, self.num_strata)
+
+
+def jackknife_error(member_nll: Tensor, num_strata: int = 1) -> float:
+    """Standard error of an ensemble's mean NLL over draws of its members, from leaving out each member once.
 
     Args:
         member_nll: -log p(true) of each member, (M, n).
+        num_strata: members m, m + num_strata, ... were drawn alike (from one run); 1 where all were.
     """
     m = len(member_nll)
-    if m < 2:
+    if m < 2 * num_strata:
         return 0.0
     probs = (-member_nll).exp()
-    others = (probs.sum(dim=0) - probs).clamp_min(1e-300) / (m - 1)  # ensemble without member m, (M, n)
+    others = (probs.sum(dim=0) - probs).clamp_min(1e-300) / (m - 1)  # ensemble without each member, (M, n)
     left_out = -others.log().mean(dim=1)
-    return float(((m - 1) / m * (left_out - left_out.mean()).square().sum()).sqrt())
+    variance = 0.0
+    for stratum in range(num_strata):
+        mine = left_out[stratum::num_strata]
+        variance += float((len(mine) - 1) / len(mine) * (mine - mine.mean()).square().sum())
+    return math.sqrt(variance)
 
 
-def compare(name: str, generated: Scores, other: Scores) -> Comparison:
+def compare(name: str, generated: Candidate, other: Candidate) -> Comparison:
     """Pair two ensembles item by item."""
-    nll = generated.nll[-1] - other.nll[-1]
-    accuracy = generated.hit[-1].double() - other.hit[-1].double()
-    over_items, over_draws = standard_error(nll), draw_error(generated.member_nll)
+    nll, accuracy = generated.nll - other.nll, generated.hit - other.hit
+    errors = (standard_error(nll), generated.draw_error, other.draw_error)
     return Comparison(
         name,
         float(nll.mean()),
-        float((over_items**2 + over_draws**2) ** 0.5),
+        math.hypot(*errors),
         float(accuracy.mean()),
         standard_error(accuracy),
-        float(other.nll[-1].mean()),
+        float(other.nll.mean()),
     )
 
 
 def judge(
-    scores: Mapping[str, Scores],
-    alternatives: Mapping[str, str],
+    generated: Candidate | None,
+    alternatives: Mapping[str, Candidate],
     *,
     distance: float,
     reference_distance: float,
@@ -134,18 +176,18 @@ def judge(
     """Apply the rule at the top of this module.
 
     Args:
-        scores: of every set, "generated" among them.
-        alternatives: set name -> how a sentence calls it.
+        generated: the generated set.
+        alternatives: the cheap alternatives.
         distance: median distance of the generated members to their nearest snapshot.
         reference_distance: the same of the snapshots, outside their own block.
         overlap: mean over generated members of the largest error overlap with a snapshot.
     """
-    if "generated" not in scores:
+    if generated is None:
         text = "Nothing generated was given: the table shows the snapshots and what can be made of them cheaply."
         return Verdict("nothing generated", text, {}), []
-    generated = scores["generated"]
-    comparisons = [compare(name, generated, scores[name]) for name in alternatives if name in scores]
-    num_errors = float((~generated.correct).sum(dim=1).double().mean())
+    comparisons = [compare(name, generated, other) for name, other in alternatives.items()]
+    wrong = ~torch.stack([scores.correct for scores in generated.draws])  # (draws, M, n)
+    num_errors = float(wrong.double().sum(dim=-1).mean())
 
     if distance < COPY_RATIO * reference_distance:
         text = (
@@ -156,7 +198,7 @@ def judge(
         return Verdict("copies the snapshots", text, numbers), comparisons
     if num_errors < MIN_ERRORS:
         text = (
-            f"Too few data to tell: members make {num_errors:.1f} errors on {generated.correct.shape[1]} items; "
+            f"Too few data to tell: members make {num_errors:.1f} errors on {wrong.shape[-1]} items; "
             f"it takes {MIN_ERRORS:.0f} to compare sets. Evaluate on more, or harder, data."
         )
         numbers = {"errors": num_errors, "errors_needed": MIN_ERRORS}
@@ -168,27 +210,32 @@ def judge(
         )
         return Verdict("copies the snapshots", text, {"wrong_iou": overlap, "threshold": COPY_OVERLAP}), comparisons
     if not comparisons:
-        return Verdict("nothing generated", "No alternative was evaluated, so there is no verdict.", {}), comparisons
+        return Verdict("too few data to tell", "Too few data to tell: no alternative was evaluated.", {}), []
+    return _compare_all(comparisons, {name: other.text for name, other in alternatives.items()}), comparisons
 
+
+def _compare_all(comparisons: list[Comparison], texts: Mapping[str, str]) -> Verdict:
+    # The strongest alternative: one that is excluded if there is such, then the one with the smallest margin.
     hardest = min(comparisons, key=lambda c: (not c.is_excluded, c.margin))
+    nll = hardest.nll + hardest.other_nll
     against = (
-        f"ensemble NLL {hardest.nll + hardest.other_nll:.4f} against {hardest.other_nll:.4f} of "
-        f"{alternatives[hardest.name]} ({hardest.nll:+.4f} ± {hardest.nll_error:.4f})"
+        f"ensemble NLL {nll:.4f} against {hardest.other_nll:.4f} with {texts[hardest.name]} "
+        f"(difference {hardest.nll:+.4f} ± {hardest.nll_error:.4f})"
     )
-    numbers = {"generated_nll": hardest.nll + hardest.other_nll, f"{hardest.name}_nll": hardest.other_nll}
+    numbers = {"generated_nll": nll, f"{hardest.name}_nll": hardest.other_nll}
     if all(c.is_won for c in comparisons):
-        return Verdict(
-            "worth it", f"Worth it: {against}, and better than every other alternative.", numbers
-        ), comparisons
-    if hardest.is_excluded:
-        if hardest.loses_accuracy:
-            against = f"ensemble accuracy {hardest.accuracy:+.2%} ± {hardest.accuracy_error:.2%} against " + (
-                f"{alternatives[hardest.name]}"
-            )
-            numbers = {"accuracy_difference": hardest.accuracy, "standard_error": hardest.accuracy_error}
-        return Verdict("no better than averaging", f"No better than averaging: {against}.", numbers), comparisons
-    text = f"Too few data to tell: {against}; a gain of {hardest.needed:.4f} would count. Evaluate on more data."
-    return Verdict("too few data to tell", text, numbers), comparisons
+        more = " The other alternatives are further behind." if len(comparisons) > 1 else ""
+        return Verdict("worth it", f"Worth it: {against}.{more}", numbers)
+    if not hardest.is_excluded:
+        text = f"Too few data to tell: {against}; a gain of {hardest.needed:.4f} would count. Evaluate on more data."
+        return Verdict("too few data to tell", text, numbers)
+    if hardest.loses_accuracy:
+        numbers = {"accuracy_difference": hardest.accuracy, "standard_error": hardest.accuracy_error}
+        against = (
+            f"ensemble accuracy is {100 * hardest.accuracy:+.2f} ± {100 * hardest.accuracy_error:.2f} points "
+            f"from that with {texts[hardest.name]}"
+        )
+    return Verdict("no better than averaging", f"No better than averaging: {against}.", numbers)
 
 
 def half_mask(num_items: int, seed: int) -> Tensor:

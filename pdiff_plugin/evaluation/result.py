@@ -1,0 +1,187 @@
+"""What an evaluation found: figures, table, JSON, and the files a report is made from.
+
+DIR/evaluation.json           the document of :meth:`Evaluation.to_json`
+DIR/evaluation.safetensors    what plots need: one tensor per set and kind, as in ``accuracy/generated``
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pdiff_plugin.errors import EvaluationNotFoundError
+from pdiff_plugin.evaluation.verdict import Comparison, Verdict
+from pdiff_plugin.snapshots.files import read_json, replacing, write_json
+
+FORMAT = "pdiff-evaluation"
+FORMAT_VERSION = 1
+JSON_NAME = "evaluation.json"
+ARRAYS_NAME = "evaluation.safetensors"
+
+COLUMNS = (
+    ("members", "members", "d"),
+    ("accuracy_mean", "acc mean", "%"),
+    ("accuracy_std", "± std", "%"),
+    ("accuracy_best", "best*", "%"),
+    ("accuracy_worst", "worst", "%"),
+    ("ensemble_accuracy", "ens acc", "%"),
+    ("ensemble_nll", "ens NLL", ".4f"),
+    ("ensemble_ece", "ens ECE", ".4f"),
+    ("wrong_iou_mean", "IoU", ".3f"),
+    ("wrong_iou_max_to_snapshots", "IoU to snap", ".3f"),
+    ("nearest_snapshot_distance", "nearest", ".3f"),
+)
+FOOTNOTE = (
+    "best*: chosen on one half of the data, scored on the other. IoU: share of errors in common, within the set and "
+    "with the likest snapshot. nearest: distance to the nearest snapshot in typical deviations (of snapshots: outside "
+    "their own block of time). passes: cost of the set in forward passes of the model."
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of every set, the verdict, and what they cost.
+
+    Attributes:
+        sets: set name -> figures, as in :meth:`to_json`.
+        verdict: outcome, sentence and deciding numbers.
+        comparisons: generated against each alternative, paired item by item.
+        seconds: stage -> seconds.
+        cost: set name -> ``forward_passes`` and ``seconds`` of its members on the evaluation data.
+        details: what else a report tells: task, seed, counts, configuration, provenance.
+        arrays: what a report draws, by kind and set.
+    """
+
+    sets: dict[str, dict[str, Any]]
+    verdict: Verdict
+    comparisons: list[Comparison]
+    seconds: dict[str, float]
+    cost: dict[str, dict[str, Any]] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON document; what is undefined (the overlap within a set of one) is null."""
+        document = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "sets": self.sets,
+            "verdict": self.verdict.sentence,
+            "seconds": self.seconds,
+            "verdict_outcome": self.verdict.outcome,
+            "verdict_numbers": self.verdict.numbers,
+            "comparisons": [vars(c) for c in self.comparisons],
+            "cost": self.cost,
+            "details": self.details,
+        }
+        cleaned: dict[str, Any] = _json_safe(document)
+        return cleaned
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write both files into ``folder``, which is made if missing, and return it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / ARRAYS_NAME) as temp:
+            header = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
+            save_file({name: array.contiguous() for name, array in self.arrays.items()}, temp, header)
+        write_json(folder / JSON_NAME, self.to_json())
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Evaluation:
+        """Read what :meth:`save` wrote; the path of the JSON file does as well. Without arrays, there are none.
+
+        Raises:
+            EvaluationNotFoundError: nothing there.
+            FormatError: not an evaluation.
+            FormatVersionError: written by a newer release.
+        """
+        path = Path(folder)
+        if path.is_dir():
+            path = path / JSON_NAME
+        if not path.is_file():
+            raise EvaluationNotFoundError(str(folder))
+        document = read_json(path, FORMAT, FORMAT_VERSION)
+        arrays = path.with_name(ARRAYS_NAME)
+        return cls(
+            document["sets"],
+            Verdict(document["verdict_outcome"], document["verdict"], document["verdict_numbers"]),
+            [Comparison(**c) for c in document["comparisons"]],
+            document["seconds"],
+            document["cost"],
+            document["details"],
+            load_file(arrays) if arrays.is_file() else {},
+        )
+
+    def save_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as one HTML file that needs nothing else; see :func:`~pdiff_plugin.write_report`."""
+        from pdiff_plugin.evaluation.report import render_html
+
+        with replacing(Path(path)) as temp:
+            temp.write_text(render_html(self), encoding="utf-8")
+        return Path(path)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Headers and one row of text per set."""
+        names = list(self.sets)
+        headers = ["set", *(title for _, title, _ in COLUMNS), "passes"]
+        rows = [
+            [name, *(format_figure(self.sets[name].get(key), kind) for key, _, kind in COLUMNS), self._passes(name)]
+            for name in names
+        ]
+        first = self.sets[names[0]] if names else {}
+        for key in first:
+            kind, _, data = key.partition("/")
+            if kind == "shifted":
+                headers += [f"{data}: acc", "NLL"]
+                for row, name in zip(rows, names, strict=True):
+                    figures = self.sets[name][key]
+                    row += [
+                        format_figure(figures["ensemble_accuracy"], "%"),
+                        format_figure(figures["ensemble_nll"], ".4f"),
+                    ]
+            elif kind == "ood_auroc":
+                headers.append(f"{data}: AUROC")
+                for row, name in zip(rows, names, strict=True):
+                    row.append(format_figure(self.sets[name][key], ".3f"))
+        return headers, rows
+
+    def table_text(self) -> str:
+        """The table and the verdict as plain text."""
+        headers, rows = self.table()
+        widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+
+        def line(cells: Sequence[str]) -> str:
+            padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+            return "  ".join(padded).rstrip()
+
+        lines = [line(headers), "  ".join("-" * w for w in widths), *(line(row) for row in rows)]
+        return "\n".join([*lines, "", FOOTNOTE, "", self.verdict.sentence])
+
+    def __str__(self) -> str:
+        return self.table_text()
+
+    def _passes(self, name: str) -> str:
+        return format_figure(self.cost.get(name, {}).get("forward_passes"), ".2f")
+
+
+def format_figure(value: Any, kind: str) -> str:
+    """A figure as text: ``%`` for percent, else a format; a dash where it is undefined."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{100 * value:.2f}" if kind == "%" else format(value, kind)
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_safe(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
