@@ -1,125 +1,359 @@
-"""Many members of one model as one module: the mean of their probabilities, and how far they disagree.
+"""Many members of one model as one module: the mean of their predictions, and how far they disagree.
 
-Shapes: M members, B inputs in a batch, C classes, ``*shape`` one tensor's own shape, ``...`` further axes of an output.
+Shapes: M members, m members computed together, B inputs in a batch, C classes, ``*shape`` one tensor's own shape,
+``...`` further axes of an output.
 """
 
 from __future__ import annotations
 
+import copy
+import json
+import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
-from pdiff_plugin.errors import ConfigError, LayoutMismatchError, TrainingModeError
+from pdiff_plugin.ensemble.batches import Inputs, arguments_of, num_batches_in
+from pdiff_plugin.ensemble.prediction import Prediction, PredictionSums, RegressionPrediction, join, member_axis
+from pdiff_plugin.ensemble.soup import uniform_soup
+from pdiff_plugin.ensemble.swap import swap_
+from pdiff_plugin.ensemble.trunk_cache import Run, Trunk, TrunkCache, copied_inputs, exclusive
+from pdiff_plugin.errors import ConfigError, FormatError, LayoutMismatchError, TrainingModeError
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.progress import OnProgress, Progress
+from pdiff_plugin.snapshots.files import check_format, replacing
 from pdiff_plugin.snapshots.layout import named_tensors, unwrap, wrapped_names
 
 if TYPE_CHECKING:
     from pdiff_plugin.generator.generator import WeightGenerator
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Prediction:
-    """What an ensemble says about a batch.
+FORMAT = "pdiff-ensemble"
+FORMAT_VERSION = 1
 
-    Attributes:
-        probabilities: mean over members, (B, C, ...).
-        predictive_entropy: entropy of that mean, in nats: all uncertainty, (B, ...).
-        expected_entropy: mean of the members' entropies: what every member is unsure of, (B, ...).
-        mutual_information: their difference: what the members disagree on, (B, ...).
-        disagreement: share of pairs of members that choose different classes, (B, ...).
-    """
+Strategy = Literal["auto", "trunk", "loop"]
+EnsembleTask = Literal["classification", "regression"]
+Evaluation = Literal["vmap tail", "cached loop", "plain loop"]
 
-    probabilities: Tensor
-    predictive_entropy: Tensor
-    expected_entropy: Tensor
-    mutual_information: Tensor
-    disagreement: Tensor
+# Beyond this a larger chunk of members is no faster (measured on a ResNet-18: 8 members take as long as 32, each).
+_MAX_CHUNK_BYTES = 2 * 2**30
 
 
 class DiffusionEnsemble(nn.Module):
     """M members that share one model and differ in the tensors of ``weights``.
 
     It stands in for the model in an evaluation loop: calling it gives the log of the mean member probability, so
-    ``argmax``, ``softmax`` and ``cross_entropy`` work unchanged. Nothing is written into the model. It runs in eval
-    mode only and records no gradients. BatchNorm statistics are the members' where recorded, else the model's.
+    ``argmax``, ``softmax`` and ``cross_entropy`` work unchanged (for regression, the mean output). Nothing is written
+    into the model. It runs in eval mode only and records no gradients. BatchNorm statistics are the members' where
+    recorded, else the model's. Members take turns inside the live model, so only one thread may run it at a time.
+
+    What comes before the first member-specific operation is computed once per batch, and the rest for several members
+    at once, as far as the model allows; :attr:`evaluation` tells what was found to work.
 
     Args:
         model: the user's model, in eval mode. Kept as :attr:`model`, without its outer wrappers, and not copied.
         weights: name -> (M, *shape), names and shapes of the model; cast to its dtypes and moved to its device.
+        strategy: ``loop`` computes every member whole. ``trunk`` shares what members have in common. ``auto`` is
+            ``trunk``, but checks one member of the first batch against the loop, and falls back to it if they differ.
+        vectorize: run the tail of several members under ``torch.func.vmap``. By default, unless convolution weights
+            are among the members' (they become grouped convolutions, slower than a loop on most CPUs).
+        member_chunk: members computed at once; by default as many as fit into a quarter of the free memory.
+        task: ``regression`` averages outputs instead of probabilities.
+        class_axis: axis of the classes in the model's output; 1 suits (B, C) and dense (B, C, H, W) logits.
+        select: picks the logits out of the model's output; by default the output itself, its ``logits``, or the first
+            of a tuple.
 
     Raises:
         LayoutMismatchError: naming the first tensor that the model lacks or has in another shape.
         TrainingModeError: the model, or a part of it, is in train mode.
     """
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        *,
+        strategy: Strategy = "auto",
+        vectorize: bool | None = None,
+        member_chunk: int | None = None,
+        task: EnsembleTask = "classification",
+        class_axis: int = 1,
+        select: Callable[[Any], Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        for field, value, choices in (("strategy", strategy, Strategy), ("task", task, EnsembleTask)):
+            if value not in get_args(choices):
+                raise ConfigError(field, value, f"must be one of {', '.join(get_args(choices))}")
+        if member_chunk is not None and member_chunk < 1:
+            raise ConfigError("member_chunk", member_chunk, "must be at least 1")
+        self.model = unwrap(model)
+        _check_eval(self.model)
+        self.strategy, self.task, self.class_axis, self.member_chunk = strategy, task, class_axis, member_chunk
+        self.vectorize, self.select = vectorize, select
+        self.set_weights(weights)
+        self.eval()
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the members. Argument and errors are those of the constructor; nothing changes when one is raised."""
         weights = weights if isinstance(weights, WeightSet) else WeightSet(weights)
         if weights.num_members == 0:
             raise ConfigError("weights", weights, "must hold at least one member")
-        self.model = unwrap(model)
+        _check_weights(self.model, weights)
         self.num_members = weights.num_members
-        _check_eval(self.model)
-        raw = wrapped_names(self.model)
-        # Names hold dots, which a buffer's may not: buffers are numbered in the order of `names`.
         self.names = list(weights)
-        self._raw_names = [raw[name] for name in check_weights(self.model, weights)]
+        raw, live = wrapped_names(self.model), named_tensors(self.model)
+        self._raw_names = [raw[name] for name in self.names]
+        # Names hold dots, which a buffer's may not: buffers are numbered in the order of `names`.
         self._stack = nn.Module()
-        live = named_tensors(self.model)
         for index, name in enumerate(self.names):
             # A copy: the ensemble must not change when its source does.
             stacked = weights[name].detach().to(live[name], copy=True, memory_format=torch.contiguous_format)
             self._stack.register_buffer(str(index), stacked)
-        self.eval()
+        self._stack.eval()
+        self._cache = TrunkCache(self.model, self.names)
+        has_conv = _has_conv_weights(self.model, self.names)
+        self._vectorize = not has_conv if self.vectorize is None else self.vectorize
+        # Compiled parts would be compiled anew for every routed call.
+        self._is_plain = self.strategy == "loop" or any(clean != inner for clean, inner in raw.items())
+        self._is_checked = self.strategy == "trunk"
 
     @property
     def weights(self) -> WeightSet:
         """The members' tensors, name -> (M, *shape), as they are on the ensemble's device. Not a copy."""
         return WeightSet(dict(zip(self.names, self._stack.buffers(), strict=True)))
 
+    @property
+    def evaluation(self) -> Evaluation:
+        """How members are computed, as far as is known: it gets simpler when a batch shows that it must."""
+        if self._is_plain:
+            return "plain loop"
+        return "vmap tail" if self._vectorize else "cached loop"
+
+    def extra_repr(self) -> str:
+        return f"num_members={self.num_members}, tensors={len(self.names)}, evaluation={self.evaluation!r}"
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Log of the mean member probability, (B, C, ...), for the model's own arguments."""
+        """Log of the mean member probability, (B, C, ...), for the model's own arguments; mean output in regression."""
         total: Tensor | None = None
-        for logits in self._logits(args, kwargs):
-            log_probabilities = _log_softmax(logits)
-            total = log_probabilities if total is None else torch.logaddexp(total, log_probabilities)
+
+        def add(outputs: Tensor) -> None:  # (m, B, C, ...)
+            nonlocal total
+            if self.task == "regression":
+                part = _at_least_float32(outputs).sum(0)
+                total = part if total is None else total + part
+            else:
+                part = self._log_probabilities(outputs).logsumexp(0)
+                total = part if total is None else torch.logaddexp(total, part)
+
+        self._each_chunk(args, kwargs, add)
         assert total is not None  # an ensemble has at least one member
-        return total - math.log(self.num_members)
+        return total / self.num_members if self.task == "regression" else total - math.log(self.num_members)
 
     def members(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits of every member, (M, B, C, ...)."""
-        return torch.stack(list(self._logits(args, kwargs)))
+        """Logits (in regression, outputs) of every member, (M, B, C, ...)."""
+        chunks: list[Tensor] = []
+        self._each_chunk(args, kwargs, chunks.append)
+        return torch.cat(chunks)
 
-    def predict(self, *args: Any, **kwargs: Any) -> Prediction:
-        """Mean probabilities with the uncertainty of each input, split into its two parts."""
-        log_members = _log_softmax(self.members(*args, **kwargs), axis=2)  # (M, B, C, ...)
-        log_mean = log_members.logsumexp(0) - math.log(self.num_members)  # (B, C, ...)
-        predictive = _entropy(log_mean, axis=1)  # (B, ...)
-        expected = _entropy(log_members, axis=2).mean(0)  # (B, ...)
-        return Prediction(
-            probabilities=log_mean.exp(),
-            predictive_entropy=predictive,
-            expected_entropy=expected,
-            # Never negative (Jensen), but a difference of two rounded numbers may be.
-            mutual_information=(predictive - expected).clamp_min(0.0),
-            disagreement=_disagreement(log_members.argmax(2), log_members.shape[2]),
-        )
+    def predict(self, *args: Any, **kwargs: Any) -> Prediction | RegressionPrediction:
+        """Mean prediction with the uncertainty of each input: in classification, split into its two parts."""
+        if self.task == "regression":
+            outputs = _at_least_float32(self.members(*args, **kwargs))  # (M, B, ...)
+            return RegressionPrediction(outputs.mean(0), outputs.var(0, correction=0))
+        sums = PredictionSums(self.class_axis)
+        self._each_chunk(args, kwargs, lambda logits: sums.add(self._log_probabilities(logits)))
+        return sums.prediction()
 
-    def _logits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-        """Each member's logits in turn, (B, C, ...)."""
+    def predict_loader(
+        self,
+        loader: Iterable[Any],
+        *,
+        inputs: Inputs | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Prediction | RegressionPrediction:
+        """:meth:`predict` over all batches of ``loader``, joined along B, on the CPU.
+
+        Args:
+            loader: gives batches; they are moved to the ensemble's device.
+            inputs: batch -> what the model is called with: a tensor, a tuple of positional or a dictionary of keyword
+                arguments. By default the batch itself, without the labels of a pair or of a dictionary.
+            on_progress: told the number of batches done; 0 batches in total when the loader has no length.
+        """
+        total = num_batches_in(loader)
+        parts: list[Any] = []
+        for done, batch in enumerate(loader, start=1):
+            args, kwargs = arguments_of(batch, self._device, inputs)
+            parts.append(self.predict(*args, **kwargs))
+            if on_progress is not None:
+                on_progress(Progress("predict", done, total))
+        if not parts:
+            raise ConfigError("loader", "no batches", "must give at least one batch")
+        return cast("Prediction | RegressionPrediction", join(parts))
+
+    def members_state_dicts(self) -> list[dict[str, Tensor]]:
+        """One state dict of the generated tensors per member, for ``model.load_state_dict(..., strict=False)``."""
+        return [{name: tensor.clone() for name, tensor in member.items()} for member in self.weights.members()]
+
+    def to_soup(self) -> nn.Module:
+        """A copy of the model that carries the mean of the members' weights: one forward pass, one prediction.
+
+        Averaged BatchNorm statistics only approximate those of the averaged weights; see ``recalibrate_batchnorm``.
+        """
+        model = copy.deepcopy(self.model)
+        swap_(model, uniform_soup(self.weights))
+        return model
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write members and model as one safetensors file, which :meth:`load` needs no training run to read."""
+        tensors = {f"members/{name}": tensor.cpu() for name, tensor in self.weights.items()}
+        for name, tensor in named_tensors(self.model).items():
+            if name not in self.names:
+                tensors[f"model/{name}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        settings = {"strategy": self.strategy, "task": self.task, "class_axis": self.class_axis}
+        header = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "settings": json.dumps({**settings, "member_chunk": self.member_chunk}),
+            "num_members": str(self.num_members),
+        }
+        with replacing(Path(path)) as temp:
+            save_file(tensors, temp, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, **options: Any) -> DiffusionEnsemble:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            model: the same architecture, in eval mode; as with ``load_state_dict``, its weights become the file's.
+            **options: arguments of the constructor that replace the saved ones (``select`` is never saved).
+
+        Raises:
+            FormatError: another kind of file, or a damaged one.
+            FormatVersionError: from a newer release.
+            LayoutMismatchError: the file belongs to another model; the first differing tensor is named. The model is
+                left as it was.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                check_format(str(path), header, FORMAT, FORMAT_VERSION)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                settings = json.loads(header["settings"])
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise FormatError(str(path), f"an unreadable file ({error})", f"a {FORMAT} file") from error
+        ensemble = cls(model, _under("members/", tensors), **(settings | options))
+        swap_(model, _under("model/", tensors))
+        return ensemble
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._stack.buffers()).device
+
+    def _log_probabilities(self, logits: Tensor) -> Tensor:
+        axis = member_axis(self.class_axis)
+        if logits.ndim < 2 or not -logits.ndim < axis < logits.ndim or logits.shape[axis] < 2:
+            raise ConfigError(
+                "class_axis",
+                self.class_axis,
+                f"must name an axis of at least 2 classes, but outputs have shape {tuple(logits.shape[1:])}; "
+                'outputs without classes need task="regression"',
+            )
+        return _at_least_float32(logits).log_softmax(axis)
+
+    def _each_chunk(self, args: tuple[Any, ...], kwargs: dict[str, Any], consume: Callable[[Tensor], None]) -> None:
+        """Hand the logits of members 0..M-1 to ``consume`` in order, (m, B, C, ...) at a time."""
+        if torch.compiler.is_compiling():
+            consume(self._several(slice(None))(args, kwargs))
+            return
         _check_eval(self.model)
-        with torch.no_grad():
-            outputs = [
-                _as_logits(functional_call(self.model, dict(zip(self._raw_names, tensors, strict=True)), args, kwargs))
-                for tensors in zip(*self._stack.buffers(), strict=True)
-            ]
-        return iter(outputs)
+        # Tensors made in inference mode do not count the writes into them. Leaving it turns gradients on.
+        with torch.inference_mode(False), torch.no_grad(), exclusive(self.model):
+            start = 0
+            if not self._is_plain:
+                with self._cache.batch(self._stack.buffers(), args, kwargs) as trunk:
+                    start = self._over_trunk(trunk, args, kwargs, consume)
+            for index in range(start, self.num_members):
+                consume(self._whole(index, args, kwargs))
+
+    def _over_trunk(
+        self, trunk: Trunk, args: tuple[Any, ...], kwargs: dict[str, Any], consume: Callable[[Tensor], None]
+    ) -> int:
+        """Members by recording and replaying; returns how many were done before replaying was given up."""
+        index = 0
+        while index < self.num_members:
+            if not trunk.is_recorded:
+                consume(trunk.record(self._one(index)))
+                index += 1
+                if not trunk.is_sound:
+                    return self._give_up(index, "a part that all members share overwrites what another has read")
+                continue
+            size = self._chunk_size(trunk) if self._vectorize else 1
+            run = self._several(slice(index, index + size)) if self._vectorize else self._one(index)
+            try:
+                logits = trunk.replay(run)
+            except RuntimeError as error:
+                if not self._vectorize:
+                    raise
+                # vmap refuses in many words, some of them a kernel's own. If it was not vmap, this raises again.
+                logits = trunk.replay(self._one(index))
+                logger.info("members of %s run one by one: %s", type(self.model).__name__, error)
+                self._vectorize = False
+            if logits is None:
+                continue
+            if not self._is_checked:
+                self._is_checked = True
+                last = index + len(logits) - 1
+                if not _agree(logits[-1:], self._whole(last, args, kwargs)):
+                    return self._give_up(index, "its members differ when their common part is computed once")
+            consume(logits)
+            index += len(logits)
+        return index
+
+    def _give_up(self, done: int, reason: str) -> int:
+        logger.warning("%s is run whole for every member: %s", type(self.model).__name__, reason)
+        self._is_plain = True
+        return done
+
+    def _chunk_size(self, trunk: Trunk) -> int:
+        if self.member_chunk is not None:
+            return self.member_chunk
+        # About four of the largest activations live at once: input, output, shortcut and the kernel's workspace.
+        member_bytes = 4 * trunk.largest_tail_bytes + 1
+        return max(1, min(_MAX_CHUNK_BYTES, _free_bytes(self._device) // 4) // member_bytes)
+
+    def _whole(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """One member, (1, B, C, ...), that shares nothing with others."""
+        return self._one(index)(*copied_inputs((args, kwargs)))
+
+    def _one(self, index: int) -> Run:
+        """Computes one member, (1, B, C, ...)."""
+        # Sliced here: taking a slice is already a use of a generated tensor, which would end the recorded trunk.
+        tensors = [stacked[index] for stacked in self._stack.buffers()]
+        return lambda args, kwargs: self._call(tensors, args, kwargs)[None]
+
+    def _several(self, chunk: slice) -> Run:
+        """Computes a chunk of members at once, (m, B, C, ...)."""
+        stacked = [tensor[chunk] for tensor in self._stack.buffers()]
+
+        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            logits: Tensor = vmap(lambda *tensors: self._call(tensors, args, kwargs))(*stacked)
+            return logits
+
+        return run
+
+    def _call(self, tensors: Iterable[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        output = functional_call(self.model, dict(zip(self._raw_names, tensors, strict=True)), args, kwargs)
+        return _as_logits(output) if self.select is None else self.select(output)
 
 
 def ensemble_from_diffusion(
@@ -130,6 +364,7 @@ def ensemble_from_diffusion(
     num_sampling_steps: int | None = None,
     temperature: float = 1.0,
     rng: torch.Generator | None = None,
+    ensemble_options: Mapping[str, Any] | None = None,
     **sample_options: Any,
 ) -> DiffusionEnsemble:
     """An ensemble of ``model`` whose members a fitted generator draws.
@@ -141,6 +376,7 @@ def ensemble_from_diffusion(
         num_sampling_steps: of the sampler; the generator's own default unless given.
         temperature: scales the spread of the draws.
         rng: source of the draws.
+        ensemble_options: further arguments of :class:`DiffusionEnsemble`.
         **sample_options: further arguments of :meth:`WeightGenerator.sample`.
 
     Raises:
@@ -157,25 +393,17 @@ def ensemble_from_diffusion(
     weights = generator.sample(
         num_members, num_sampling_steps=num_sampling_steps, temperature=temperature, rng=rng, **sample_options
     )
-    return DiffusionEnsemble(model, weights)
+    return DiffusionEnsemble(model, weights, **(ensemble_options or {}))
 
 
-def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Names of ``weights`` (name -> (M, *shape)), checked against ``model``.
-
-    Raises:
-        LayoutMismatchError: naming the first tensor that the model lacks or has in another shape.
-    """
+def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     live = named_tensors(model)
     for name, stacked in weights.items():
-        found = live.get(name)
+        found, recorded = live.get(name), str(tuple(stacked.shape[1:]))
         if found is None:
-            raise LayoutMismatchError(
-                name, str(tuple(stacked.shape[1:])), "no such tensor in this model", "the weight set"
-            )
+            raise LayoutMismatchError(name, recorded, "no such tensor in this model", "the weight set")
         if found.shape != stacked.shape[1:]:
-            raise LayoutMismatchError(name, str(tuple(stacked.shape[1:])), str(tuple(found.shape)), "the weight set")
-    return list(weights)
+            raise LayoutMismatchError(name, recorded, str(tuple(found.shape)), "the weight set")
 
 
 def _check_eval(model: nn.Module) -> None:
@@ -184,38 +412,48 @@ def _check_eval(model: nn.Module) -> None:
             raise TrainingModeError(f"{type(module).__name__} {name!r}" if name else type(module).__name__)
 
 
+def _has_conv_weights(model: nn.Module, names: Iterable[str]) -> bool:
+    live = named_tensors(model)
+    generated = {id(live[name]) for name in names}
+    convolutions = (module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd))
+    return any(id(conv.weight) in generated for conv in convolutions)
+
+
 def _as_logits(output: Any) -> Tensor:
     """The logits in what a model returned: a tensor, a mapping or object with ``logits``, or the first of a tuple."""
-    if isinstance(output, Tensor):
-        return output
+    found = output
     if isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
+        found = output["logits"]
     elif hasattr(output, "logits"):
-        output = output.logits
+        found = output.logits
     elif isinstance(output, tuple | list) and output:
-        output = output[0]
-    if not isinstance(output, Tensor):
-        raise ConfigError("model", type(output).__name__, "must return logits: a tensor, or an output with .logits")
-    return output
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise ConfigError("output of the model", type(output).__name__, "must be logits or hold them as `logits`")
+    return found
 
 
-def _log_softmax(logits: Tensor, axis: int = 1) -> Tensor:
-    # At least float32: in bfloat16 a mean over members would drown in rounding.
-    return logits.log_softmax(axis, dtype=torch.promote_types(logits.dtype, torch.float32))
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two ways to compute one member differ by no more than rounding."""
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(expected.dtype, 5e-2)
+    scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
+    return torch.allclose(found, expected, rtol=0.0, atol=tolerance * scale, equal_nan=True)
 
 
-def _entropy(log_probabilities: Tensor, axis: int) -> Tensor:
-    probabilities = log_probabilities.exp()
-    # A class of probability 0 has log -inf and adds nothing.
-    return -(probabilities * log_probabilities).nan_to_num(nan=0.0).sum(axis)
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    # In bfloat16 a mean over members would drown in rounding.
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _disagreement(votes: Tensor, num_classes: int) -> Tensor:
-    """Share of member pairs with different classes, (B, ...), for votes (M, B, ...)."""
-    num_members = votes.shape[0]
-    if num_members == 1:
-        return torch.zeros(votes.shape[1:], device=votes.device)
-    counts = torch.zeros(num_classes, *votes.shape[1:], device=votes.device)
-    counts.scatter_add_(0, votes, torch.ones_like(votes, dtype=counts.dtype))  # (C, B, ...)
-    agreeing = (counts * (counts - 1)).sum(0)
-    return 1.0 - agreeing / (num_members * (num_members - 1))
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows and some Unixes do not tell
+        return 4 * _MAX_CHUNK_BYTES
