@@ -1,0 +1,22 @@
+"""Every example runs to its end in its quick mode."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(*command: str, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart_prints_the_table_and_the_verdict(tmp_path: Path) -> None:
+    text = run(str(EXAMPLES / "quickstart.py"), "--smoke", cwd=tmp_path)
+    assert "WeightSet(8 members of 8 tensors)" in text
+    for name in ("snapshots", "generated", "average", "gaussian", "noise"):
+        assert f"\n{name} " in text
