@@ -21,8 +21,12 @@ if _TYPE_CHECKING:
     from pdiff_plugin.config import DiffusionConfig as DiffusionConfig
     from pdiff_plugin.config import FitConfig as FitConfig
     from pdiff_plugin.config import SubspaceConfig as SubspaceConfig
+    from pdiff_plugin.ensemble.batchnorm import recalibrate_batchnorm as recalibrate_batchnorm
     from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble as DiffusionEnsemble
     from pdiff_plugin.ensemble.ensemble import ensemble_from_diffusion as ensemble_from_diffusion
+    from pdiff_plugin.ensemble.soup import best_member as best_member
+    from pdiff_plugin.ensemble.soup import greedy_soup as greedy_soup
+    from pdiff_plugin.ensemble.soup import uniform_soup as uniform_soup
     from pdiff_plugin.ensemble.swap import swap_ as swap_
     from pdiff_plugin.ensemble.swap import swapped as swapped
     from pdiff_plugin.errors import PDiffError as PDiffError
@@ -50,12 +54,16 @@ _HOME = {
     "Task": "evaluation.task",
     "WeightGenerator": "generator.generator",
     "WeightSet": "generator.weights",
+    "best_member": "ensemble.soup",
     "collect": "recording.collect",
     "ensemble_from_diffusion": "ensemble.ensemble",
     "evaluate": "evaluation.evaluate",
     "fit": "fitting.fit",
+    "greedy_soup": "ensemble.soup",
+    "recalibrate_batchnorm": "ensemble.batchnorm",
     "swap_": "ensemble.swap",
     "swapped": "ensemble.swap",
+    "uniform_soup": "ensemble.soup",
 }
 
 __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, judge)
@@ -73,6 +81,10 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "swap_",
     "ensemble_from_diffusion",
     "DiffusionEnsemble",
+    "uniform_soup",
+    "greedy_soup",
+    "best_member",
+    "recalibrate_batchnorm",
     "Task",
     "evaluate",
     "Evaluation",

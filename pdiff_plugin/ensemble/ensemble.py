@@ -66,7 +66,8 @@ class DiffusionEnsemble(nn.Module):
             ``trunk``, but checks one member of the first batch against the loop, and falls back to it if they differ.
         vectorize: run the tail of several members under ``torch.func.vmap``. By default, unless convolution weights
             are among the members' (they become grouped convolutions, slower than a loop on most CPUs).
-        member_chunk: members computed at once; by default as many as fit into a quarter of the free memory.
+        member_chunk: members computed at once; by default as many as fit into a quarter of the free memory. Results
+            may differ by rounding between chunk sizes.
         task: ``regression`` averages outputs instead of probabilities.
         class_axis: axis of the classes in the model's output; 1 suits (B, C) and dense (B, C, H, W) logits.
         select: picks the logits out of the model's output; by default the output itself, its ``logits``, or the first
@@ -454,6 +455,7 @@ def _free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # Windows and some Unixes do not tell
+        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:  # only Linux tells without a library
         return 4 * _MAX_CHUNK_BYTES
+    return 1024 * next(int(line.split()[1]) for line in meminfo.splitlines() if line.startswith("MemAvailable:"))

@@ -1,12 +1,14 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
 from pdiff_plugin import DiffusionEnsemble, WeightSet, ensemble_from_diffusion, swapped
-from pdiff_plugin.errors import ConfigError, LayoutMismatchError, TrainingModeError
+from pdiff_plugin.errors import ConfigError, FormatError, FormatVersionError, LayoutMismatchError, TrainingModeError
 from pdiff_plugin.snapshots.layout import Layout, named_tensors
 
 M, B, C = 4, 5, 3
@@ -187,6 +189,184 @@ def test_weights_of_another_model_are_refused_by_name(model, weights, text):
 def test_an_ensemble_of_nobody_is_refused(model):
     with pytest.raises(ConfigError, match="must hold at least one member"):
         DiffusionEnsemble(model, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"strategy": "fast"}, "strategy = 'fast': it must be one of auto, trunk, loop."),
+        ({"task": "ranking"}, "task = 'ranking': it must be one of classification, regression."),
+        ({"member_chunk": 0}, "member_chunk = 0: it must be at least 1."),
+    ],
+)
+def test_options_out_of_range_are_refused(model, weights, options, text):
+    with pytest.raises(ConfigError) as error:
+        DiffusionEnsemble(model, weights, **options)
+
+    assert str(error.value) == text
+
+
+def test_regression_gives_mean_and_variance(model, weights, x):
+    ensemble = DiffusionEnsemble(model, weights, task="regression")
+    outputs = by_swapping(model, weights, x)
+
+    prediction = ensemble.predict(x)
+
+    torch.testing.assert_close(ensemble(x), outputs.mean(0))
+    torch.testing.assert_close(prediction.mean, outputs.mean(0))
+    torch.testing.assert_close(prediction.variance, ((outputs - outputs.mean(0)) ** 2).mean(0))
+
+
+def test_a_single_output_is_not_taken_for_a_certain_class(x):
+    model = nn.Linear(6, 1).eval()
+    ensemble = DiffusionEnsemble(model, perturbed(model, ["bias"]))
+
+    with pytest.raises(ConfigError) as error:
+        ensemble(x)
+
+    assert str(error.value) == (
+        "class_axis = 1: it must name an axis of at least 2 classes, but outputs have shape (5, 1); "
+        'outputs without classes need task="regression".'
+    )
+
+
+@pytest.mark.parametrize(("layers", "axis"), [(nn.Conv2d(3, C, 1), 1), (nn.Linear(4, C), -1), (nn.Linear(4, C), 3)])
+def test_dense_outputs_are_predicted_place_by_place(layers, axis):
+    dense = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(3))
+    model = layers.eval()
+    weights = perturbed(model, ["bias"], num_members=6)
+    ensemble = DiffusionEnsemble(model, weights, class_axis=axis, member_chunk=2)
+
+    prediction = ensemble.predict(dense)
+
+    members = by_swapping(model, weights, dense).movedim(axis % 4 + 1, -1).softmax(-1)  # (M, ..., C)
+    mean = members.mean(0)
+    torch.testing.assert_close(prediction.probabilities.movedim(axis, -1), mean)
+    torch.testing.assert_close(ensemble(dense).exp(), prediction.probabilities)
+    torch.testing.assert_close(prediction.predictive_entropy, -(mean * mean.log()).sum(-1))
+    torch.testing.assert_close(prediction.expected_entropy, -(members * members.log()).sum(-1).mean(0))
+    difference = prediction.predictive_entropy - prediction.expected_entropy
+    torch.testing.assert_close(prediction.mutual_information, difference)
+    votes = members.argmax(-1)
+    pairs = torch.stack([votes[i] != votes[j] for i in range(6) for j in range(i)])
+    torch.testing.assert_close(prediction.disagreement, pairs.float().mean(0))
+
+
+class Wordy(nn.Module):
+    """Returns its logits second, beside a feature map."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, C)
+
+    def forward(self, x):
+        return {"features": x, "scores": self.head(x)}
+
+
+def test_logits_hidden_in_an_output_are_selected_or_asked_for(x):
+    model = Wordy().eval()
+    weights = perturbed(model, ["head.bias"])
+
+    assert DiffusionEnsemble(model, weights, select=lambda output: output["scores"])(x).shape == (B, C)
+    with pytest.raises(ConfigError, match="output of the model = 'dict': it must be logits or hold them as `logits`"):
+        DiffusionEnsemble(model, weights)(x)
+
+
+@pytest.mark.parametrize(
+    "as_batch",
+    [lambda x: (x, torch.zeros(len(x))), lambda x: [x], lambda x: x, lambda x: {"input": x, "labels": None}],
+)
+def test_a_loader_is_predicted_batch_by_batch(model, weights, as_batch):
+    data = torch.randn(7, 6, generator=torch.Generator().manual_seed(3))
+    ensemble = DiffusionEnsemble(model, weights)
+    reports = []
+
+    found = ensemble.predict_loader([as_batch(data[:4]), as_batch(data[4:])], on_progress=reports.append)
+
+    expected = ensemble.predict(data)
+    torch.testing.assert_close(found.probabilities, expected.probabilities)
+    torch.testing.assert_close(found.mutual_information, expected.mutual_information)
+    assert [(r.stage, r.step, r.total_steps) for r in reports] == [("predict", 1, 2), ("predict", 2, 2)]
+
+
+def test_a_loader_of_other_batches_needs_to_be_told_the_inputs(model, weights, x):
+    ensemble = DiffusionEnsemble(model, weights)
+    loader = [("id", x, None)]
+
+    with pytest.raises(ConfigError, match=r"loader = 'batches of tuple': it must give \(inputs, targets\)"):
+        ensemble.predict_loader(loader)
+    assert ensemble.predict_loader(iter(loader), inputs=lambda batch: batch[1]).probabilities.shape == (B, C)
+    with pytest.raises(ConfigError, match="must give at least one batch"):
+        ensemble.predict_loader([])
+
+
+def test_each_member_leaves_as_a_state_dict(model, weights, x):
+    ensemble = DiffusionEnsemble(model, weights)
+    expected = ensemble.members(x)
+
+    states = ensemble.members_state_dicts()
+
+    assert len(states) == M
+    model.load_state_dict(states[2], strict=False)
+    torch.testing.assert_close(model(x).detach(), expected[2], rtol=1e-5, atol=1e-6)
+
+
+def test_a_soup_is_a_model_of_its_own_with_the_mean_weights(model, weights, x):
+    before = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+
+    soup = DiffusionEnsemble(model, weights).to_soup()
+
+    torch.testing.assert_close(soup[3].bias.detach(), weights["3.bias"].mean(0))
+    assert soup(x).shape == (B, C)
+    assert all(torch.equal(t, before[name]) for name, t in named_tensors(model).items())
+
+
+def test_a_saved_ensemble_predicts_the_same_on_a_fresh_model(model, weights, x, tmp_path):
+    ensemble = DiffusionEnsemble(model, weights, strategy="trunk", class_axis=-1, member_chunk=3)
+    ensemble.save(tmp_path / "ensemble.safetensors")
+    fresh = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, C)).eval()
+
+    loaded = DiffusionEnsemble.load(tmp_path / "ensemble.safetensors", fresh, member_chunk=2)
+
+    torch.testing.assert_close(loaded(x), ensemble(x))
+    assert (loaded.strategy, loaded.class_axis, loaded.member_chunk) == ("trunk", -1, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["ensemble.safetensors"]
+
+
+def test_a_file_of_format_version_1_is_read():
+    model = nn.Linear(2, 2).eval()
+
+    ensemble = DiffusionEnsemble.load(Path(__file__).parents[1] / "data" / "ensemble-v1.safetensors", model)
+
+    assert model.weight.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert ensemble.weights["bias"].tolist() == [[0.0, 0.5], [-1.0, 2.0]]
+    assert ensemble.members(torch.tensor([[1.0, 1.0]])).tolist() == [[[3.0, 7.5]], [[2.0, 9.0]]]
+
+
+def test_a_saved_ensemble_of_another_model_is_refused_and_changes_nothing(model, weights, tmp_path):
+    DiffusionEnsemble(model, weights).save(tmp_path / "e.safetensors")
+    other = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, C)).eval()
+    before = {name: tensor.detach().clone() for name, tensor in named_tensors(other).items()}
+
+    with pytest.raises(LayoutMismatchError, match=r"tensor '0\.weight'"):
+        DiffusionEnsemble.load(tmp_path / "e.safetensors", other)
+
+    assert all(torch.equal(t, before[name]) for name, t in named_tensors(other).items())
+
+
+def test_files_of_other_kinds_and_of_newer_releases_are_refused(model, weights, tmp_path):
+    path = tmp_path / "e.safetensors"
+    path.write_bytes(b"not a safetensors file")
+    with pytest.raises(FormatError, match="an unreadable file"):
+        DiffusionEnsemble.load(path, model)
+
+    save_file({"a": torch.zeros(1)}, path, {"format": "pdiff-generator", "format_version": "1"})
+    with pytest.raises(FormatError, match="found format 'pdiff-generator', expected format 'pdiff-ensemble'"):
+        DiffusionEnsemble.load(path, model)
+
+    save_file({"a": torch.zeros(1)}, path, {"format": "pdiff-ensemble", "format_version": "7"})
+    with pytest.raises(FormatVersionError, match="has format version 7; this release reads versions up to 1"):
+        DiffusionEnsemble.load(path, model)
 
 
 class FakeGenerator:
