@@ -59,12 +59,14 @@ class NonFiniteRowsError(ValueError):
         self.rows = rows
 
 
-def column_blocks(layout: Layout, block_values: int) -> Iterator[tuple[int, int, int]]:
-    """Cut [0, D) into pieces (tensor number, lo, hi) that cross no tensor border."""
+def column_blocks(layout: Layout, block_values: int, columns: slice | None = None) -> Iterator[tuple[int, int, int]]:
+    """Cut [0, D), or ``columns`` of it, into pieces (tensor number, lo, hi) that cross no tensor border."""
+    first, last = (columns.start, columns.stop) if columns else (0, layout.num_values)
     for number, spec in enumerate(layout):
         place = layout.slices[spec.name]
-        for lo in range(place.start, place.stop, block_values):
-            yield number, lo, min(lo + block_values, place.stop)
+        stop = min(place.stop, last)
+        for lo in range(max(place.start, first), stop, block_values):
+            yield number, lo, min(lo + block_values, stop)
 
 
 def transform(values: Tensor, name: str) -> Tensor:
@@ -83,6 +85,8 @@ def measure(
     *,
     block_values: int,
     train_rows: Tensor,
+    columns: slice | None = None,
+    all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     on_columns: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Accumulate the Gram matrix of all rows in one pass over the columns.
@@ -94,51 +98,55 @@ def measure(
         layout: of the rows.
         block_values: columns held at a time.
         train_rows: (n,) int64, places of the training rows among the N.
+        columns: those that this process reads, where several share the work; all unless given.
+        all_reduce: sums a tensor over these processes, in place.
         on_columns: told after each block how many columns are done.
 
     Raises:
-        NonFiniteRowsError: naming the rows to leave out.
+        NonFiniteRowsError: naming the rows to leave out, the same ones in every process.
     """
-    gram: Tensor | None = None
-    of_tensor: Tensor | None = None
-    scales = torch.ones(len(layout.tensors), dtype=torch.float64)
-    previous = -1
-
-    def close(number: int) -> None:
-        nonlocal gram
-        assert of_tensor is not None
-        n = len(train_rows)
-        variance = of_tensor.diagonal()[train_rows].sum() / (n * layout.tensors[number].numel)
-        if variance > 0:
-            scales[number] = variance.sqrt()
-            gram = of_tensor / variance if gram is None else gram.add_(of_tensor / variance)
-
-    rows = None
-    for number, lo, hi in column_blocks(layout, block_values):
-        name = layout.tensors[number].name
+    columns = columns or slice(0, layout.num_values)
+    N = read(columns.start, columns.start).shape[0]
+    gram = torch.zeros(N, N, dtype=torch.float64)
+    is_bad = torch.zeros(N, dtype=torch.float64)
+    squares = torch.zeros(len(layout.tensors), dtype=torch.float64)
+    # A tensor cut by a border of ``columns`` waits here until its scale is known: one at each end.
+    waiting: dict[int, Tensor] = {}
+    of_tensor = torch.zeros(N, N, dtype=torch.float64)
+    for number, lo, hi in column_blocks(layout, block_values, columns):
+        spec = layout.tensors[number]
+        place = layout.slices[spec.name]
+        if lo == max(place.start, columns.start):
+            of_tensor = torch.zeros(N, N, dtype=torch.float64)
         rows = read(lo, hi)
         bad = (~torch.isfinite(rows.sum(dim=1))).nonzero().squeeze(1)
         if len(bad):
             # A sum of finite float32 values may overflow: look again before a row is given up.
             bad = bad[~torch.isfinite(rows[bad]).all(dim=1)]
             if len(bad):
-                raise NonFiniteRowsError(bad.tolist())
-        values = transform(rows, name).double()
+                is_bad[bad] = 1.0
+                break
+        values = transform(rows, spec.name).double()
         values -= values[train_rows].mean(dim=0)
-        if number != previous:
-            if previous >= 0:
-                close(previous)
-            of_tensor = torch.zeros(len(values), len(values), dtype=torch.float64)
-            previous = number
-        assert of_tensor is not None
         of_tensor.addmm_(values, values.T)
+        if hi == min(place.stop, columns.stop):
+            squares[number] = of_tensor.diagonal()[train_rows].sum()
+            if place.start < columns.start or columns.stop < place.stop:
+                waiting[number] = of_tensor
+            elif squares[number] > 0:
+                gram += of_tensor / (squares[number] / (len(train_rows) * spec.numel))
         if on_columns is not None:
-            on_columns(hi)
-    close(previous)
-    if gram is None:
-        count = 0 if rows is None else len(rows)
-        gram = torch.zeros(count, count, dtype=torch.float64)
-    return Statistics(gram, scales)
+            on_columns(hi - columns.start)
+    is_bad = all_reduce(is_bad)
+    if bool(is_bad.any()):
+        raise NonFiniteRowsError(is_bad.nonzero().squeeze(1).tolist())
+    numel = torch.tensor([spec.numel for spec in layout], dtype=torch.float64)
+    variances = all_reduce(squares) / (len(train_rows) * numel.clamp_min(1))
+    for number, part in waiting.items():
+        if variances[number] > 0:
+            gram += part / variances[number]
+    scales = torch.where(variances > 0, variances.sqrt(), 1.0)
+    return Statistics(all_reduce(gram), scales)
 
 
 class SubspaceAutoencoder:
@@ -236,9 +244,14 @@ def fit_subspace(
     train_rows: Tensor,
     heldout_rows: Tensor,
     scratch: Path | None = None,
+    columns: slice | None = None,
+    join_columns: Callable[[Tensor, Callable[[int], Tensor]], Tensor] = lambda part, empty: part,
     on_columns: Callable[[int], None] | None = None,
 ) -> Subspace:
     """Turn the Gram matrix into an autoencoder with one more pass over the columns.
+
+    Where several processes share the work, the autoencoder is whole on the one that ``join_columns`` chooses and holds
+    the columns of their own on the others.
 
     Args:
         read: gives columns of the N rows, as for :func:`measure`.
@@ -249,8 +262,11 @@ def fit_subspace(
         train_rows: (n,) int64 places of the training rows.
         heldout_rows: (m,) int64 places of the others.
         scratch: folder where a large basis is kept in a mapped file instead of in memory.
+        columns: those that this process reads, where several share the work; all unless given.
+        join_columns: puts their columns side by side, given this process's (K, own columns) and what makes the result.
         on_columns: told after each block how many columns are done.
     """
+    columns = columns or slice(0, layout.num_values)
     gram = statistics.gram[train_rows][:, train_rows]
     # Centring leaves rank n - 1 at most. Values under the noise of the accumulation are no directions.
     eigenvalues, vectors = torch.linalg.eigh(gram)
@@ -265,16 +281,19 @@ def fit_subspace(
     coordinates = statistics.gram[:, train_rows] @ vectors[:, :K] / singular  # (N, K)
     latent_scale = float(coordinates[train_rows].std(correction=0)) or 1.0
 
-    basis = _empty_basis(K, layout.num_values, scratch)
-    mean = torch.empty(layout.num_values)
-    for number, lo, hi in column_blocks(layout, block_values):
+    basis = _empty_basis(K, columns.stop - columns.start, scratch)
+    mean = torch.empty(1, columns.stop - columns.start)
+    for number, lo, hi in column_blocks(layout, block_values, columns):
+        own = slice(lo - columns.start, hi - columns.start)
         values = transform(read(lo, hi)[train_rows], layout.tensors[number].name).double()
         mean_here = values.mean(dim=0)
-        mean[lo:hi] = mean_here
+        mean[0, own] = mean_here.float()
         # A float64 product: in float32 the small directions of a long trajectory lose four digits.
-        basis[:, lo:hi] = lift @ ((values - mean_here) / statistics.scales[number])
+        basis[:, own] = lift @ ((values - mean_here) / statistics.scales[number])
         if on_columns is not None:
-            on_columns(hi)
+            on_columns(own.stop)
+    basis = join_columns(basis, lambda D: _empty_basis(K, D, scratch))
+    mean = join_columns(mean, lambda D: torch.empty(1, D))[0]
 
     judged = heldout_rows if len(heldout_rows) else train_rows
     total = statistics.gram.diagonal()[judged].sum()
