@@ -75,17 +75,27 @@ def fit(
     """
     config = config or FitConfig()
     store = store if isinstance(store, SnapshotStore) else SnapshotStore.open(store)
+    check_num_snapshots(store)
+    run = Run.open(store, config, Path(out) if out is not None else None, fresh=fresh)
+    if run.is_finished and run.folder is not None:
+        return WeightGenerator.load(run.folder)
+    generator = run_stages(store, config, run, Runtime(run.folder, on_progress))
+    assert generator is not None, "one process is rank 0"
+    return generator
+
+
+def check_num_snapshots(store: SnapshotStore) -> None:
+    """Raise :class:`UnusableSnapshotsError` for a store with too few to fit."""
     if len(store) < MIN_SNAPSHOTS:
         advice = "Record more steps (last_steps, max_snapshots) or another run into the same store."
         if store.problems:
             advice = f"{len(store.problems)} files could not be read. {advice}"
         expected = f"at least {MIN_SNAPSHOTS}"
         raise UnusableSnapshotsError(str(store.path), f"{len(store)} snapshots", expected, advice)
-    run = _Run.open(store, config, Path(out) if out is not None else None, fresh=fresh)
-    if run.is_finished and run.folder is not None:
-        return WeightGenerator.load(run.folder)
-    runtime = Runtime(run.folder, on_progress)
 
+
+def run_stages(store: SnapshotStore, config: FitConfig, run: Run, runtime: Runtime) -> WeightGenerator | None:
+    """Run the stages as one process, or as one rank of a group: the generator on rank 0, None on the others."""
     with run.timed("statistics"):
         rows, statistics = _statistics(store, config, runtime)
     run.document["nonfinite_steps"] = sorted(set(_labels(store)) - {_labels(store)[i] for i in rows.tolist()})
@@ -104,6 +114,8 @@ def fit(
             runtime=runtime,
             on_history=run.write_history,
         )
+    if runtime.rank != 0:
+        return None
     generator = WeightGenerator(
         store.layout, config, subspace.autoencoder, denoiser, store.trajectories, {}, _provenance(store, rows)
     )
@@ -143,7 +155,7 @@ def _statistics(store: SnapshotStore, config: FitConfig, runtime: Runtime) -> tu
         tensors, _ = saved
         return tensors["rows"], Statistics(tensors["gram"], tensors["scales"])
     rows = torch.arange(len(store))
-    D = store.layout.num_values
+    columns = runtime.share(store.layout.num_values)
     while True:
         heldout = _heldout(store, rows, config.heldout_fraction)
         try:
@@ -152,7 +164,9 @@ def _statistics(store: SnapshotStore, config: FitConfig, runtime: Runtime) -> tu
                 store.layout,
                 block_values=_block_values(len(rows), config.memory_gb),
                 train_rows=(~heldout).nonzero().squeeze(1),
-                on_columns=lambda done: runtime.report("statistics", done, D),
+                columns=columns,
+                all_reduce=runtime.all_reduce,
+                on_columns=lambda done: runtime.report("statistics", done, columns.stop - columns.start),
             )
             break
         except NonFiniteRowsError as error:
@@ -197,7 +211,7 @@ def _autoencoder(
 ) -> tuple[Subspace, Tensor]:
     """The fitted subspace, and which of ``rows`` were held out, (N,) bool."""
     heldout = _heldout(store, rows, config.heldout_fraction)
-    D = store.layout.num_values
+    columns = runtime.share(store.layout.num_values)
     subspace = fit_subspace(
         partial(store.rows, indices=rows),
         store.layout,
@@ -207,7 +221,9 @@ def _autoencoder(
         scratch=runtime.folder,
         train_rows=(~heldout).nonzero().squeeze(1),
         heldout_rows=heldout.nonzero().squeeze(1),
-        on_columns=lambda done: runtime.report("autoencoder", done, D),
+        columns=columns,
+        join_columns=runtime.join_columns,
+        on_columns=lambda done: runtime.report("autoencoder", done, columns.stop - columns.start),
     )
     if subspace.fidelity < config.autoencoder.min_fidelity:
         logger.warning(
@@ -297,14 +313,14 @@ def _provenance(store: SnapshotStore, rows: Tensor) -> dict[str, Any]:
 
 
 @dataclass
-class _Run:
+class Run:
     """The run folder's ``fit.json``."""
 
     folder: Path | None
     document: dict[str, Any]
 
     @classmethod
-    def open(cls, store: SnapshotStore, config: FitConfig, folder: Path | None, *, fresh: bool) -> _Run:
+    def open(cls, store: SnapshotStore, config: FitConfig, folder: Path | None, *, fresh: bool) -> Run:
         mine = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
