@@ -111,3 +111,30 @@ class FitConfig:
                 "diffusion": DiffusionConfig(**document["diffusion"]),
             }
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """Where a fit runs: in this process, on several workers of this machine, or on a Ray cluster."""
+
+    num_workers: int = 1
+    """Processes that share the fit. With more than one, or an address, it runs on Ray."""
+    address: str | None = None
+    """host:port of a running Ray cluster; RAY_ADDRESS unless given. Without both, Ray starts on this machine."""
+    gpus_per_worker: float = 0.0
+    """GPUs that each worker gets; 0 fits on the CPU."""
+    cpus_per_worker: float = 1.0
+    """CPUs that each worker gets."""
+    elastic: bool = False
+    """Start, and go on after a loss, with as many workers as there is room for, up to `num_workers`."""
+    max_failures: int = 3
+    """Times that lost or failed workers are replaced before the fit is given up; -1 is without end."""
+    start_timeout_s: float = 60.0
+    """Seconds to wait until the cluster has room for the workers, at the start and after a loss."""
+
+    def __post_init__(self) -> None:
+        _check("num_workers", self.num_workers, 1)
+        _check("gpus_per_worker", self.gpus_per_worker, 0.0)
+        _check("cpus_per_worker", self.cpus_per_worker, 0.01)
+        _check("max_failures", self.max_failures, -1)
+        _check("start_timeout_s", self.start_timeout_s, 0.0)

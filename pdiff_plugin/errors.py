@@ -19,7 +19,12 @@ is built in ``__str__``, so that an error survives the pickle trip home from a w
     ├── TrainingModeError         (RuntimeError)       an ensemble was given a model in train mode
     ├── ConcurrentUseError        (RuntimeError)       two ensembles would run over one model at the same time
     ├── NotHookableError          (TypeError)          an optimizer without step hooks
-    └── MissingDependencyError    (ImportError)        an optional package is not installed
+    ├── MissingDependencyError    (ImportError)        an optional package is not installed
+    ├── ClusterUnreachableError   (ConnectionError)    no Ray cluster answers at an address
+    ├── ClusterAccessError        (PermissionError)    a Ray cluster refuses us
+    ├── ClusterTooSmallError      (RuntimeError)       a cluster that can never run what was asked
+    ├── StorageNotSharedError     (FileNotFoundError)  a path that a node of the cluster cannot see
+    └── WorkersFailedError        (RuntimeError)       workers died or failed more often than allowed
 """
 
 from __future__ import annotations
@@ -27,6 +32,9 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "ClusterAccessError",
+    "ClusterTooSmallError",
+    "ClusterUnreachableError",
     "ConcurrentUseError",
     "ConfigError",
     "EvaluationNotFoundError",
@@ -39,11 +47,13 @@ __all__ = [
     "NotHookableError",
     "PDiffError",
     "SelectionError",
+    "StorageNotSharedError",
     "StoreNotFoundError",
     "TrainingModeError",
     "TrajectoryExistsError",
     "UnsupportedTensorError",
     "UnusableSnapshotsError",
+    "WorkersFailedError",
 ]
 
 
@@ -253,3 +263,70 @@ class MissingDependencyError(PDiffError, ImportError):
 
     def __str__(self) -> str:
         return f'{self.package} is not installed. Install it with: pip install "pdiff-plugin[{self.extra}]"'
+
+
+class ClusterUnreachableError(PDiffError, ConnectionError):
+    """No Ray cluster answers at an address."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(address, reason)
+        self.address, self.reason = address, reason
+
+    def __str__(self) -> str:
+        return (
+            f"no Ray cluster at {self.address}: {self.reason}. Give --address (or RAY_ADDRESS) the host:port that "
+            "`ray start --head` printed, or leave both out to work on this machine."
+        )
+
+
+class ClusterAccessError(PDiffError, PermissionError):
+    """A Ray cluster refuses us."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(address, reason)
+        self.address, self.reason = address, reason
+
+    def __str__(self) -> str:
+        return (
+            f"the Ray cluster at {self.address} asks for a token that this process did not show ({self.reason}). "
+            "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's own token."
+        )
+
+
+class ClusterTooSmallError(PDiffError, RuntimeError):
+    """A cluster can never run what was asked of it."""
+
+    def __init__(self, asked: str, found: str, waited_s: int) -> None:
+        super().__init__(asked, found, waited_s)
+        self.asked, self.found, self.waited_s = asked, found, waited_s
+
+    def __str__(self) -> str:
+        return (
+            f"asked for {self.asked}; there is room for {self.found}. Waited {self.waited_s} s (--start-timeout-s). "
+            "Lower --num-workers, --cpus-per-worker or --gpus-per-worker, pass --elastic, or add nodes."
+        )
+
+
+class StorageNotSharedError(PDiffError, FileNotFoundError):
+    """A node of the cluster cannot see a path that its workers need."""
+
+    def __init__(self, path: str, node: str) -> None:
+        super().__init__(path, node)
+        self.path, self.node = path, node
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} cannot be seen from node {self.node}. Put it on storage that every node mounts at the same "
+            "path, or in a bucket (s3://...)."
+        )
+
+
+class WorkersFailedError(PDiffError, RuntimeError):
+    """Workers died or failed more often than allowed, or could not be replaced."""
+
+    def __init__(self, worker: str, cause: str, advice: str) -> None:
+        super().__init__(worker, cause, advice)
+        self.worker, self.cause, self.advice = worker, cause, advice
+
+    def __str__(self) -> str:
+        return f"{self.worker}: {self.cause}. {self.advice}"

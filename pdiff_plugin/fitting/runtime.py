@@ -146,7 +146,9 @@ class GroupRuntime(Runtime):
         # One message instead of one per tensor: latency is what a small network pays for.
         flat = torch.cat([value.detach().reshape(1), *(g.reshape(-1) for g in gradients)])
         self.all_reduce(flat)
-        torch._foreach_copy_([g.view(-1) for g in gradients], list(flat[1:].split([g.numel() for g in gradients])))
+        torch._foreach_copy_(
+            [g.view(-1) for g in gradients], list(torch.split(flat[1:], [g.numel() for g in gradients]))
+        )
         return flat[0]
 
     def join_columns(self, part: Tensor, empty: Callable[[int], Tensor]) -> Tensor:
@@ -154,14 +156,14 @@ class GroupRuntime(Runtime):
         widths[self.rank] = part.shape[1]
         self.all_reduce(widths)
         if self.rank != 0:
-            for piece in part.split(self._piece_columns(part), dim=1):
+            for piece in torch.split(part, self._piece_columns(part), dim=1):
                 self._group.send(piece.contiguous(), dst=0)
             return part
         joined = empty(int(widths.sum()))
         joined[:, : part.shape[1]] = part
         start = part.shape[1]
         for source in range(1, self.world_size):
-            for piece in joined[:, start : start + int(widths[source])].split(self._piece_columns(part), dim=1):
+            for piece in torch.split(joined[:, start : start + int(widths[source])], self._piece_columns(part), dim=1):
                 received = torch.empty(piece.shape, dtype=piece.dtype)
                 self._group.recv(received, src=source)
                 piece.copy_(received)
