@@ -11,7 +11,7 @@ borrowed weights are seen too) for three things:
 - a write, by code that will run again, into an output that is kept (``x += shortcut``): a copy is made just before
   the write, and every later member gets its own copy of that;
 - a write by a kept module into an earlier output (an in-place ReLU): the written value is the one to replay, unless
-  code that will run again has read the older one; then the trunk ends there.
+  code that will run again has read the older one, or makes that memory itself; then the trunk ends there.
 
 What escapes: Python state that a clean module changes and the tail reads, and random numbers drawn in the trunk.
 """
@@ -31,8 +31,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 
 from pdiff_plugin.errors import ConcurrentUseError
 from pdiff_plugin.snapshots.layout import named_modules, named_tensors
-
-_PLAIN_VALUES = (type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device)
 
 Run = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 
@@ -135,9 +133,15 @@ class Trunk:
         self._calls: Counter[str] = Counter()
         self._depth = 0
         self._in_tail = False
-        self._wrote = False
         self._is_recording = False
+        self._forget_call()
         self._kept_inputs: _Kept | None = None
+
+    def _forget_call(self) -> None:
+        """Start a new call of an outermost clean module."""
+        self._wrote = False  # into memory of the trunk
+        self._call_memory: set[_Memory] = set()
+        self._made_in_call: set[int] = set()
 
     def record(self, run: Run) -> Tensor:
         """Compute one member with ``run(args, kwargs)`` and keep what its trunk gives.
@@ -149,7 +153,7 @@ class Trunk:
             self.is_sound = self._is_recording = True
             # The caller's own tensors stay out of reach: some models write into their inputs.
             args, kwargs = copied_inputs(self._inputs)
-            self._kept_inputs = self._keep((args, kwargs), is_input=True)
+            self._kept_inputs = self._keep(*tree_flatten((args, kwargs)))
             known = len(self._cache.clean)
             with _Watch(self):
                 output = self._route(run, args, kwargs)
@@ -196,47 +200,66 @@ class Trunk:
             if not self._is_recording and key in self._kept:
                 return self._kept[key].hand_out()
             self._depth += 1
-            self._wrote = False
             try:
                 output = forward(*args, **kwargs)
             finally:
                 self._depth -= 1
             if self._is_recording:
                 self._record_call(key, output)
+                self._forget_call()
             return output
 
         return routed
 
-    def watch(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Called before each operation while recording; a higher-order operator has no ``schema``."""
+    def watch(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
+        """Called before each operation while recording; returns the storages it uses.
+
+        A higher-order operator has no ``schema``.
+        """
         if schema is None:
-            self._in_tail = True
-            return
-        touched = list(_tensors_with_access(schema, args, kwargs))
-        if not self._in_tail:
-            self._in_tail = any(key in self._generated for key, _ in touched)
-        for key, is_write in touched:
+            self._end()
+            return set()
+        uses = list(_tensors_with_access(schema, args, kwargs))
+        if not self._in_tail and any(key in self._generated for key, _ in uses):
+            self._end()
+        for key, is_write in uses:
             memory = self._memory.get(key)
+            if is_write and self._is_inside_kept and self._is_visible_again(key, memory):
+                self._end()
             if memory is None:
                 continue
-            runs_again = self._in_tail or self._depth == 0
-            if is_write and not runs_again:
-                if memory.was_read:
-                    # Code that runs again has seen the value before this write: this call must run again too.
-                    self._in_tail = runs_again = True
-                    self.is_sound &= not self._wrote
-                else:
-                    self._wrote = True
-            if is_write and runs_again:
-                memory.protect()
-            memory.was_read |= runs_again
+            if self._is_inside_kept:
+                self._call_memory.add(memory)
+                self._wrote |= is_write
+            else:
+                memory.was_read = True
+                if is_write:
+                    memory.protect()
+        return {key for key, _ in uses}
 
-    def note_output(self, output: Any) -> None:
-        """Called after each operation while recording."""
-        if self._in_tail:
-            for tensor in output if isinstance(output, tuple | list) else (output,):
-                if isinstance(tensor, Tensor):
-                    self.largest_tail_bytes = max(self.largest_tail_bytes, tensor.numel() * tensor.element_size())
+    def note_output(self, output: Any, used: set[int]) -> None:
+        """Called after each operation while recording, with the storages it used."""
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if not isinstance(tensor, Tensor):
+                continue
+            if self._in_tail:
+                self.largest_tail_bytes = max(self.largest_tail_bytes, tensor.numel() * tensor.element_size())
+            elif self._depth and tensor.layout == torch.strided and _storage_key(tensor) not in used:
+                self._made_in_call.add(_storage_key(tensor))
+
+    @property
+    def _is_inside_kept(self) -> bool:
+        """Whether the present operation will not run again when its call is replayed."""
+        return self._depth > 0 and not self._in_tail
+
+    def _is_visible_again(self, key: int, memory: _Memory | None) -> bool:
+        """Whether a kept call's write would be missed: code that runs again has read the memory, or makes it anew."""
+        return key not in self._made_in_call if memory is None else memory.was_read
+
+    def _end(self) -> None:
+        """End the trunk here. The present call will run again, on memory that it may already have written into."""
+        self.is_sound &= not self._wrote
+        self._in_tail = True
 
     def _route(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         self._is_routing = True
@@ -246,28 +269,29 @@ class Trunk:
             self._is_routing = False
 
     def _record_call(self, key: tuple[str, int], output: Any) -> None:
-        kept = None if self._in_tail else self._keep(output)
-        if kept is not None:
-            self._kept[key] = kept
+        if self._in_tail:
             return
-        # The call will run again, on inputs that it may already have written into.
-        self.is_sound &= not self._wrote
-        if not self._in_tail:
-            self._in_tail = True
-            self._cache.clean.pop(key[0], None)
-
-    def _keep(self, output: Any, *, is_input: bool = False) -> _Kept | None:
-        """A record of ``output``, or None when something in it cannot be kept."""
         leaves, spec = tree_flatten(output)
-        views: list[_View | Any] = []
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not all(_is_plain_tensor(leaf) if isinstance(leaf, Tensor) else _is_constant(leaf) for leaf in leaves):
+            self._end()
+            self._cache.clean.pop(key[0], None)
+        elif all(k in self._memory or k in self._made_in_call for k in map(_storage_key, tensors)):
+            self._kept[key] = self._keep(leaves, spec)
+        else:
+            # It returns memory that is not of the trunk, as dropout in eval mode does: it runs again every time.
+            self.is_sound &= not self._wrote
+            for memory in self._call_memory:
+                memory.was_read = True
+
+    def _keep(self, leaves: list[Any], spec: TreeSpec) -> _Kept:
+        views: list[Any] = []
         for leaf in leaves:
             if _is_plain_tensor(leaf):
                 memory = self._memory.setdefault(_storage_key(leaf), _Memory(leaf))
                 views.append(_View(memory, leaf))
-            elif is_input or isinstance(leaf, _PLAIN_VALUES):
-                views.append(leaf)
             else:
-                return None
+                views.append(leaf)
         return _Kept(spec, views)
 
 
@@ -351,9 +375,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._trunk.watch(getattr(func, "_schema", None), args, kwargs)
+        used = self._trunk.watch(getattr(func, "_schema", None), args, kwargs)
         output = func(*args, **kwargs)
-        self._trunk.note_output(output)
+        self._trunk.note_output(output, used)
         return output
 
 
@@ -375,6 +399,10 @@ def _tensors_with_access(schema: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _storage_key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, (type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device))
 
 
 def _is_plain_tensor(value: Any) -> bool:

@@ -31,7 +31,7 @@ def weights(model):
 @pytest.fixture
 def images(request):
     # Without --benchmark-enable this is a test of the answer, not of the time.
-    batch_size = 2 if request.config.getoption("benchmark_disable") else 64
+    batch_size = 64 if request.config.getoption("benchmark_enable") else 2
     return torch.randn(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 

@@ -82,8 +82,10 @@ def test_torchmetrics_accepts_the_ensemble(ensemble, data):
     assert found["ece"].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-# Lightning's advice on loading data faster; it is not about the ensemble.
-@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.filterwarnings(
+    "ignore:The '.*_dataloader' does not have many workers",  # Lightning's advice on loading data faster
+    "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning",  # Lightning's own use of torch
+)
 def test_a_lightning_test_run_accepts_the_ensemble(model, ensemble, data, tmp_path):
     lightning = pytest.importorskip("lightning")
 
