@@ -92,7 +92,10 @@ class PDiffRecorder:
         self.error: Exception | None = None
         self._run: _Run | None = None
         self._hook: StepHook | None = None
-        self._state: dict[str, Any] = {"step": 0, "trajectory": trajectory}
+        self._is_watching = False  # whether the hook only tells observe() that a step was really taken
+        self._took_step = False
+        self._found_inf: Tensor | None = None
+        self._state: dict[str, Any] = {"step": 0, "trajectory": trajectory, "store": self.store}
         self._is_restored = False  # whether _state came from a checkpoint and waits for start()
 
     def attach(
@@ -103,6 +106,7 @@ class PDiffRecorder:
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,
         averaged: bool = False,
+        default_store: str | os.PathLike[str] = DEFAULT_STORE,
     ) -> PDiffRecorder:
         """Record ``model`` after each step of ``optimizer``; leave the optimizer out to call :meth:`step` yourself.
 
@@ -112,6 +116,7 @@ class PDiffRecorder:
             total_steps: optimizer steps of the whole run, resumed part included.
             steps_per_epoch: optimizer steps in an epoch, for ``last_epochs``.
             averaged: ``model`` is an averaged copy (EMA, SWA), whose parameters need no gradient.
+            default_store: folder to use when the recorder was built without one.
 
         Raises:
             SelectionError: ``layers`` picks nothing that is trained.
@@ -120,7 +125,13 @@ class PDiffRecorder:
         """
         given = optimizer if isinstance(optimizer, Sequence) else [optimizer] if optimizer is not None else []
         optimizers = [unwrap_optimizer(one) for one in given]
-        self.start(model, total_steps=total_steps, steps_per_epoch=steps_per_epoch, averaged=averaged)
+        self.start(
+            model,
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            averaged=averaged,
+            default_store=default_store,
+        )
         if optimizers:
             chosen = {id(tensor) for tensor in select(model, self.layers, averaged=averaged).tensors.values()}
             owners = [
@@ -137,11 +148,13 @@ class PDiffRecorder:
         steps_per_epoch: int | None = None,
         averaged: bool = False,
         default_store: str | os.PathLike[str] = DEFAULT_STORE,
+        watch: Any = None,
     ) -> None:
         """Begin a run that :meth:`observe` or :meth:`step` will follow. For trainer adapters; see :meth:`attach`.
 
         Args:
-            default_store: folder to use when the recorder was built without one.
+            watch: the optimizer, if torch's; :meth:`observe` then records nothing unless it has taken a step (not in
+                the middle of gradient accumulation, not a step that the gradient scaler skipped).
         """
         self.close()
         self.rest_drift, self.error = None, None
@@ -159,11 +172,17 @@ class PDiffRecorder:
             raise ConfigError(
                 "freeze_rest", True, "cannot be used in distributed training, which expects all gradients"
             )
-        store = Path(self.store if self.store is not None else default_store)
+        restored_store = self._state.get("store") if self._is_restored else None
+        if restored_store is not None and not Path(restored_store).is_dir():
+            restored_store = None  # the checkpoint was moved to another machine
+        store = Path(self.store or restored_store or default_store)
         self._run = _Run(self, model, window, steps_per_epoch, averaged, store)
         if self._is_restored:
             self._run.restore(self._state)
             self._is_restored = False
+        self._is_watching = watch is not None
+        if watch is not None:
+            self._hook = StepHook(unwrap_optimizer(watch), self._on_watched_step)
         atexit.register(_close_at_exit, weakref.ref(self))
 
     def step(self, epoch: float | None = None, metrics: Mapping[str, Any] | None = None) -> None:
@@ -176,19 +195,21 @@ class PDiffRecorder:
         self,
         model: nn.Module,
         *,
-        step: int,
+        step: int | None = None,
         epoch: float | None = None,
         metrics: Mapping[str, Any] | None = None,
     ) -> None:
         """Say that ``model`` has taken optimizer step number ``step``; a step that was seen before is skipped.
 
-        Without :meth:`start` the run's length counts as unknown.
+        Without :meth:`start` the run's length counts as unknown. Without a number it is the next step.
         """
         if self._run is None:
             self.start(model)
         assert self._run is not None
-        if step > self._run.step:
-            self._run.observe(step, epoch, metrics)
+        took_step, found_inf = self._took_step or not self._is_watching, self._found_inf
+        self._took_step, self._found_inf = False, None
+        if took_step and (step is None or step > self._run.step):
+            self._run.observe(self._run.step + 1 if step is None else step, epoch, metrics, found_inf)
 
     def close(self) -> None:
         """Write what is left and let go of the model. May be called again."""
@@ -222,14 +243,20 @@ class PDiffRecorder:
         self.close()
 
     def _on_optimizer_step(self, optimizer: Optimizer) -> None:
-        if self._run is not None:
-            # Fused optimizers run their hooks for steps that the gradient scaler made them skip, too.
-            found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-            if found_inf is not None and not found_inf.is_cuda:
-                if found_inf.item():
-                    return
-                found_inf = None
-            self._run.observe(self._run.step + 1, None, None, found_inf)
+        self._on_watched_step(optimizer)
+        if self._run is not None and self._took_step:
+            self._run.observe(self._run.step + 1, None, None, self._found_inf)
+        self._took_step, self._found_inf = False, None
+
+    def _on_watched_step(self, optimizer: Optimizer) -> None:
+        # Fused optimizers run their hooks for steps that the gradient scaler made them skip, too.
+        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        if found_inf is None:
+            self._took_step = True
+        elif found_inf.is_cuda:  # reading it would wait for the device; the writer drops the row
+            self._took_step, self._found_inf = True, found_inf.clone()
+        else:
+            self._took_step = not found_inf.item()
 
 
 class _Run:
@@ -273,7 +300,7 @@ class _Run:
         self._freeze_in_window()
 
     def counters(self) -> dict[str, Any]:
-        return {"step": self.step, "trajectory": self.trajectory}
+        return {"step": self.step, "trajectory": self.trajectory, "store": str(self.store)}
 
     def state(self) -> dict[str, Any]:
         if self.is_first_rank and self.recorder.error is None and self._num_observed:
@@ -343,6 +370,8 @@ class _Run:
                 self._read()[0].device,
                 keep=self.window.num_rows if self.window.total_steps is None else None,
             )
+            # A recorder that is forgotten without close() still leaves no thread behind.
+            weakref.finalize(self.recorder, self._writer.close).atexit = False
         return self._writer
 
     def _resolve(self) -> Layout:

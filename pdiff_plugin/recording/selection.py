@@ -25,7 +25,9 @@ _NORM_CLASSES: tuple[type[nn.Module], ...] = (
 )
 # transformers and timm have norms of their own (LlamaRMSNorm, T5LayerNorm), which share no base class.
 _NORM_NAME = re.compile(r"(Batch|Layer|Group|Instance|RMS)Norm")
-_STATISTICS = ("running_mean", "running_var")
+# The second names of each are those that Keras gives.
+_NORM_WEIGHTS = ("weight", "gamma", "scale")
+_STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def select(model: nn.Module, layers: Layers = "last-norms:2", *, averaged: bool 
 def is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a normalization layer with a weight of its own."""
     known = isinstance(module, _NORM_CLASSES) or _NORM_NAME.search(type(module).__name__)
-    return bool(known) and isinstance(module._parameters.get("weight"), nn.Parameter)
+    return bool(known) and any(module._parameters.get(leaf) is not None for leaf in _NORM_WEIGHTS)
 
 
 def _match(model: nn.Module, spec: str, tensors: dict[str, Tensor]) -> set[str]:

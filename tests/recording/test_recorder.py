@@ -318,7 +318,7 @@ def test_state_can_be_loaded_after_attach_and_rolls_back(net, tmp_path):
     recorder.step()
     recorder.close()
     assert SnapshotStore.open(tmp_path).steps.tolist() == [1, 2, 3, 4]
-    assert recorder.state_dict() == {"step": 4, "trajectory": "run-001"}
+    assert recorder.state_dict() == {"step": 4, "trajectory": "run-001", "store": str(tmp_path)}
 
 
 def test_each_run_without_a_name_is_a_trajectory_of_its_own(net, tmp_path):

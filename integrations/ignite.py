@@ -1,0 +1,52 @@
+"""PyTorch-Ignite.
+
+PDiffRecorder().attach(trainer, model, optimizer)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._adapter import Adapter
+
+try:
+    from ignite.engine import Events
+except ImportError:
+    Events = None
+
+
+class PDiffRecorder(Adapter):
+    """Records snapshots while an ``Engine`` trains; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+
+    To resume, put it into ``Checkpoint({"recorder": recorder, ...})``. No handler is registered for exceptions, as that
+    would swallow them: what is not yet written then follows within seconds, or on ``close()``.
+    """
+
+    _package, _extra, _is_missing = "pytorch-ignite", "ignite", Events is None
+
+    def attach(self, engine: Any, model: Any, optimizer: Any, *, gradient_accumulation_steps: int = 1) -> PDiffRecorder:
+        """Follow ``optimizer`` while ``engine`` runs.
+
+        Args:
+            gradient_accumulation_steps: iterations to a step, as given to ``create_supervised_trainer``.
+        """
+
+        def start() -> None:
+            state, every = engine.state, gradient_accumulation_steps
+            length = state.epoch_length
+            self.recorder.start(
+                model,
+                total_steps=state.max_epochs * length // every if length and state.max_epochs else None,
+                steps_per_epoch=max(1, length // every) if length else None,
+                watch=optimizer,
+            )
+
+        def observe() -> None:
+            state = engine.state
+            epoch = state.iteration / state.epoch_length if state.epoch_length else None
+            self.recorder.observe(model, epoch=epoch, metrics=state.metrics)
+
+        engine.add_event_handler(Events.STARTED, start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, observe)
+        engine.add_event_handler(Events.COMPLETED, self.close)
+        return self

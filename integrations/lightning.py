@@ -1,0 +1,64 @@
+"""Lightning 2.x, as ``lightning`` or ``pytorch_lightning``.
+
+trainer = Trainer(callbacks=[PDiffRecorder()])
+"""
+
+from __future__ import annotations
+
+from math import ceil, isfinite
+from pathlib import Path
+from typing import Any
+
+from ._adapter import DEFAULT_FOLDER, Adapter, hookable
+
+try:
+    from lightning.pytorch.callbacks import Callback
+except ImportError:
+    try:
+        from pytorch_lightning.callbacks import Callback
+    except ImportError:
+        Callback = object
+
+
+class PDiffRecorder(Adapter, Callback):
+    """Records snapshots while a ``Trainer`` fits; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+
+    With manual optimization the number of steps cannot be known, so the newest snapshots are kept.
+    """
+
+    _package, _extra, _is_missing = "lightning", "lightning", Callback is object
+
+    @property
+    def state_key(self) -> str:
+        """Tells several recorders of one trainer apart in its checkpoints."""
+        return f"pdiff_plugin.PDiffRecorder{self.recorder.settings()}"
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        total_steps, per_epoch = trainer.estimated_stepping_batches, trainer.num_training_batches
+        is_known = pl_module.automatic_optimization and isfinite(total_steps) and total_steps > 0
+        self.recorder.start(
+            pl_module,
+            total_steps=int(total_steps) if is_known else None,
+            steps_per_epoch=ceil(per_epoch / trainer.accumulate_grad_batches)
+            if is_known and isfinite(per_epoch)
+            else None,
+            default_store=Path(trainer.log_dir or trainer.default_root_dir) / DEFAULT_FOLDER,
+            watch=hookable(trainer.optimizers[0]) if len(trainer.optimizers) == 1 else None,
+        )
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Batches also end in the middle of gradient accumulation; observe() skips a step it has seen.
+        per_epoch = trainer.num_training_batches
+        self.recorder.observe(
+            pl_module,
+            step=trainer.global_step,
+            epoch=trainer.current_epoch + (batch_idx + 1) / per_epoch if isfinite(per_epoch) else None,
+            metrics=trainer.callback_metrics,
+        )
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        # Lightning calls neither on_train_end nor teardown after an exception.
+        self.close()

@@ -1,0 +1,58 @@
+"""A training loop inside Ray Train (``ray.train.torch.TorchTrainer``).
+
+def train_loop_per_worker(config):
+    with PDiffRecorder().attach(model, optimizer, total_steps=9000):
+        train()
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ._adapter import DEFAULT_FOLDER, Adapter
+
+
+class PDiffRecorder(Adapter):
+    """Records on the worker of rank 0; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+
+    Snapshots go into the run's own folder in its storage path, if that is a file system of this machine. To resume,
+    keep ``state_dict()`` in the loop's checkpoint.
+    """
+
+    def attach(
+        self,
+        model: Any,
+        optimizer: Any,
+        *,
+        total_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+    ) -> PDiffRecorder:
+        """Follow ``optimizer``; to be called on every worker.
+
+        Args:
+            total_steps: optimizer steps of the whole run; with it the end of the run is recorded, else the newest
+                snapshots are kept.
+            steps_per_epoch: optimizer steps in an epoch.
+        """
+        import ray.train  # takes seconds, and only workers need it
+
+        context = ray.train.get_context()
+        if context.get_world_rank() == 0:
+            self.recorder.attach(
+                model,
+                optimizer,
+                total_steps=total_steps,
+                steps_per_epoch=steps_per_epoch,
+                default_store=_run_folder(context) / DEFAULT_FOLDER,
+            )
+        return self
+
+
+def _run_folder(context: Any) -> Path:
+    try:
+        storage = context.get_storage()
+    except NotImplementedError:  # Ray's local mode (num_workers=0) has none
+        return Path.cwd()
+    is_local = storage.storage_filesystem.type_name == "local"
+    return Path(storage.experiment_fs_path) if is_local else Path.cwd()
