@@ -30,8 +30,9 @@ if _TYPE_CHECKING:
     from pdiff_plugin.ensemble.swap import swap_ as swap_
     from pdiff_plugin.ensemble.swap import swapped as swapped
     from pdiff_plugin.errors import PDiffError as PDiffError
-    from pdiff_plugin.evaluation.evaluate import Evaluation as Evaluation
     from pdiff_plugin.evaluation.evaluate import evaluate as evaluate
+    from pdiff_plugin.evaluation.report import write_report as write_report
+    from pdiff_plugin.evaluation.result import Evaluation as Evaluation
     from pdiff_plugin.evaluation.task import Task as Task
     from pdiff_plugin.fitting.fit import fit as fit
     from pdiff_plugin.generator.generator import WeightGenerator as WeightGenerator
@@ -44,7 +45,7 @@ if _TYPE_CHECKING:
 _HOME = {
     "DiffusionConfig": "config",
     "DiffusionEnsemble": "ensemble.ensemble",
-    "Evaluation": "evaluation.evaluate",
+    "Evaluation": "evaluation.result",
     "FitConfig": "config",
     "Layout": "snapshots.layout",
     "PDiffError": "errors",
@@ -64,6 +65,7 @@ _HOME = {
     "swap_": "ensemble.swap",
     "swapped": "ensemble.swap",
     "uniform_soup": "ensemble.soup",
+    "write_report": "evaluation.report",
 }
 
 __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, judge)
@@ -88,6 +90,7 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "Task",
     "evaluate",
     "Evaluation",
+    "write_report",
     "PDiffError",
 ]
 

@@ -137,10 +137,10 @@ class Evaluation:
             for name in names
         ]
         first = self.sets[names[0]] if names else {}
-        for key in first:
+        for key in sorted(first, key=lambda key: key.startswith("ood_auroc/")):  # shifted data come first
             kind, _, data = key.partition("/")
             if kind == "shifted":
-                headers += [f"{data}: acc", "NLL"]
+                headers += [f"{data}: acc", f"{data}: NLL"]
                 for row, name in zip(rows, names, strict=True):
                     figures = self.sets[name][key]
                     row += [

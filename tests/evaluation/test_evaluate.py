@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from pdiff_plugin.config import DiffusionConfig, FitConfig
 from pdiff_plugin.errors import ConfigError, LayoutMismatchError, UnusableSnapshotsError
 from pdiff_plugin.evaluation.baselines import average, rng_for
 from pdiff_plugin.evaluation.evaluate import Evaluation, evaluate
 from pdiff_plugin.evaluation.rows import SnapshotRows
 from pdiff_plugin.evaluation.task import Task
+from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -102,6 +105,127 @@ def test_copies_are_called_copies(one_run: Run) -> None:
     assert result.verdict.outcome == "copies the snapshots"
     assert result.sets["generated"]["nearest_snapshot_distance"] == pytest.approx(0.0, abs=1e-6)
     assert result.verdict.sentence.startswith("Copies the snapshots: generated members lie 0.00")
+
+
+def repeated(store: SnapshotStore, tiny: float) -> dict[str, Tensor]:
+    """Forty times the last snapshot, plus tiny noise."""
+    row = store.rows(indices=[len(store) - 1])
+    noise = torch.randn(40, row.shape[1], generator=torch.Generator().manual_seed(0))
+    return store.layout.unflatten(row * (1 + tiny * noise))
+
+
+def test_on_one_repeated_snapshot_plus_tiny_noise_the_verdict_is_copies(one_run: Run, store_of: Any) -> None:
+    task, store = one_run
+    same = store_of(repeated(store, tiny=1e-5))
+    generator = fit(same.path, FitConfig(diffusion=DiffusionConfig(max_steps=200, width=32)))
+    result = evaluate(task, same, generator, num_members=8)
+    assert result.verdict.outcome == "copies the snapshots"
+
+
+def test_on_three_runs_pooled_averages_and_gaussians_collapse_and_generated_do_not(three_runs: Run) -> None:
+    task, store = three_runs
+    generator = fit(store.path, FitConfig(diffusion=DiffusionConfig(max_steps=800, width=64)))
+    sets = evaluate(task, store, generator, num_members=12).sets
+    snapshots = sets["snapshots"]["accuracy_mean"]
+    assert sets["gaussian"]["accuracy_mean"] < snapshots - 0.3
+    assert sets["average"]["accuracy_mean"] < snapshots - 0.03
+    assert sets["swag"]["accuracy_mean"] < snapshots - 0.1
+    assert sets["generated"]["accuracy_mean"] > snapshots - 0.02
+    assert sets["gaussian-per-run"]["accuracy_mean"] > snapshots - 0.02
+    assert sets["average-per-run"]["accuracy_mean"] > snapshots - 0.01
+    assert sets["swa"]["members"] == sets["last"]["members"] == 3
+
+
+def test_duplicates_among_the_snapshots_are_counted(one_run: Run, store_of: Any) -> None:
+    task, store = one_run
+    tensors = store.layout.unflatten(store.rows())
+    for tensor in tensors.values():
+        tensor[[9, 17, 25]] = tensor[[3, 3, 4]]
+    result = evaluate(task, store_of(tensors), num_members=4, sets=["snapshots"])
+    assert result.details["num_duplicate_snapshots"] == 3
+
+
+def test_shifted_and_out_of_distribution_data_have_figures_of_their_own(one_run: Run) -> None:
+    task, store = one_run
+    rng = torch.Generator().manual_seed(0)
+    noisy = [(x + 0.3 * torch.randn(x.shape, generator=rng), y) for x, y in task.eval_loader]
+    blank = [0.3 * torch.rand(200, 64, generator=rng)]
+    many = Task(task.model, task.eval_loader, shifted={"noisy": noisy}, out_of_distribution={"blank": blank})
+    result = evaluate(many, store, weights=pairs(store), num_members=8, sets="core")
+    plain = evaluate(task, store, weights=pairs(store), num_members=8, sets="core")
+    for name, figures in result.sets.items():
+        assert figures["shifted/noisy"]["ensemble_accuracy"] < figures["ensemble_accuracy"]
+        assert figures["ood_auroc/blank"] > 0.6
+        assert figures["ensemble_nll"] == plain.sets[name]["ensemble_nll"]
+    headers, rows = result.table()
+    assert headers[-3:] == ["noisy: acc", "noisy: NLL", "blank: AUROC"]
+    assert all(len(row) == len(headers) for row in rows)
+
+
+def test_several_draws_average_the_random_sets_and_tell_their_spread(one_run: Run) -> None:
+    task, store = one_run
+    once = evaluate(task, store, num_members=6, sets=["snapshots", "gaussian"])
+    often = evaluate(task, store, num_members=6, sets=["snapshots", "gaussian"], num_draws=3)
+    assert often.sets["snapshots"] == once.sets["snapshots"]
+    assert often.sets["gaussian"]["draws"] == 3
+    assert often.sets["gaussian"]["ensemble_nll_std"] > 0
+    assert often.sets["gaussian"]["ensemble_nll"] != once.sets["gaussian"]["ensemble_nll"]
+
+
+def test_a_deep_ensemble_comes_from_the_users_own_training(one_run: Run) -> None:
+    task, store = one_run
+    seen: list[int] = []
+
+    def retrain(seed: int) -> nn.Module:
+        seen.append(seed)
+        model = copy.deepcopy(task.model)
+        model.load_state_dict(store.state_dict(10 * seed), strict=False)
+        return model
+
+    result = evaluate(task, store, sets=["snapshots"], num_members=4, retrain=retrain, num_retrained=3)
+    assert seen == [0, 1, 2]
+    figures = result.sets["deep-ensemble"]
+    assert figures["members"] == 3
+    assert figures["nearest_snapshot_distance"] == pytest.approx(0.0, abs=1e-6)
+    assert result.cost["deep-ensemble"]["forward_passes"] == pytest.approx(3.0)
+
+
+def test_the_cost_of_a_head_is_little_more_than_one_forward_pass(one_run: Run, store_of: Any) -> None:
+    task, store = one_run
+    head = {name: t for name, t in store.layout.unflatten(store.rows()).items() if name.startswith("3.")}
+    result = evaluate(task, store_of(head), num_members=8, sets=["noise", "swa"])
+    # 64 x 16 multiplications in the trunk, 16 x 10 in each member's head.
+    assert result.cost["noise"]["forward_passes"] == pytest.approx((64 + 8 * 10) / 74)
+    assert result.cost["swa"]["forward_passes"] == pytest.approx(1.0)
+    assert result.cost["noise"]["seconds"] > 0
+
+
+def test_sets_that_do_not_fit_in_memory_together_take_several_passes(
+    one_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, store = one_run
+    together = evaluate(task, store, num_members=4, sets="core")
+    monkeypatch.setattr("pdiff_plugin.evaluation.evaluate._PASS_BYTES", 1)
+    apart = evaluate(task, store, num_members=4, sets="core")
+    assert apart.sets == together.sets
+
+
+def test_a_shuffled_loader_is_refused_when_it_takes_several_passes(
+    one_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, store = one_run
+    assert isinstance(task.eval_loader, DataLoader)
+    shuffled = DataLoader(task.eval_loader.dataset, 400, shuffle=True, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("pdiff_plugin.evaluation.evaluate._PASS_BYTES", 1)
+    with pytest.raises(ConfigError, match="must not shuffle"):
+        evaluate(Task(task.model, shuffled), store, num_members=4, sets="core")
+
+
+def test_targets_beyond_the_models_classes_are_refused(one_run: Run) -> None:
+    task, store = one_run
+    loader = [(torch.zeros(2, 64), torch.tensor([3, 10]))]
+    with pytest.raises(ConfigError, match="targets of eval_loader = 'from 3 to 10': it must be from 0 to 9"):
+        evaluate(Task(task.model, loader), store, num_members=2)
 
 
 def test_a_model_with_another_tensor_is_refused_by_its_name(one_run: Run) -> None:

@@ -1,0 +1,169 @@
+"""The report: one HTML file that needs nothing else, and its pictures as PNG files.
+
+DIR/report.html
+DIR/report-figures/NAME.png
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pdiff_plugin.errors import MissingDependencyError
+from pdiff_plugin.evaluation.plots import Picture, pictures, style
+from pdiff_plugin.evaluation.result import FOOTNOTE, Evaluation
+from pdiff_plugin.snapshots.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HTML_NAME = "report.html"
+FIGURES_DIR = "report-figures"
+_PNG_DPI = 200
+_COLOURS = {
+    "worth it": "#009E73",
+    "no better than averaging": "#E69F00",
+    "copies the snapshots": "#D55E00",
+    "too few data to tell": "#777777",
+    "nothing generated": "#777777",
+}
+
+
+def write_report(source: Evaluation | str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
+    """Write ``report.html`` and its pictures, and return the path of the HTML file.
+
+    Args:
+        source: an evaluation, or the folder it was saved in; no model and no data are needed.
+        out: folder to write to; that of the source unless given, the working directory for an evaluation in memory.
+
+    Raises:
+        EvaluationNotFoundError: the folder holds no evaluation.
+        MissingDependencyError: matplotlib or jinja2 is not installed.
+    """
+    if isinstance(source, Evaluation):
+        evaluation, folder = source, Path(out or ".")
+    else:
+        evaluation = Evaluation.load(source)
+        folder = Path(out) if out is not None else _folder_of(Path(source))
+    drawn = pictures(evaluation)
+    html = render_html(evaluation, drawn)
+    (folder / FIGURES_DIR).mkdir(parents=True, exist_ok=True)
+    for picture in drawn:
+        with replacing(folder / FIGURES_DIR / f"{picture.name}.png") as temp, style():
+            picture.figure.savefig(temp, format="png", dpi=_PNG_DPI, metadata={"Software": None})
+    with replacing(folder / HTML_NAME) as temp:
+        temp.write_text(html, encoding="utf-8")
+    return folder / HTML_NAME
+
+
+def render_html(evaluation: Evaluation, drawn: list[Picture] | None = None) -> str:
+    """The report as text; ``drawn`` saves drawing the pictures again.
+
+    Raises:
+        MissingDependencyError: matplotlib or jinja2 is not installed.
+    """
+    try:
+        import jinja2
+        import markupsafe  # comes with jinja2
+    except ImportError as error:
+        raise MissingDependencyError("jinja2", "report") from error
+    drawn = pictures(evaluation) if drawn is None else drawn
+    source = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
+    headers, rows = evaluation.table()
+    return template.render(
+        title=f"pdiff report: {evaluation.details.get('task', 'task')}",
+        facts=_facts(evaluation.details),
+        outcome=evaluation.verdict.outcome,
+        verdict=evaluation.verdict.sentence,
+        colour=_COLOURS[evaluation.verdict.outcome],
+        headers=headers,
+        rows=rows,
+        footnote=FOOTNOTE,
+        figures=[
+            {
+                "name": picture.name,
+                "title": picture.title,
+                "caption": picture.caption,
+                "svg": markupsafe.Markup(svg_text(picture.figure, picture.name, picture.title)),
+            }
+            for picture in drawn
+        ],
+        groups=_groups(evaluation),
+    )
+
+
+def svg_text(figure: Figure, name: str, title: str) -> str:
+    """A figure as an ``<svg>`` element that can stand beside others in one page.
+
+    Ids are unique to the figure: two figures would else share clip paths and glyphs of the same name.
+    """
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with style():
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'(xlink:href="#|href="#|url\(#)', rf"\g<1>{name}-", text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+
+
+def _facts(details: Mapping[str, Any]) -> str:
+    runs = len(details.get("trajectories", []))
+    texts = [
+        f"{details.get('num_items', 0):,} items",
+        f"{details.get('num_snapshots', 0):,} snapshots of {details.get('num_values', 0):,} values "
+        f"from {runs} run{'' if runs == 1 else 's'}",
+    ]
+    if details.get("num_skipped_snapshots"):
+        texts.append(f"{details['num_skipped_snapshots']} skipped for NaN or Inf")
+    if details.get("num_duplicate_snapshots"):
+        texts.append(f"{details['num_duplicate_snapshots']} repeat another")
+    draws = details.get("num_draws", 1)
+    texts.append(f"seed {details.get('seed')}" + (f", {draws} draws of each set" if draws > 1 else ""))
+    return ", ".join(texts) + "."
+
+
+def _groups(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, str]]]]:
+    details = evaluation.details
+    plain = {k: v for k, v in details.items() if k not in ("provenance", "generator")}
+    generator = details.get("generator", {})
+    groups = {
+        "Evaluation": plain,
+        "Provenance": details.get("provenance", {}),
+        "Deciding numbers": evaluation.verdict.numbers,
+        "Seconds": evaluation.seconds,
+        "Seconds of the sets' forward passes": {n: c.get("seconds") for n, c in evaluation.cost.items()},
+        "Generator: what the fit measured": generator.get("report", {}),
+        "Generator: configuration": generator.get("config", {}),
+        "Generator: provenance": generator.get("provenance", {}),
+    }
+    return [(heading, list(_flattened(entries))) for heading, entries in groups.items() if entries]
+
+
+def _flattened(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested entries as dotted, readable names and values."""
+    for key, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}".replace("_", " "), _value_text(value)
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, list):
+        shown = ", ".join(_value_text(v) for v in value[:12])
+        return f"{shown}, … ({len(value)})" if len(value) > 12 else shown or "none"
+    if value is None:
+        return "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _folder_of(source: Path) -> Path:
+    return source if source.is_dir() else source.parent

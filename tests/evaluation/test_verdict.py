@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pdiff_plugin.evaluation.scores import Scores
+from pdiff_plugin.evaluation.verdict import Candidate, Verdict, half_mask, jackknife_error, judge
+
+N = 2000
+
+
+def candidate(text: str, nll: Tensor, error_rate: float = 0.2, num_members: int = 4) -> Candidate:
+    """A set of equal members with this ensemble NLL, wrong on the first items."""
+    correct = torch.arange(N) >= error_rate * N
+    scores = Scores(
+        correct=correct.expand(num_members, N),
+        member_nll=nll.expand(num_members, N),
+        sizes=(num_members,),
+        nll=nll[None],
+        confidence=torch.full((1, N), 0.8),
+        hit=correct[None],
+        brier=torch.zeros(N),
+        entropy=torch.zeros(N),
+        forward_passes=1.0,
+        seconds=0.0,
+    )
+    return Candidate(text, [scores])
+
+
+def nll(mean: float, noise: float = 0.0, seed: int = 0) -> Tensor:
+    """Per-item NLLs that share most of their variation between sets, as those of one model family do."""
+    shared = torch.randn(N, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    own = torch.randn(N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return mean + 0.1 * (shared - shared.mean()) + noise * (own - own.mean())
+
+
+def verdict(generated: Candidate, *others: Candidate, distance: float = 1.0, overlap: float = 0.9) -> Verdict:
+    alternatives = {f"other-{i}": other for i, other in enumerate(others)}
+    found, _ = judge(generated, alternatives, distance=distance, reference_distance=1.0, overlap=overlap)
+    return found
+
+
+def test_better_than_every_alternative_is_worth_it() -> None:
+    found = verdict(candidate("generated", nll(0.50)), candidate("averages", nll(0.55)), candidate("SWAG", nll(0.52)))
+    assert found.outcome == "worth it"
+    assert "ensemble NLL 0.5000 against 0.5200 with SWAG (difference -0.0200 ± " in found.sentence
+    assert list(found.numbers.values()) == pytest.approx([0.50, 0.52])
+
+
+def test_one_alternative_as_good_is_enough_to_be_no_better() -> None:
+    found = verdict(candidate("generated", nll(0.50)), candidate("averages", nll(0.55)), candidate("SWAG", nll(0.50)))
+    assert found.outcome == "no better than averaging"
+    assert "with SWAG" in found.sentence
+
+
+def test_a_sure_but_tiny_gain_does_not_count() -> None:
+    found = verdict(candidate("generated", nll(0.499)), candidate("averages", nll(0.50)))
+    assert found.outcome == "no better than averaging"
+
+
+def test_a_difference_within_its_error_is_too_few_data() -> None:
+    found = verdict(candidate("generated", nll(0.49, noise=1.0, seed=1)), candidate("averages", nll(0.50)))
+    assert found.outcome == "too few data to tell"
+    assert "a gain of 0.0050 would count" in found.sentence
+
+
+def test_a_gain_in_nll_that_costs_accuracy_is_not_worth_it() -> None:
+    found = verdict(candidate("generated", nll(0.40), error_rate=0.25), candidate("averages", nll(0.50)))
+    assert found.outcome == "no better than averaging"
+    assert "accuracy is -5.00 ± 0.49 points from that with averages" in found.sentence
+
+
+def test_members_close_to_a_snapshot_are_copies_however_good() -> None:
+    found = verdict(candidate("generated", nll(0.1)), candidate("averages", nll(0.5)), distance=0.49)
+    assert found.outcome == "copies the snapshots"
+    assert found.numbers == {"nearest_snapshot_distance": 0.49, "snapshots_nearest_distance": 1.0}
+
+
+def test_members_with_a_snapshots_errors_are_copies() -> None:
+    found = verdict(candidate("generated", nll(0.1)), candidate("averages", nll(0.5)), overlap=0.995)
+    assert found.outcome == "copies the snapshots"
+    assert "99.5% are the same" in found.sentence
+
+
+def test_too_few_errors_tell_nothing() -> None:
+    found = verdict(candidate("generated", nll(0.1), error_rate=0.004), candidate("averages", nll(0.5)), overlap=1.0)
+    assert found.outcome == "too few data to tell"
+    assert "8.0 errors on 2000 items" in found.sentence
+
+
+def test_the_jackknife_knows_the_spread_of_an_ensemble_over_its_draws() -> None:
+    rng = torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        return 1 + torch.randn(16, 1, generator=rng, dtype=torch.float64) * 0.3 + torch.zeros(16, 50)
+
+    def ensemble_nll(member_nll: Tensor) -> Tensor:
+        return (math.log(16) - (-member_nll).logsumexp(0)).mean()
+
+    spread = torch.stack([ensemble_nll(draw()) for _ in range(400)]).std()
+    estimates = torch.tensor([jackknife_error(draw()) for _ in range(200)])
+    assert float(estimates.mean()) == pytest.approx(float(spread), rel=0.1)
+
+
+def test_runs_taken_in_turn_do_not_count_as_spread() -> None:
+    member_nll = torch.tensor([[1.0], [2.0]] * 4, dtype=torch.float64)  # two runs, equal members within each
+    assert jackknife_error(member_nll, num_strata=2) == pytest.approx(0.0, abs=1e-12)
+    assert jackknife_error(member_nll) > 0.1
+
+
+def test_several_draws_give_their_own_error() -> None:
+    draws = [candidate("generated", nll(mean)).draws[0] for mean in (0.4, 0.5, 0.6)]
+    assert Candidate("generated", draws).draw_error == pytest.approx(0.1 / 3**0.5)
+    assert Candidate("generated", draws, is_random=False).draw_error == 0.0
+
+
+def test_half_mask_is_half_and_seeded() -> None:
+    assert int(half_mask(101, 0).sum()) == 50
+    assert torch.equal(half_mask(101, 0), half_mask(101, 0))
+    assert not torch.equal(half_mask(101, 0), half_mask(101, 1))
