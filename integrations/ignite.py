@@ -48,5 +48,5 @@ class PDiffRecorder(Adapter):
 
         engine.add_event_handler(Events.STARTED, start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, observe)
-        engine.add_event_handler(Events.COMPLETED, self.close)
+        engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self.close)
         return self

@@ -1,5 +1,6 @@
 import json
 
+import fastai.callback.progress  # noqa: F401 (gives Learner no_bar)
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation

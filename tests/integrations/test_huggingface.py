@@ -1,0 +1,138 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from pdiff_plugin import PDiffRecorder as CoreRecorder
+from pdiff_plugin import SnapshotStore
+
+transformers = pytest.importorskip("transformers", exc_type=ImportError)
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+
+from pdiff_plugin.integrations.huggingface import PDiffRecorder  # noqa: E402
+
+
+@pytest.fixture
+def driver(load_driver):
+    return load_driver("huggingface")
+
+
+def tiny_bert():
+    config = transformers.BertConfig(
+        vocab_size=16,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=8,
+        num_labels=2,
+    )
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(config)
+
+
+def train(model, folder, callbacks, num_steps=4, **kwargs):
+    data = [{"input_ids": torch.arange(i, i + 5) % 16, "labels": i % 2} for i in range(8 * num_steps)]
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=8,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        logging_steps=1,
+        save_strategy="no",
+        **{"num_train_epochs": 1, **kwargs},
+    )
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+    trainer.train()
+    return trainer
+
+
+def test_a_callback_that_the_trainer_rebuilds_from_its_checkpoint_goes_on(driver, toolbox, tmp_path):
+    settings = {"last_steps": 7}
+    whole = toolbox.Job(tmp_path / "whole", settings=settings)
+    driver.train(whole)
+    with pytest.raises(ValueError, match="raised in training"):
+        driver.train(toolbox.Job(tmp_path / "parts", settings=settings, save=True, fail_at=7))
+    resumed = toolbox.Job(tmp_path / "parts", settings=settings, resume=True)
+    driver.train(resumed, restore_callback_states_from_checkpoint=True)
+    parts = SnapshotStore.open(tmp_path / "parts" / "pdiff-snapshots")
+    assert parts.trajectories == ["run-001"]
+    assert parts.steps.tolist() == [4, 5, 6, 7, 8, 9, 10]
+    assert torch.equal(parts.rows(), SnapshotStore.open(tmp_path / "whole" / "pdiff-snapshots").rows())
+
+
+def test_the_state_is_plain_json_and_rebuilds_the_callback(tmp_path):
+    state = json.loads(json.dumps(PDiffRecorder(str(tmp_path), layers=["head"], last_steps=3).state()))
+    again = PDiffRecorder.from_state(state)
+    assert again.recorder.settings() == CoreRecorder(str(tmp_path), layers=["head"], last_steps=3).settings()
+
+
+def test_logged_metrics_and_the_epoch_are_stored(tmp_path):
+    train(tiny_bert(), tmp_path, [PDiffRecorder()])
+    store = SnapshotStore.open(tmp_path / "pdiff-snapshots")
+    assert store.epochs == [0.25, 0.5, 0.75, 1.0]
+    # The trainer logs after its callbacks heard of the step, so the newest value is that of the step before.
+    assert "loss" not in store.metrics[0]
+    assert all(metrics["loss"] > 0 for metrics in store.metrics[1:])
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # PEFT, about transformers
+def test_lora_matrices_of_a_peft_model_are_recorded(tmp_path):
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(r=2, task_type="SEQ_CLS"))
+    train(model, tmp_path, [PDiffRecorder(layers="lora")])
+    store = SnapshotStore.open(tmp_path / "pdiff-snapshots")
+    assert len(store) == 4
+    assert all("lora_" in name for name in store.layout.names)
+    assert torch.equal(store.state_dict(-1)[store.layout.names[0]], model.state_dict()[store.layout.names[0]])
+
+
+def test_weights_that_the_trainer_loads_at_the_end_are_not_recorded(tmp_path):
+    class LoadsOthers(TrainerCallback):
+        def on_train_end(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
+
+    train(tiny_bert(), tmp_path, [LoadsOthers(), PDiffRecorder()])
+    store = SnapshotStore.open(tmp_path / "pdiff-snapshots")
+    assert store.rows().abs().sum(1).min() > 0
+    assert store.base()["classifier.weight"].abs().sum() > 0
+
+
+def test_max_steps_sets_the_window(tmp_path):
+    train(tiny_bert(), tmp_path, [PDiffRecorder(last_steps=2)], max_steps=6)
+    assert SnapshotStore.open(tmp_path / "pdiff-snapshots").steps.tolist() == [5, 6]
+
+
+def test_a_stream_of_unknown_length_has_its_steps_from_max_steps(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([{"input_ids": torch.arange(5), "labels": i % 2} for i in range(64)])
+
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=5,
+        per_device_train_batch_size=8,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+    )
+    Trainer(tiny_bert(), arguments, train_dataset=Stream(), callbacks=[PDiffRecorder(max_snapshots=3)]).train()
+    assert SnapshotStore.open(tmp_path / "pdiff-snapshots").steps.tolist() == [3, 4, 5]
+
+
+def test_bfloat16_weights_are_exact(tmp_path):
+    model = tiny_bert().to(torch.bfloat16)
+    train(model, tmp_path, [PDiffRecorder(layers="head", dtype="bfloat16")])
+    state = SnapshotStore.open(tmp_path / "pdiff-snapshots").state_dict(-1)
+    assert state["classifier.weight"].dtype == torch.bfloat16
+    assert torch.equal(state["classifier.weight"], model.classifier.weight)
+    assert isinstance(model.classifier, nn.Linear)

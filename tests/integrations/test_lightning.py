@@ -1,0 +1,124 @@
+import pytest
+import torch
+from torch import nn
+
+from pdiff_plugin import SnapshotStore
+
+lightning = pytest.importorskip("lightning.pytorch", exc_type=ImportError)
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
+
+from pdiff_plugin.integrations.lightning import PDiffRecorder  # noqa: E402
+
+pytestmark = [
+    # Lightning's own, about itself.
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+]
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, toolbox):
+        super().__init__()
+        self.net = toolbox.make_net()
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Stream(IterableDataset):
+    def __init__(self, job):
+        self.job = job
+
+    def __iter__(self):
+        return iter(self.job.batches())
+
+
+def fit(module, data, tmp_path, recorder, **kwargs):
+    trainer = lightning.Trainer(
+        callbacks=[recorder],
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **kwargs,
+    )
+    trainer.fit(module, DataLoader(data, batch_size=None))
+    return SnapshotStore.open(tmp_path / "pdiff-snapshots")
+
+
+@pytest.mark.parametrize(
+    ("limit", "steps"),
+    [
+        ({"max_epochs": 2}, [8, 9, 10]),
+        ({"max_epochs": -1, "max_time": {"seconds": 1}}, None),
+        ({"max_steps": 7}, [5, 6, 7]),
+    ],
+    ids=["epochs", "time", "steps"],
+)
+def test_data_of_unknown_length_keeps_the_newest_steps(toolbox, tmp_path, limit, steps):
+    store = fit(Module(toolbox), Stream(toolbox.Job(tmp_path)), tmp_path, PDiffRecorder(max_snapshots=3), **limit)
+    found = store.steps.tolist()
+    assert found == (steps or list(range(found[-1] - 2, found[-1] + 1)))
+
+
+def test_max_steps_ends_the_window_before_the_epochs_do(toolbox, tmp_path):
+    batches = toolbox.Job(tmp_path).batches()
+    store = fit(Module(toolbox), batches, tmp_path, PDiffRecorder(), max_steps=8, max_epochs=20)
+    assert store.steps.tolist() == [4, 5, 6, 7, 8]
+
+
+def test_logged_metrics_and_the_epoch_are_stored(toolbox, tmp_path):
+    store = fit(Module(toolbox), toolbox.Job(tmp_path).batches(), tmp_path, PDiffRecorder(), max_epochs=1)
+    assert store.epochs == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert all(metrics["loss"] > 0 for metrics in store.metrics)
+
+
+def test_manual_optimization_with_two_optimizers_is_recorded(toolbox, tmp_path):
+    class Manual(Module):
+        def __init__(self, toolbox):
+            super().__init__(toolbox)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[:3], self.net[3:])]
+
+    store = fit(Manual(toolbox), toolbox.Job(tmp_path).batches(), tmp_path, PDiffRecorder(), max_epochs=1)
+    assert store.steps.tolist() == [2, 4, 6, 8, 10]
+    assert len(torch.unique(store.rows(), dim=0)) == 5
+
+
+def test_a_step_that_the_gradient_scaler_skips_is_not_recorded(toolbox, tmp_path):
+    class Overflowing(Module):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (torch.inf if batch_idx == 2 else 1.0)
+
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    batches = toolbox.Job(tmp_path).batches()
+    store = fit(Overflowing(toolbox), batches, tmp_path, PDiffRecorder(), max_epochs=1, plugins=[plugin])
+    assert store.steps.tolist() == [1, 2, 4, 5]
+
+
+def test_validation_and_prediction_record_nothing(toolbox, tmp_path):
+    recorder = PDiffRecorder()
+    trainer = lightning.Trainer(callbacks=[recorder], default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    module = Module(toolbox)
+    module.predict_step = lambda batch, *args: module.net(batch[0])
+    trainer.predict(module, DataLoader(toolbox.Job(tmp_path).batches(), batch_size=None))
+    assert not (tmp_path / "pdiff-snapshots").exists()
