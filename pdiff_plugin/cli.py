@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 import pdiff_plugin
-from pdiff_plugin.config import FitConfig, Sampler
+from pdiff_plugin.config import DistributedConfig, FitConfig, Sampler
 from pdiff_plugin.errors import ConfigError, FitExistsError, PDiffError
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ def fit(
     fresh: bool = False,
     json: bool = False,
     config: Annotated[FitConfig, _Inline] = FitConfig(),  # noqa: B008 (frozen)
+    distributed: Annotated[DistributedConfig, _Inline] = DistributedConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Learn a generator from the snapshots of a store. Run again after an interruption, it goes on where it was.
 
@@ -156,12 +157,19 @@ def fit(
         fresh: Start anew and replace the fit in the run folder.
         json: Print what the fit measured as one JSON document on stdout.
         config: Settings of the fit.
+        distributed: Where it runs.
     """
     from pdiff_plugin import console
-    from pdiff_plugin.fitting.fit import fit as run
 
     with console.progress() as on_progress:
-        generator = run(store, config, out=out, fresh=fresh, on_progress=on_progress)
+        if distributed.num_workers > 1 or distributed.address or os.environ.get("RAY_ADDRESS"):
+            from pdiff_plugin.fitting.distributed import fit_distributed
+
+            generator = fit_distributed(store, config, distributed, out=out, fresh=fresh, on_progress=on_progress)
+        else:
+            from pdiff_plugin.fitting.fit import fit as run
+
+            generator = run(store, config, out=out, fresh=fresh, on_progress=on_progress)
     if json:
         _print_json(_describe_generator(out))
         return
