@@ -11,7 +11,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -274,7 +276,8 @@ class DiffusionEnsemble(nn.Module):
     def _each_chunk(self, args: tuple[Any, ...], kwargs: dict[str, Any], consume: Callable[[Tensor], None]) -> None:
         """Hand the logits of members 0..M-1 to ``consume`` in order, (m, B, C, ...) at a time."""
         if torch.compiler.is_compiling():
-            consume(self._several(slice(None))(args, kwargs))
+            # Traced code has one way to go; a change of gradient mode would cut an exported graph in pieces.
+            consume(self._several(slice(None))(args, kwargs).detach())
             return
         _check_eval(self.model)
         # Tensors made in inference mode do not count the writes into them. Leaving it turns gradients on.
@@ -301,7 +304,8 @@ class DiffusionEnsemble(nn.Module):
             size = self._chunk_size(trunk) if self._vectorize else 1
             run = self._several(slice(index, index + size)) if self._vectorize else self._one(index)
             try:
-                logits = trunk.replay(run)
+                with _quiet_vmap():
+                    logits = trunk.replay(run)
             except RuntimeError as error:
                 if not self._vectorize:
                     raise
@@ -444,6 +448,16 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
 def _at_least_float32(tensor: Tensor) -> Tensor:
     # In bfloat16 a mean over members would drown in rounding.
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@contextmanager
+def _quiet_vmap() -> Iterator[None]:
+    """Without the warning that an operation has a loop inside vmap: it is not slower than our own would be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "There is a performance drop because we have not yet implemented", UserWarning
+        )
+        yield
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

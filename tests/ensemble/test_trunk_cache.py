@@ -17,11 +17,6 @@ _spec = importlib.util.spec_from_file_location("awkward_models", Path(__file__).
 models = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(models)
 
-pytestmark = pytest.mark.filterwarnings(
-    # A hidden loop inside vmap, for operations without a batching rule: slower, not wrong.
-    "ignore:There is a performance drop because we have not yet implemented the batching rule:UserWarning"
-)
-
 M = 5
 
 
@@ -413,6 +408,16 @@ def test_the_ensemble_exports_with_its_trunk_once(make, pick, shape):
     assert len(convolutions) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
 
 
+def test_a_compiled_ensemble_gives_the_same():
+    model = build(models.Borrower)
+    ensemble = DiffusionEnsemble(model, perturbed(model, starts("scale.")))
+
+    found = torch.compile(ensemble, backend="eager")(inputs(ROW))
+
+    torch.testing.assert_close(found, ensemble(inputs(ROW)))
+    assert not found.requires_grad
+
+
 def test_the_loss_of_the_ensemble_is_that_of_its_mean_probability():
     model = build(models.Borrower)
     ensemble = DiffusionEnsemble(model, perturbed(model, starts("scale.")))
@@ -421,3 +426,20 @@ def test_the_loss_of_the_ensemble_is_that_of_its_mean_probability():
     mean = ensemble.members(inputs(ROW)).softmax(-1).mean(0)
 
     torch.testing.assert_close(F.cross_entropy(ensemble(inputs(ROW)), targets), F.nll_loss(mean.log(), targets))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["resnet18 last norms", "resnet18 in-place shortcut", "vit", "lstm"])
+def test_members_on_a_gpu_equal_those_of_the_plain_loop(case):
+    make, pick, shape, _ = CASES[case]
+    model = build(make)
+    weights = perturbed(model, pick)
+    ensemble = DiffusionEnsemble(model, weights).to("cuda")
+    x = inputs(shape).cuda()
+
+    for context in (torch.autocast("cuda", enabled=False), torch.autocast("cuda", dtype=torch.bfloat16)):
+        with context:
+            expected = DiffusionEnsemble(model, weights, strategy="loop").members(x)
+            found = ensemble.members(x)
+        tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()

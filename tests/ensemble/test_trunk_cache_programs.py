@@ -1,7 +1,7 @@
 """Random programs of modules, views and in-place writes: replaying a trunk must never change what members compute."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -47,7 +47,29 @@ class Pair(nn.Module):
         return [x, self.inner(x)]
 
 
-KINDS = [Scale, ScaleInPlace, View, Half, Pair, nn.Identity, lambda: nn.ReLU(inplace=True), nn.Sigmoid]
+class WriteBoth(nn.Module):
+    def forward(self, x, y):
+        x.mul_(0.7)
+        return y.add_(0.3)
+
+
+class PassAndRead(nn.Module):
+    def forward(self, x, y):
+        return [x, y.sigmoid()]
+
+
+KINDS = [
+    WriteBoth,
+    PassAndRead,
+    Scale,
+    ScaleInPlace,
+    View,
+    Half,
+    Pair,
+    nn.Identity,
+    lambda: nn.ReLU(inplace=True),
+    nn.Sigmoid,
+]
 OPERATIONS = ["call", "add", "add_", "mul_", "slice_", "sigmoid", "alias"]
 
 index = st.integers(0, 5)
@@ -69,7 +91,8 @@ class Program(nn.Module):
         for operation, a, b, c in self.program:
             left, right = registers[a % len(registers)], registers[b % len(registers)]
             if operation == "call":
-                out = self.parts[c % len(self.parts)](left)
+                part = self.parts[c % len(self.parts)]
+                out = part(left, right) if isinstance(part, WriteBoth | PassAndRead) else part(left)
                 registers += out if isinstance(out, list) else [out]
             elif operation == "add":
                 registers.append(left + right)
@@ -93,6 +116,20 @@ class Program(nn.Module):
     chosen=index,
     vectorize=st.booleans(),
     num_batches=st.integers(1, 2),
+)
+@example(  # one kept call writes into the trunk, then into memory that the root makes anew
+    kinds=[Scale, WriteBoth],
+    program=[("call", 0, 0, 0), ("call", 2, 1, 1), ("call", 2, 0, 2)],
+    chosen=1,
+    vectorize=False,
+    num_batches=1,
+)
+@example(  # a call that runs again has read what a kept call then overwrites
+    kinds=[Scale, PassAndRead, ScaleInPlace],
+    program=[("call", 0, 0, 0), ("call", 1, 2, 1), ("call", 2, 0, 2), ("call", 0, 0, 3)],
+    chosen=2,
+    vectorize=False,
+    num_batches=1,
 )
 def test_any_program_gives_what_the_plain_loop_gives(kinds, program, chosen, vectorize, num_batches):
     torch.manual_seed(0)
