@@ -37,6 +37,7 @@ if _TYPE_CHECKING:
     from pdiff_plugin.fitting.fit import fit as fit
     from pdiff_plugin.generator.generator import WeightGenerator as WeightGenerator
     from pdiff_plugin.generator.weights import WeightSet as WeightSet
+    from pdiff_plugin.recording.checkpoints import import_checkpoints as import_checkpoints
     from pdiff_plugin.recording.collect import collect as collect
     from pdiff_plugin.recording.recorder import PDiffRecorder as PDiffRecorder
     from pdiff_plugin.snapshots.layout import Layout as Layout
@@ -61,6 +62,7 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "fit": "fitting.fit",
     "greedy_soup": "ensemble.soup",
+    "import_checkpoints": "recording.checkpoints",
     "recalibrate_batchnorm": "ensemble.batchnorm",
     "swap_": "ensemble.swap",
     "swapped": "ensemble.swap",
@@ -71,6 +73,7 @@ _HOME = {
 __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, judge)
     "PDiffRecorder",
     "collect",
+    "import_checkpoints",
     "SnapshotStore",
     "Layout",
     "FitConfig",

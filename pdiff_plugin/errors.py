@@ -13,6 +13,7 @@ is built in ``__str__``, so that an error survives the pickle trip home from a w
     ├── EvaluationNotFoundError   (FileNotFoundError)  a path without an evaluation
     ├── FormatError               (ValueError)         a file that is not what it should be
     ├── FormatVersionError        (ValueError)         written by a newer release
+    ├── CheckpointError           (ValueError)         a checkpoint that cannot be imported
     ├── TrajectoryExistsError     (FileExistsError)    recording would add to somebody's finished run
     ├── UnusableSnapshotsError    (ValueError)         empty, too few, constant, or too many non-finite rows
     ├── FitExistsError            (FileExistsError)    the output folder holds another fit
@@ -32,6 +33,7 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "CheckpointError",
     "ClusterAccessError",
     "ClusterTooSmallError",
     "ClusterUnreachableError",
@@ -171,6 +173,17 @@ class FormatVersionError(PDiffError, ValueError):
             f"{self.path} has format version {self.found}; this release reads versions up to {self.supported}. "
             "Upgrade with `pip install --upgrade pdiff-plugin`."
         )
+
+
+class CheckpointError(PDiffError, ValueError):
+    """A checkpoint that cannot be imported."""
+
+    def __init__(self, path: str, reason: str, advice: str) -> None:
+        super().__init__(path, reason, advice)
+        self.path, self.reason, self.advice = path, reason, advice
+
+    def __str__(self) -> str:
+        return f"{self.path} cannot be imported: {self.reason}. {self.advice}"
 
 
 class TrajectoryExistsError(PDiffError, FileExistsError):
