@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,3 +44,27 @@ def write_walk(path: Path, num_snapshots: int = 60, *, seed: int = 0, trajectory
 @pytest.fixture
 def walk_store(tmp_path: Path) -> Path:
     return write_walk(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray of two CPUs for all tests that need one."""
+    ray = pytest.importorskip("ray")
+    before = dict(os.environ)
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # or Ray writes a token into the home folder
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # a socket's path has at most 107 characters
+        ray.init(
+            address="local",
+            num_cpus=2,
+            object_store_memory=150 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=folder,
+        )
+        yield
+        ray.shutdown()
+        os.environ.clear()
+        os.environ.update(before)
