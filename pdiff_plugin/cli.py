@@ -11,14 +11,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg
 
 import pdiff_plugin
 from pdiff_plugin.config import DistributedConfig, FitConfig, Sampler
-from pdiff_plugin.errors import ConfigError, FitExistsError, PDiffError
+from pdiff_plugin.errors import ConfigError, FitExistsError, MissingDependencyError, PDiffError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +47,7 @@ def demo(
     """
     from pdiff_plugin import console
     from pdiff_plugin import demo as module
+    from pdiff_plugin.evaluation.report import write_report
 
     if num_threads is not None:
         import torch
@@ -55,6 +56,10 @@ def demo(
     console.tell("Training a small network on 150 images of digits; PDiffRecorder records its last two BatchNorms.")
     with console.progress() as on_progress:
         result = module.run(out, seed=seed, fresh=fresh, on_progress=on_progress)
+    try:
+        page = f"open {write_report(out / 'evaluation')}"
+    except MissingDependencyError as error:
+        page = f"pdiff report {out}/evaluation   # {error}"
     if json:
         _print_json(result.to_json())
         return
@@ -64,7 +69,8 @@ def demo(
         f"  pdiff inspect {out}/store\n"
         f"  pdiff inspect {out}/fit\n"
         f"  pdiff generate {out}/fit --num-members 8 --out {out}/members\n"
-        f"  cd {out} && pdiff evaluate fit --task task:task --num-members 64"
+        f"  cd {out} && pdiff evaluate fit --task task:task --num-members 64\n"
+        f"  {page}"
     )
 
 
@@ -256,6 +262,10 @@ def evaluate(
     task: str,
     store: Path | None = None,
     num_members: int = 32,
+    num_draws: int = 1,
+    sets: Literal["all", "core"] = "all",
+    retrain: int = 0,
+    train_with: str | None = None,
     seed: int = 0,
     out: Path | None = None,
     json: bool = False,
@@ -267,16 +277,21 @@ def evaluate(
         task: `package.module:function` returning a pdiff_plugin.Task; modules are also looked for in this folder.
         store: The snapshot store; the one the generator was fitted on unless given.
         num_members: Members of every set.
+        num_draws: Times that random sets are drawn, for errors that know the spread between draws.
+        sets: `core` judges fewer alternatives.
+        retrain: Also train this many models anew, for a real deep ensemble; needs --train-with.
+        train_with: `package.module:function` that takes a seed and returns a trained model.
         seed: Seed of every draw.
-        out: Also write the result to this JSON file.
+        out: Folder for the result, from which `pdiff report` draws; evaluation/ beside the generator unless given.
         json: Print the result as one JSON document on stdout.
     """
     from pdiff_plugin import console
     from pdiff_plugin.evaluation.evaluate import evaluate as run
     from pdiff_plugin.evaluation.task import Task
     from pdiff_plugin.generator.generator import WeightGenerator
-    from pdiff_plugin.snapshots.files import write_json
 
+    if bool(retrain) != bool(train_with):
+        raise ConfigError("--retrain", retrain, "must be given together with --train-with package.module:function")
     fitted = WeightGenerator.load(generator)
     made = _call("--task", task, Task)
     with console.progress() as on_progress:
@@ -286,14 +301,32 @@ def evaluate(
             fitted,
             num_members=num_members,
             seed=seed,
+            sets=sets,
+            num_draws=num_draws,
+            retrain=_import("--train-with", train_with) if train_with else None,
+            num_retrained=retrain or 1,
             on_progress=on_progress,
         )
-    if out is not None:
-        write_json(out, result.to_json())
+    folder = out or (generator if generator.is_dir() else generator.parent) / "evaluation"
+    result.save(folder)
     if json:
         _print_json(result.to_json())
     else:
         _show_evaluation(result)
+        console.say(f"\nPictures: pdiff report {folder}")
+
+
+def report(evaluation: Positional[Path], *, out: Path | None = None) -> None:
+    """Draw a saved evaluation as one self-contained HTML page and PNG pictures.
+
+    Args:
+        evaluation: Folder that `pdiff evaluate` or `pdiff demo` wrote.
+        out: Folder for report.html and the pictures; that of the evaluation unless given.
+    """
+    from pdiff_plugin import console
+    from pdiff_plugin.evaluation.report import write_report
+
+    console.say(f"Wrote {write_report(evaluation, out)}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -303,6 +336,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fit": fit,
     "generate": generate,
     "evaluate": evaluate,
+    "report": report,
 }
 
 
@@ -314,6 +348,9 @@ def main(args: list[str] | None = None) -> int:
         return 0
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
+    from pdiff_plugin import console
+
+    console.log_to_stderr()
     app = tyro.extras.SubcommandApp()
     for name, function in COMMANDS.items():
         app.command(name=name)(function)
@@ -329,8 +366,6 @@ def main(args: list[str] | None = None) -> int:
             config=(tyro.conf.FlagCreatePairsOff,),
         )
     except PDiffError as error:
-        from pdiff_plugin import console
-
         if debug:
             console.err.print_exception()
         console.error(error)
@@ -340,8 +375,6 @@ def main(args: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        from pdiff_plugin import console
-
         console.tell("Interrupted. What was finished is kept; run the same command again to go on.")
         return 130
     return 0
@@ -367,6 +400,14 @@ def _load_model(text: str) -> nn.Module:
 
 def _call(flag: str, text: str, kind: type[Any]) -> Any:
     """Import `package.module:function`, call it, and check what it returns."""
+    made = _import(flag, text)()
+    if not isinstance(made, kind):
+        raise ConfigError(flag, text, f"must return a {kind.__name__}, not a {type(made).__name__}")
+    return made
+
+
+def _import(flag: str, text: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names."""
     from importlib import import_module
 
     module_name, _, function_name = text.partition(":")
@@ -377,17 +418,14 @@ def _call(flag: str, text: str, kind: type[Any]) -> Any:
             0, ""
         )  # a user's own module lies where the command runs, which a console script does not search
     try:
-        function = getattr(import_module(module_name), function_name)
+        function: Callable[..., Any] = getattr(import_module(module_name), function_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise ConfigError(flag, text, f"must name a module that can be imported from {Path.cwd()} ({error})") from error
     except AttributeError as error:
         raise ConfigError(flag, text, f"must name a function of that module ({error})") from error
-    made = function()
-    if not isinstance(made, kind):
-        raise ConfigError(flag, text, f"must return a {kind.__name__}, not a {type(made).__name__}")
-    return made
+    return function
 
 
 def _store_of(recorded: str, given: Path | None) -> SnapshotStore:

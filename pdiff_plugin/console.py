@@ -61,10 +61,13 @@ def error(exception: BaseException) -> None:
 
 
 def log_to_stderr() -> None:
-    """Show the package's warnings on stderr."""
+    """Show the package's warnings on stderr, above the bars of progress."""
+    logger = logging.getLogger("pdiff_plugin")
+    if logger.handlers:
+        return
     handler = RichHandler(console=err, show_path=False, show_time=False)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.getLogger("pdiff_plugin").addHandler(handler)
+    logger.addHandler(handler)
 
 
 @contextmanager

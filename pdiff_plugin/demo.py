@@ -6,7 +6,7 @@ few training images that the test error stays at 5-10 %, where differences betwe
     OUT/store/       snapshots of the last two BatchNorms over the last 300 steps
     OUT/fit/         the generator
     OUT/task.py      the model and its test data, for `pdiff evaluate`
-    OUT/result.json  the figures of the table
+    OUT/evaluation/  the figures of the table, and report.html where the extra `report` is installed
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.recording.recorder import PDiffRecorder
-from pdiff_plugin.snapshots.files import write_json
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 NUM_TRAIN = 150
@@ -135,7 +134,7 @@ def run(
     """
     folder = Path(folder)
     if fresh:
-        for name in ("store", "fit"):
+        for name in ("store", "fit", "evaluation"):
             shutil.rmtree(folder / name, ignore_errors=True)
     elif (folder / "store").exists():
         raise FitExistsError(str(folder), "the demo has run here before")
@@ -149,7 +148,7 @@ def run(
     task = load_task(folder)
     result = evaluate(task, folder / "store", generator, num_members=NUM_MEMBERS, seed=seed, on_progress=on_progress)
     result = dataclasses.replace(result, seconds=seconds | result.seconds)
-    write_json(folder / "result.json", result.to_json())
+    result.save(folder / "evaluation")
     return result
 
 

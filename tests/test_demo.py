@@ -54,7 +54,7 @@ def test_generated_members_are_about_as_accurate_as_the_snapshots(finished: tupl
 
 def test_everything_is_left_on_disk(finished: tuple[Path, Mapping[str, Any]]) -> None:
     folder, document = finished
-    assert json.loads((folder / "result.json").read_text())["sets"] == document["sets"]
+    assert json.loads((folder / "evaluation" / "evaluation.json").read_text())["sets"] == document["sets"]
     assert (folder / "fit" / "generator.safetensors").is_file()
     assert (folder / "store" / "layout.json").is_file()
 
