@@ -136,12 +136,14 @@ class Baseline:
         text: its name in a sentence.
         is_random: whether another seed gives other members.
         per_run: whether members take the runs in turn; drawn only from stores of several runs.
+        per_snapshot: whether each member starts from a snapshot of its own.
     """
 
     draw: Draw
     text: str
     is_random: bool = True
     per_run: bool = False
+    per_snapshot: bool = False
 
 
 BASELINES = {
@@ -156,9 +158,9 @@ BASELINES = {
     "gaussian-per-run": Baseline(partial(gaussian, per_run=True), "a Gaussian around each run", per_run=True),
     "swag": Baseline(swag, "SWAG"),
     "swag-per-run": Baseline(partial(swag, per_run=True), "SWAG around each run", per_run=True),
-    "noise-0.02": Baseline(partial(noise, size=0.02), "snapshots with 2 % noise"),
-    "noise": Baseline(partial(noise, size=0.05), "snapshots with 5 % noise"),
-    "noise-0.1": Baseline(partial(noise, size=0.1), "snapshots with 10 % noise"),
+    "noise-0.02": Baseline(partial(noise, size=0.02), "snapshots with 2 % noise", per_snapshot=True),
+    "noise": Baseline(partial(noise, size=0.05), "snapshots with 5 % noise", per_snapshot=True),
+    "noise-0.1": Baseline(partial(noise, size=0.1), "snapshots with 10 % noise", per_snapshot=True),
 }
 """Every cheap alternative, in the order of the table."""
 

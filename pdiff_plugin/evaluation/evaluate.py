@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import pdiff_plugin
+from pdiff_plugin.ensemble.batchnorm import recalibrate_batchnorm
+from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation import metrics
 from pdiff_plugin.evaluation.baselines import BASELINES, CORE, rng_for
@@ -28,8 +30,8 @@ from pdiff_plugin.evaluation.result import FOOTNOTE as FOOTNOTE
 from pdiff_plugin.evaluation.result import Evaluation as Evaluation
 from pdiff_plugin.evaluation.rows import SnapshotRows, evenly_spaced
 from pdiff_plugin.evaluation.scores import Scores, score_sets
-from pdiff_plugin.evaluation.task import Task
-from pdiff_plugin.evaluation.verdict import Candidate, half_mask, judge
+from pdiff_plugin.evaluation.task import Task, evaluating
+from pdiff_plugin.evaluation.verdict import Candidate, Strata, half_mask, judge
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.progress import OnProgress, Progress
@@ -71,6 +73,7 @@ def evaluate(
     num_draws: int = 1,
     retrain: Retrain | None = None,
     num_retrained: int = 5,
+    recalibrate: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Evaluation:
     """Compare generated members with the snapshots and with cheap alternatives from the same snapshots.
@@ -87,6 +90,8 @@ def evaluate(
             spread. With one draw it is estimated from the members.
         retrain: the user's own training function, for a real deep ensemble: seed -> trained model.
         num_retrained: members of that ensemble.
+        recalibrate: score every member, snapshots included, with BatchNorm statistics recomputed on the task's training
+            data. An average of weights has none of its own; one pass over the data for each member.
         on_progress: told the number of batches done.
 
     Raises:
@@ -97,6 +102,8 @@ def evaluate(
     for name, count in (("num_members", num_members), ("num_draws", num_draws), ("num_retrained", num_retrained)):
         if count < 1:
             raise ConfigError(name, count, "must be at least 1")
+    if recalibrate and task.train_loader is None:
+        raise ConfigError("recalibrate", True, "needs a Task with train_loader")
     store = store if isinstance(store, SnapshotStore) else SnapshotStore.open(store)
     store.layout.check_model(task.model, f"the store {store.path}")
     if generator is not None:
@@ -106,13 +113,17 @@ def evaluate(
     seconds: dict[str, float] = {}
     with _timed(seconds, "read"):
         rows = SnapshotRows(store)
-    work = _Work(task, rows, seed, num_members, seconds, on_progress)
-    runs_in_turn = len(generator.trajectories) if isinstance(generator, WeightGenerator) else 1
+    work = _Work(task, rows, seed, num_members, recalibrate, seconds, on_progress)
+    runs_in_turn: Strata = len(generator.trajectories) if isinstance(generator, WeightGenerator) else "none"
     for name in wanted:
         if name != "generated":
             baseline = BASELINES[name]
             draws = num_draws if baseline.is_random else 1
-            strata = len(rows.runs) if baseline.per_run else 1
+            strata: Strata = "none"
+            if baseline.per_run:
+                strata = len(rows.runs)
+            elif baseline.per_snapshot:
+                strata = "neighbours"
             work.add(name, baseline.text, partial(baseline.draw, rows, num_members), draws, baseline.is_random, strata)
         elif weights is not None:
             rows.check(weights, f"the store {store.path}")
@@ -144,16 +155,17 @@ class _Work:
         rows: SnapshotRows,
         seed: int,
         num_members: int,
+        recalibrate: bool,
         seconds: dict[str, float],
         on_progress: OnProgress | None,
     ) -> None:
         self.task, self.rows, self.seed, self.seconds, self.on_progress = task, rows, seed, seconds, on_progress
-        self.num_members = num_members
+        self.num_members, self.recalibrate = num_members, recalibrate
         self.references = evenly_spaced(len(rows), max(_NUM_REFERENCES, num_members))
         self.own = evenly_spaced(len(rows), num_members)
         self.parameters = _chosen_coordinates(rows)
         self.jobs: list[_Job] = [
-            _Job(_REFERENCE, "", 0, lambda rng: rows.members(self.references), False, 1, "baselines")
+            _Job(_REFERENCE, "", 0, lambda rng: rows.members(self.references), False, "none", "baselines")
         ]
         self.scores: dict[str, list[Scores]] = {}
         self.figures: dict[str, list[dict[str, Any]]] = {}
@@ -169,7 +181,7 @@ class _Work:
         make: Callable[[torch.Generator], WeightSet],
         num_draws: int = 1,
         is_random: bool = True,
-        strata: int = 1,
+        strata: Strata = "none",
         stage: str = "baselines",
     ) -> None:
         """Plan a set; ``make`` draws its members, once for each draw."""
@@ -189,12 +201,16 @@ class _Work:
                 members[job.key] = job.make(rng_for(self.seed, job.key))
             if job.name == "generated":
                 self.rows.check(members[job.key], f"the store {self.rows.store.path}")
+        scored = members
+        if self.recalibrate:
+            with _timed(self.seconds, "recalibrate"):
+                scored = {key: _recalibrated(self.task, weights) for key, weights in members.items()}
         with _timed(self.seconds, "score"):
-            scores, targets = score_sets(self.task, members, seed=self.seed, on_progress=self.on_progress)
+            scores, targets = score_sets(self.task, scored, seed=self.seed, on_progress=self.on_progress)
             if self.targets is not None and not torch.equal(targets, self.targets):
                 raise ConfigError("eval_loader", "another order in a second pass", "must not shuffle (shuffle=False)")
             self.targets = targets
-            elsewhere = self._score_elsewhere({job.key: members[job.key] for job in jobs if job.is_judged})
+            elsewhere = self._score_elsewhere({job.key: scored[job.key] for job in jobs if job.is_judged})
         with _timed(self.seconds, "compare"):
             for job in jobs:
                 if job.name == _REFERENCE:
@@ -298,6 +314,7 @@ class _Work:
         details: dict[str, Any] = {
             "task": self.task.name,
             "seed": self.seed,
+            "recalibrated": self.recalibrate,
             "num_draws": max(len(draws) for draws in self.scores.values()),
             "num_items": len(self.targets),
             "num_snapshots": len(self.rows),
@@ -339,7 +356,7 @@ class _Job:
     draw: int
     make: Callable[[torch.Generator], WeightSet]
     is_random: bool
-    strata: int
+    strata: Strata
     stage: str
 
     @property
@@ -373,6 +390,15 @@ def _given(weights: WeightSet, rng: torch.Generator) -> WeightSet:
 
 def _sampled(generator: Samples, num_members: int, rng: torch.Generator) -> WeightSet:
     return generator.sample(num_members, rng=rng)
+
+
+def _recalibrated(task: Task, weights: WeightSet) -> WeightSet:
+    """The same members with BatchNorm statistics of their own, recomputed on training data."""
+    assert task.train_loader is not None
+    with evaluating(task) as model:
+        ensemble = DiffusionEnsemble(model, weights)
+        recalibrate_batchnorm(ensemble, task.train_loader)
+        return WeightSet({name: tensor.cpu() for name, tensor in ensemble.weights.items()})
 
 
 def _retrained(retrain: Retrain, num_models: int, seed: int, on_progress: OnProgress | None) -> WeightSet:

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pdiff_plugin.ensemble.batches import arguments_of
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.snapshots.layout import unwrap
 
-Batch = tuple[Any, Tensor]
+# Positional and keyword arguments of the model, and targets.
+Batch = tuple[tuple[Any, ...], dict[str, Any], Tensor]
+_LABELS = ("labels", "label", "targets", "target", "label_ids")
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,9 @@ class Task:
     """What `pdiff evaluate` needs to know of a user's problem: classification by one model.
 
     Loaders yield ``(inputs, targets)``. Inputs are a tensor, a tuple of positional arguments or a dictionary of keyword
-    arguments of the model; targets are class indices, (B,). The items must come in the same order each time
-    (``shuffle=False``), so that differences between sets can be paired item by item.
+    arguments of the model; targets are class indices, (B,). A dictionary that holds its own ``labels``, as transformers'
+    collators make it, does as well. The items must come in the same order each time (``shuffle=False``), so that
+    differences between sets can be paired item by item.
     """
 
     model: nn.Module
@@ -30,7 +34,7 @@ class Task:
     eval_loader: Iterable[Any]
     """Held-out data that nothing was trained or chosen on."""
     train_loader: Iterable[Any] | None = None
-    """Training data, for what has to be fitted on it (BatchNorm statistics)."""
+    """Training data, read only to recompute BatchNorm statistics (``evaluate(..., recalibrate=True)``)."""
     _: KW_ONLY
     name: str = "task"
     """Title in tables and reports."""
@@ -50,7 +54,9 @@ class Task:
 def batches(
     loader: Iterable[Any], device: torch.device, name: str = "eval_loader", has_targets: bool = True
 ) -> Iterator[Batch]:
-    """Yield (inputs on ``device``, targets (B,) int64); without targets, zeros stand for them.
+    """Yield positional and keyword arguments of the model on ``device``, and targets (B,) int64 on the CPU.
+
+    Without targets, zeros stand for them.
 
     Raises:
         ConfigError: the loader is empty, or yields something else.
@@ -58,46 +64,30 @@ def batches(
     empty = True
     for batch in loader:
         empty = False
-        is_pair = isinstance(batch, tuple | list) and len(batch) == 2
-        if not has_targets:
-            inputs = batch[0] if is_pair else batch
-            yield to_device(inputs, device), torch.zeros(len(_first_tensor(inputs, name)), dtype=torch.int64)
-            continue
-        if not is_pair:
-            raise ConfigError(name, type(batch).__name__, "must yield pairs (inputs, targets)")
-        inputs, targets = batch
-        if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
-            found = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
-            raise ConfigError(f"targets of {name}", found, "must be class indices, integers of shape (B,)")
-        yield to_device(inputs, device), targets.to(dtype=torch.int64)
+        args, kwargs = arguments_of(batch, device)
+        yield args, kwargs, _targets_of(batch, name) if has_targets else _no_targets(args, kwargs, name)
     if empty:
         raise ConfigError(name, "no batch", "must yield at least one batch")
 
 
-def _first_tensor(inputs: Any, name: str) -> Tensor:
-    values = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
-    found = next((v for v in (values if isinstance(values, tuple | list) else [values]) if isinstance(v, Tensor)), None)
-    if found is None:
-        raise ConfigError(name, type(inputs).__name__, "must yield tensors, or tuples or dictionaries of them")
-    return found
+def _targets_of(batch: Any, name: str) -> Tensor:
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        targets = batch[1]
+    elif isinstance(batch, Mapping) and any(key in batch for key in _LABELS):
+        targets = next(batch[key] for key in _LABELS if key in batch)
+    else:
+        raise ConfigError(name, type(batch).__name__, "must yield pairs (inputs, targets), or mappings with `labels`")
+    if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
+        found = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
+        raise ConfigError(f"targets of {name}", found, "must be class indices, integers of shape (B,)")
+    return targets.to(device="cpu", dtype=torch.int64)
 
 
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """``inputs`` with every tensor in it on ``device``; other values are kept."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {name: to_device(value, device) for name, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(to_device(value, device) for value in inputs)
-    return inputs
-
-
-def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a model's call."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
+def _no_targets(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if not tensors:
+        raise ConfigError(name, "batches without a tensor", "must yield tensors, or tuples or dictionaries of them")
+    return torch.zeros(len(tensors[0]), dtype=torch.int64)
 
 
 def check_logits(logits: Tensor, targets: Tensor, name: str) -> Tensor:

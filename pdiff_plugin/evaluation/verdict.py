@@ -33,6 +33,10 @@ Outcome = Literal[
     "worth it", "no better than averaging", "copies the snapshots", "too few data to tell", "nothing generated"
 ]
 
+# "none": all members were drawn alike; a number: members take as many runs in turn; "neighbours": members 2i and 2i + 1
+# start from neighbouring snapshots.
+Strata = Literal["none", "neighbours"] | int
+
 MIN_GAIN = 0.01
 COPY_RATIO = 0.5
 COPY_OVERLAP = 0.99
@@ -103,13 +107,13 @@ class Candidate:
         text: its name in a sentence.
         draws: scores of each draw of its members, one or more.
         is_random: whether its members were drawn at random.
-        num_strata: runs that members take in turn; 1 where they do not.
+        strata: kinds of members, of each of which there is a fixed number.
     """
 
     text: str
     draws: Sequence[Scores]
     is_random: bool = True
-    num_strata: int = 1
+    strata: Strata = "none"
 
     @property
     def nll(self) -> Tensor:
@@ -128,25 +132,37 @@ class Candidate:
             return 0.0
         if len(self.draws) > 1:
             return standard_error(torch.stack([scores.nll[-1].mean() for scores in self.draws]))
-        return jackknife_error(self.draws[0].member_nll, self.num_strata)
+        return jackknife_error(self.draws[0].member_nll, stratum_of(len(self.draws[0].member_nll), self.strata))
 
 
-def jackknife_error(member_nll: Tensor, num_strata: int = 1) -> float:
+def stratum_of(num_members: int, strata: Strata) -> Tensor:
+    """Which members were drawn alike, (M,) int64.
+
+    Members that take the runs in turn differ by run whatever is drawn; those that start from evenly spaced snapshots
+    differ by snapshot, of which two neighbours stand for draws from one.
+    """
+    members = torch.arange(num_members)
+    if strata == "neighbours":
+        return members // 2
+    return members % strata if isinstance(strata, int) else torch.zeros_like(members)
+
+
+def jackknife_error(member_nll: Tensor, stratum: Tensor | None = None) -> float:
     """Standard error of an ensemble's mean NLL over draws of its members, from leaving out each member once.
 
     Args:
         member_nll: -log p(true) of each member, (M, n).
-        num_strata: members m, m + num_strata, ... were drawn alike (from one run); 1 where all were.
+        stratum: which members were drawn alike, (M,); all unless given.
     """
     m = len(member_nll)
-    if m < 2 * num_strata:
+    if m < 2:
         return 0.0
     probs = (-member_nll).exp()
     others = (probs.sum(dim=0) - probs).clamp_min(1e-300) / (m - 1)  # ensemble without each member, (M, n)
     left_out = -others.log().mean(dim=1)
     variance = 0.0
-    for stratum in range(num_strata):
-        mine = left_out[stratum::num_strata]
+    for kind in [None] if stratum is None else sorted(set(stratum.tolist())):
+        mine = left_out if stratum is None else left_out[stratum == kind]
         variance += float((len(mine) - 1) / len(mine) * (mine - mine.mean()).square().sum())
     return math.sqrt(variance)
 

@@ -190,6 +190,43 @@ def test_a_deep_ensemble_comes_from_the_users_own_training(one_run: Run) -> None
     assert result.cost["deep-ensemble"]["forward_passes"] == pytest.approx(3.0)
 
 
+def test_recalibration_gives_members_the_statistics_of_their_own_weights(three_runs: Run, store_of: Any) -> None:
+    task, store = three_runs
+    # Statistics that belong to other weights: the recorded ones, shifted.
+    tensors = store.layout.unflatten(store.rows())
+    tensors["1.running_mean"] += 3
+    broken = store_of(tensors)
+    x, y = (torch.cat(parts) for parts in zip(*task.eval_loader, strict=True))
+    trained = Task(task.model, task.eval_loader, train_loader=[(x[:400], y[:400])])
+    plain = evaluate(trained, broken, num_members=3, sets=["snapshots"])
+    fixed = evaluate(trained, broken, num_members=3, sets=["snapshots"], recalibrate=True)
+    assert fixed.sets["snapshots"]["accuracy_mean"] > plain.sets["snapshots"]["accuracy_mean"] + 0.2
+    assert fixed.details["recalibrated"]
+
+
+def test_recalibration_needs_training_data(one_run: Run) -> None:
+    with pytest.raises(ConfigError, match="recalibrate = True: it needs a Task with train_loader"):
+        evaluate(*one_run, recalibrate=True)
+
+
+def test_batches_may_be_dictionaries_with_labels(one_run: Run) -> None:
+    task, store = one_run
+
+    class Named(nn.Sequential):
+        def forward(self, pixels: Tensor) -> Tensor:
+            return super().forward(pixels)
+
+    loader = [{"pixels": x, "labels": y} for x, y in task.eval_loader]
+    named = evaluate(Task(Named(*task.model), loader), store, num_members=2, sets=["snapshots"])
+    assert named.sets == evaluate(task, store, num_members=2, sets=["snapshots"]).sets
+
+
+def test_a_batch_without_targets_is_refused(one_run: Run) -> None:
+    task, store = one_run
+    with pytest.raises(ConfigError, match=r"eval_loader = 'Tensor': it must yield pairs \(inputs, targets\)"):
+        evaluate(Task(task.model, [torch.zeros(2, 64)]), store)
+
+
 def test_the_cost_of_a_head_is_little_more_than_one_forward_pass(one_run: Run, store_of: Any) -> None:
     task, store = one_run
     head = {name: t for name, t in store.layout.unflatten(store.rows()).items() if name.startswith("3.")}

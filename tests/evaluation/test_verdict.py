@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.evaluation.scores import Scores
-from pdiff_plugin.evaluation.verdict import Candidate, Verdict, half_mask, jackknife_error, judge
+from pdiff_plugin.evaluation.verdict import Candidate, Verdict, half_mask, jackknife_error, judge, stratum_of
 
 N = 2000
 
@@ -107,8 +107,14 @@ def test_the_jackknife_knows_the_spread_of_an_ensemble_over_its_draws() -> None:
 
 def test_runs_taken_in_turn_do_not_count_as_spread() -> None:
     member_nll = torch.tensor([[1.0], [2.0]] * 4, dtype=torch.float64)  # two runs, equal members within each
-    assert jackknife_error(member_nll, num_strata=2) == pytest.approx(0.0, abs=1e-12)
+    assert jackknife_error(member_nll, stratum_of(8, 2)) == pytest.approx(0.0, abs=1e-12)
     assert jackknife_error(member_nll) > 0.1
+
+
+def test_neighbouring_snapshots_stand_for_draws_from_one() -> None:
+    assert stratum_of(5, "neighbours").tolist() == [0, 0, 1, 1, 2]
+    member_nll = torch.tensor([1.0, 1.0, 2.0, 2.0], dtype=torch.float64)[:, None]
+    assert jackknife_error(member_nll, stratum_of(4, "neighbours")) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_several_draws_give_their_own_error() -> None:
