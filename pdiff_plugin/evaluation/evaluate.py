@@ -29,7 +29,7 @@ from pdiff_plugin.evaluation.result import COLUMNS as COLUMNS
 from pdiff_plugin.evaluation.result import FOOTNOTE as FOOTNOTE
 from pdiff_plugin.evaluation.result import Evaluation as Evaluation
 from pdiff_plugin.evaluation.rows import SnapshotRows, evenly_spaced
-from pdiff_plugin.evaluation.scores import Scores, score_sets
+from pdiff_plugin.evaluation.scores import Scorer, Scores, score_sets
 from pdiff_plugin.evaluation.task import Task, evaluating
 from pdiff_plugin.evaluation.verdict import Candidate, Strata, half_mask, judge
 from pdiff_plugin.generator.generator import WeightGenerator
@@ -74,6 +74,7 @@ def evaluate(
     retrain: Retrain | None = None,
     num_retrained: int = 5,
     recalibrate: bool = False,
+    score: Scorer = score_sets,
     on_progress: OnProgress | None = None,
 ) -> Evaluation:
     """Compare generated members with the snapshots and with cheap alternatives from the same snapshots.
@@ -92,6 +93,7 @@ def evaluate(
         num_retrained: members of that ensemble.
         recalibrate: score every member, snapshots included, with BatchNorm statistics recomputed on the task's training
             data. An average of weights has none of its own; one pass over the data for each member.
+        score: scores sets of members, here unless given; see :class:`pdiff_plugin.evaluation.fan_out.ClusterScorer`.
         on_progress: told the number of batches done.
 
     Raises:
@@ -113,7 +115,7 @@ def evaluate(
     seconds: dict[str, float] = {}
     with _timed(seconds, "read"):
         rows = SnapshotRows(store)
-    work = _Work(task, rows, seed, num_members, recalibrate, seconds, on_progress)
+    work = _Work(task, rows, seed, num_members, recalibrate, seconds, on_progress, score)
     runs_in_turn: Strata = len(generator.trajectories) if isinstance(generator, WeightGenerator) else "none"
     for name in wanted:
         if name != "generated":
@@ -158,7 +160,9 @@ class _Work:
         recalibrate: bool,
         seconds: dict[str, float],
         on_progress: OnProgress | None,
+        score: Scorer,
     ) -> None:
+        self.score = score
         self.task, self.rows, self.seed, self.seconds, self.on_progress = task, rows, seed, seconds, on_progress
         self.num_members, self.recalibrate = num_members, recalibrate
         self.references = evenly_spaced(len(rows), max(_NUM_REFERENCES, num_members))
@@ -206,7 +210,7 @@ class _Work:
             with _timed(self.seconds, "recalibrate"):
                 scored = {key: _recalibrated(self.task, weights) for key, weights in members.items()}
         with _timed(self.seconds, "score"):
-            scores, targets = score_sets(self.task, scored, seed=self.seed, on_progress=self.on_progress)
+            scores, targets = self.score(self.task, scored, seed=self.seed, on_progress=self.on_progress)
             if self.targets is not None and not torch.equal(targets, self.targets):
                 raise ConfigError("eval_loader", "another order in a second pass", "must not shuffle (shuffle=False)")
             self.targets = targets
@@ -225,12 +229,12 @@ class _Work:
         """Figures on shifted and out-of-distribution data, by set."""
         figures: dict[str, dict[str, Any]] = {key: {} for key in members}
         for name, loader in self.task.shifted.items():
-            scores, _ = score_sets(self.task, members, loader=loader, name=f"shifted[{name!r}]", seed=self.seed)
+            scores, _ = self.score(self.task, members, loader=loader, name=f"shifted[{name!r}]", seed=self.seed)
             for key, score in scores.items():
                 figures[key][f"shifted/{name}"] = _ensemble_figures(score)
         for name, loader in self.task.out_of_distribution.items():
             where = f"out_of_distribution[{name!r}]"
-            scores, _ = score_sets(self.task, members, loader=loader, name=where, has_targets=False, seed=self.seed)
+            scores, _ = self.score(self.task, members, loader=loader, name=where, has_targets=False, seed=self.seed)
             for key, score in scores.items():
                 self.entropies.setdefault(key, {})[name] = score.entropy
         return figures

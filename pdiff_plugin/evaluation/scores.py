@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pdiff_plugin.ensemble.batches import num_batches_in
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
 from pdiff_plugin.evaluation import metrics
-from pdiff_plugin.evaluation.task import Task, batches, check_logits, evaluating
+from pdiff_plugin.evaluation.task import Task, as_arguments, batches, check_logits, evaluating
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.progress import OnProgress, Progress
 
@@ -89,19 +88,20 @@ def score_sets(
     """
     device = task.target_device()
     data = task.eval_loader if loader is None else loader
-    total = num_batches_in(data)
+    total = _length(data)
     seen: list[Tensor] = []
     with evaluating(task) as model, torch.no_grad():
         runs = {key: _Run(model, weights, seed) for key, weights in sets.items()}
         flops_per_item = 0.0
-        for number, (args, kwargs, targets) in enumerate(batches(data, device, name, has_targets), start=1):
+        for number, (inputs, targets) in enumerate(batches(data, device, name, has_targets), start=1):
             if number == 1:
+                args, kwargs = as_arguments(inputs)
                 with FlopCounterMode(display=False) as counter:
                     model(*args, **kwargs)
                 flops_per_item = counter.get_total_flops() / len(targets)
-            seen.append(targets)
+            seen.append(targets.cpu())
             for run in runs.values():
-                run.score(args, kwargs, targets, name)
+                run.score(inputs, seen[-1], name)
             if on_progress is not None:
                 on_progress(Progress("score", number, max(total, number)))
     return {key: run.scores(flops_per_item) for key, run in runs.items()}, torch.cat(seen)
@@ -133,7 +133,8 @@ class _Run:
         self.flops_per_item = 0.0
         self.seconds: list[float] = []
 
-    def score(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Tensor, name: str) -> None:
+    def score(self, inputs: Any, targets: Tensor, name: str) -> None:
+        args, kwargs = as_arguments(inputs)
         started = time.perf_counter()
         if len(self.parts) >= _NUM_COUNTED:
             logits = self.ensemble.members(*args, **kwargs)
@@ -175,3 +176,10 @@ def _score_batch(logits: Tensor, targets: Tensor, order: Tensor) -> dict[str, Te
         "brier": metrics.brier(probs[-1], targets),
         "entropy": metrics.entropy(probs[-1].log()),
     }
+
+
+def _length(loader: Iterable[Any]) -> int:
+    try:
+        return len(loader)  # type: ignore[arg-type]  # not every iterable has a length
+    except TypeError:
+        return 0

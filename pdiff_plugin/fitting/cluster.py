@@ -191,12 +191,12 @@ def map_in_order(
 
     Args:
         function: importable on every node.
-        shared: put into the object store once, however many items there are.
+        shared: put into the object store once, however many items there are; or a reference to what is there.
         items: one task each; tasks of a lost node run again elsewhere.
         config: says what a task gets and how often it is retried.
         on_done: told how many tasks have ended.
     """
-    reference = ray.put(shared)
+    reference = shared if isinstance(shared, ray.ObjectRef) else ray.put(shared)
     task = _call.options(
         num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, max_retries=config.max_failures
     )
