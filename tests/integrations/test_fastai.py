@@ -8,6 +8,7 @@ pytestmark = [
     # fastai's own, about its dependencies.
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The 'mode.chained_assignment' option is deprecated"),
+    pytest.mark.filterwarnings("ignore:(Exception occured in `LRFinder`|numpy.core is deprecated):DeprecationWarning"),
 ]
 
 

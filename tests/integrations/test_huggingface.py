@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pdiff_plugin import PDiffRecorder as CoreRecorder
-from pdiff_plugin import SnapshotStore
+from pdiff_plugin import SnapshotStore, import_checkpoints
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
@@ -42,8 +42,7 @@ def train(model, folder, callbacks, num_steps=4, **kwargs):
         disable_tqdm=True,
         dataloader_pin_memory=False,
         logging_steps=1,
-        save_strategy="no",
-        **{"num_train_epochs": 1, **kwargs},
+        **{"save_strategy": "no", "num_train_epochs": 1, **kwargs},
     )
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
     trainer.train()
@@ -136,3 +135,14 @@ def test_bfloat16_weights_are_exact(tmp_path):
     assert state["classifier.weight"].dtype == torch.bfloat16
     assert torch.equal(state["classifier.weight"], model.classifier.weight)
     assert isinstance(model.classifier, nn.Linear)
+
+
+def test_the_checkpoints_of_the_same_run_give_the_same_rows(tmp_path):
+    model = tiny_bert()
+    train(model, tmp_path, [PDiffRecorder()], save_strategy="steps", save_steps=1)
+    recorded = SnapshotStore.open(tmp_path / "pdiff-snapshots")
+    imported = import_checkpoints(tmp_path, store=tmp_path / "imported", model=model)
+    assert imported.layout == recorded.layout
+    assert imported.steps.tolist() == recorded.steps.tolist() == [1, 2, 3, 4]
+    assert imported.epochs == recorded.epochs
+    assert torch.equal(imported.rows(), recorded.rows())

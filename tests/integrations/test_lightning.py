@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from pdiff_plugin import SnapshotStore
+from pdiff_plugin import SnapshotStore, import_checkpoints
 
 lightning = pytest.importorskip("lightning.pytorch", exc_type=ImportError)
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
 
@@ -122,3 +123,25 @@ def test_validation_and_prediction_record_nothing(toolbox, tmp_path):
     module.predict_step = lambda batch, *args: module.net(batch[0])
     trainer.predict(module, DataLoader(toolbox.Job(tmp_path).batches(), batch_size=None))
     assert not (tmp_path / "pdiff-snapshots").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*save_weights_only")
+def test_the_checkpoints_of_the_same_run_give_the_same_rows(toolbox, tmp_path):
+    trainer = lightning.Trainer(
+        callbacks=[
+            PDiffRecorder(),
+            ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", every_n_train_steps=1, save_top_k=-1),
+        ],
+        max_epochs=1,
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(toolbox), DataLoader(toolbox.Job(tmp_path).batches(), batch_size=None))
+    recorded = SnapshotStore.open(tmp_path / "pdiff-snapshots")
+    imported = import_checkpoints(tmp_path / "checkpoints", store=tmp_path / "imported")
+    assert imported.layout == recorded.layout
+    assert imported.steps.tolist() == recorded.steps.tolist() == [1, 2, 3, 4, 5]
+    assert torch.equal(imported.rows(), recorded.rows())
