@@ -146,6 +146,34 @@ def inspect(path: Positional[Path], *, json: bool = False) -> None:
         console.say(f"! {problem}")
 
 
+def import_(
+    paths: Positional[tuple[Path, ...]],
+    *,
+    store: Path,
+    layers: str = "last-norms:2",
+    model: str | None = None,
+    ema: bool = False,
+    trajectory: str | None = None,
+    json: bool = False,
+) -> None:
+    """Make a snapshot store from checkpoints that a run has left behind, one snapshot each.
+
+    Args:
+        paths: .pt, .pth, .ckpt or .safetensors files, checkpoint-* folders, or a folder of these, all of one run.
+        store: The store to add to.
+        layers: Selection, as for PDiffRecorder.
+        model: `timm:NAME` or `package.module:function`, where names and shapes alone do not tell the layers.
+        ema: Take the averaged weights that timm and others keep beside the trained ones.
+        trajectory: Name of the run in the store; the next free one unless given.
+        json: Print what the store holds as one JSON document on stdout.
+    """
+    from pdiff_plugin.recording.checkpoints import import_checkpoints
+
+    network = None if model is None else _load_model(model)
+    import_checkpoints(paths, store=store, layers=layers, model=network, ema=ema, trajectory=trajectory)
+    inspect(store, json=json)
+
+
 def fit(
     store: Positional[Path],
     *,
@@ -333,6 +361,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "layers": layers,
     "inspect": inspect,
+    "import": import_,
     "fit": fit,
     "generate": generate,
     "evaluate": evaluate,

@@ -119,6 +119,28 @@ def test_debug_adds_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_import_makes_a_store_of_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    files = []
+    for step in (2, 10, 9):
+        nn.init.constant_(model[1].weight, step)
+        files.append(tmp_path / f"step-{step}.pt")
+        torch.save(model.state_dict(), files[-1])
+
+    assert main(["import", *map(str, files), "--store", str(tmp_path / "store"), "--layers", "norms"]) == 0
+
+    assert "3 snapshots" in capsys.readouterr().out
+    store = SnapshotStore.open(tmp_path / "store")
+    assert [float(store.state_dict(i)["1.weight"][0]) for i in range(3)] == [2.0, 9.0, 10.0]
+
+
+def test_import_of_something_else_says_what_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("no checkpoint")
+    assert main(["import", str(tmp_path / "notes.txt"), "--store", str(tmp_path / "store")]) == 1
+    assert "notes.txt" in error_text(capsys)
+    assert not (tmp_path / "store").exists()
+
+
 def test_fit_prints_what_it_measured_as_json(
     walk_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
