@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pdiff_plugin.ensemble.batches import num_batches_in
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
 from pdiff_plugin.evaluation import metrics
-from pdiff_plugin.evaluation.task import Task, as_arguments, batches, check_logits, evaluating
+from pdiff_plugin.evaluation.task import Task, batches, check_logits, evaluating
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.progress import OnProgress, Progress
 
@@ -88,20 +89,19 @@ def score_sets(
     """
     device = task.target_device()
     data = task.eval_loader if loader is None else loader
-    total = _length(data)
+    total = num_batches_in(data)
     seen: list[Tensor] = []
     with evaluating(task) as model, torch.no_grad():
         runs = {key: _Run(model, weights, seed) for key, weights in sets.items()}
         flops_per_item = 0.0
-        for number, (inputs, targets) in enumerate(batches(data, device, name, has_targets), start=1):
+        for number, (args, kwargs, targets) in enumerate(batches(data, device, name, has_targets), start=1):
             if number == 1:
-                args, kwargs = as_arguments(inputs)
                 with FlopCounterMode(display=False) as counter:
                     model(*args, **kwargs)
                 flops_per_item = counter.get_total_flops() / len(targets)
-            seen.append(targets.cpu())
+            seen.append(targets)
             for run in runs.values():
-                run.score(inputs, seen[-1], name)
+                run.score(args, kwargs, targets, name)
             if on_progress is not None:
                 on_progress(Progress("score", number, max(total, number)))
     return {key: run.scores(flops_per_item) for key, run in runs.items()}, torch.cat(seen)
@@ -133,8 +133,7 @@ class _Run:
         self.flops_per_item = 0.0
         self.seconds: list[float] = []
 
-    def score(self, inputs: Any, targets: Tensor, name: str) -> None:
-        args, kwargs = as_arguments(inputs)
+    def score(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Tensor, name: str) -> None:
         started = time.perf_counter()
         if len(self.parts) >= _NUM_COUNTED:
             logits = self.ensemble.members(*args, **kwargs)
@@ -176,10 +175,3 @@ def _score_batch(logits: Tensor, targets: Tensor, order: Tensor) -> dict[str, Te
         "brier": metrics.brier(probs[-1], targets),
         "entropy": metrics.entropy(probs[-1].log()),
     }
-
-
-def _length(loader: Iterable[Any]) -> int:
-    try:
-        return len(loader)  # type: ignore[arg-type]  # not every iterable has a length
-    except TypeError:
-        return 0

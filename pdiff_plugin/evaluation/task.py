@@ -24,7 +24,7 @@ class Task:
     """What `pdiff evaluate` needs to know of a user's problem: classification by one model.
 
     Loaders yield ``(inputs, targets)``. Inputs are a tensor, a tuple of positional arguments or a dictionary of keyword
-    arguments of the model; targets are class indices, (B,). A dictionary that holds its own ``labels``, as transformers'
+    arguments of the model; targets are class indices, (B,). A dictionary with ``labels`` of its own, as transformers'
     collators make it, does as well. The items must come in the same order each time (``shuffle=False``), so that
     differences between sets can be paired item by item.
     """
