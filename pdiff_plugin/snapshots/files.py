@@ -22,7 +22,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temp = path.with_name(f"{TEMP_MARK}{os.getpid()}-{path.name}")
     try:
+        # safetensors makes its file readable by its owner alone; others who share the folder must read it too.
+        temp.touch()
+        mode = temp.stat().st_mode
         yield temp
+        temp.chmod(mode)
         with open(temp, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temp, path)
