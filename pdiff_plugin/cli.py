@@ -9,7 +9,8 @@ from __future__ import annotations
 import json as _json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -196,7 +197,7 @@ def fit(
     from pdiff_plugin import console
 
     with console.progress() as on_progress:
-        if distributed.num_workers > 1 or distributed.address or os.environ.get("RAY_ADDRESS"):
+        if _runs_on_ray(distributed):
             from pdiff_plugin.fitting.distributed import fit_distributed
 
             generator = fit_distributed(store, config, distributed, out=out, fresh=fresh, on_progress=on_progress)
@@ -226,6 +227,8 @@ def generate(
     sampler: Sampler | None = None,
     trajectory: str | None = None,
     overwrite: bool = False,
+    num_workers: int = 1,
+    address: str | None = None,
     json: bool = False,
 ) -> None:
     """Sample new weights: one safetensors state dict per member, for `model.load_state_dict(..., strict=False)`.
@@ -240,15 +243,16 @@ def generate(
         sampler: ddpm, ddim or flow; the one that fits the generator unless given.
         trajectory: Make members of this run only.
         overwrite: Replace members that are in the folder already.
+        num_workers: Processes that share the work; with more than one, or an address, it runs on Ray.
+        address: host:port of a running Ray cluster; RAY_ADDRESS unless given.
         json: Print the list of files as one JSON document on stdout.
     """
     import torch
-    from safetensors.torch import save_file
 
     from pdiff_plugin import console
     from pdiff_plugin.generator.generator import WeightGenerator
+    from pdiff_plugin.generator.members import write_members
     from pdiff_plugin.progress import Progress
-    from pdiff_plugin.snapshots.files import replacing
 
     fitted = WeightGenerator.load(generator)
     earlier = sorted(out.glob("member-*.safetensors"))
@@ -257,7 +261,7 @@ def generate(
     out.mkdir(parents=True, exist_ok=True)
     for path in earlier:
         path.unlink()
-    members = fitted.sample_members(
+    latents = fitted.sample_latents(
         num_members,
         num_sampling_steps=num_sampling_steps,
         temperature=temperature,
@@ -265,19 +269,20 @@ def generate(
         trajectory=trajectory,
         rng=torch.Generator().manual_seed(seed),
     )
-    files = []
     header = {"format": "pt", "generator": str(generator), "seed": str(seed)}
+    distributed = DistributedConfig(num_workers=num_workers, address=address)
     with console.progress() as on_progress:
-        for number, state in enumerate(members):
-            path = out / f"member-{number:04d}.safetensors"
-            with replacing(path) as temp:
-                save_file(
-                    {name: tensor.contiguous() for name, tensor in state.items()},
-                    temp,
-                    header | {"member": str(number)},
-                )
-            files.append(str(path))
-            on_progress(Progress("generate", number + 1, num_members))
+        if _runs_on_ray(distributed):
+            from pdiff_plugin.fitting.fan_out import write_members_on_workers
+
+            paths = write_members_on_workers(generator, latents, out, header, distributed, on_progress)
+        else:
+
+            def tell(number: int) -> None:
+                on_progress(Progress("generate", number + 1, num_members))
+
+            paths = write_members(fitted, latents, out, header, on_member=tell)
+    files = [str(path) for path in paths]
     if json:
         _print_json({"members": files, "num_values": fitted.layout.num_values})
     else:
@@ -296,6 +301,8 @@ def evaluate(
     train_with: str | None = None,
     seed: int = 0,
     out: Path | None = None,
+    num_workers: int = 1,
+    address: str | None = None,
     json: bool = False,
 ) -> None:
     """Judge generated members beside the snapshots and the cheap alternatives.
@@ -311,6 +318,8 @@ def evaluate(
         train_with: `package.module:function` that takes a seed and returns a trained model.
         seed: Seed of every draw.
         out: Folder for the result, from which `pdiff report` draws; evaluation/ beside the generator unless given.
+        num_workers: Processes that share the work; with more than one, or an address, it runs on Ray.
+        address: host:port of a running Ray cluster; RAY_ADDRESS unless given.
         json: Print the result as one JSON document on stdout.
     """
     from pdiff_plugin import console
@@ -322,7 +331,8 @@ def evaluate(
         raise ConfigError("--retrain", retrain, "must be given together with --train-with package.module:function")
     fitted = WeightGenerator.load(generator)
     made = _call("--task", task, Task)
-    with console.progress() as on_progress:
+    distributed = DistributedConfig(num_workers=num_workers, address=address)
+    with console.progress() as on_progress, _scorer(distributed) as options:
         result = run(
             made,
             _store_of(fitted.provenance["store"], store),
@@ -334,6 +344,7 @@ def evaluate(
             retrain=_import("--train-with", train_with) if train_with else None,
             num_retrained=retrain or 1,
             on_progress=on_progress,
+            **options,
         )
     folder = out or (generator if generator.is_dir() else generator.parent) / "evaluation"
     result.save(folder)
@@ -407,6 +418,24 @@ def main(args: list[str] | None = None) -> int:
         console.tell("Interrupted. What was finished is kept; run the same command again to go on.")
         return 130
     return 0
+
+
+def _runs_on_ray(distributed: DistributedConfig) -> bool:
+    return distributed.num_workers > 1 or bool(distributed.address or os.environ.get("RAY_ADDRESS"))
+
+
+@contextmanager
+def _scorer(distributed: DistributedConfig) -> Iterator[dict[str, Any]]:
+    """Options of `evaluate` that share out its work, where that was asked for."""
+    if not _runs_on_ray(distributed):
+        yield {}
+        return
+    from pdiff_plugin.evaluation.fan_out import ClusterScorer
+    from pdiff_plugin.fitting.cluster import connected, wait_for_room
+
+    with connected(distributed.address):
+        wait_for_room(distributed)
+        yield {"score": ClusterScorer(distributed)}
 
 
 def _load_model(text: str) -> nn.Module:

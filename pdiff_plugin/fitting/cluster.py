@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import (
+    AuthenticationError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdiff_plugin.config import DistributedConfig
@@ -26,7 +33,9 @@ from pdiff_plugin.errors import (
     ClusterTooSmallError,
     ClusterUnreachableError,
     ConfigError,
+    PDiffError,
     StorageNotSharedError,
+    WorkersFailedError,
 )
 
 logger = logging.getLogger(__name__)
@@ -195,6 +204,10 @@ def map_in_order(
         items: one task each; tasks of a lost node run again elsewhere.
         config: says what a task gets and how often it is retried.
         on_done: told how many tasks have ended.
+
+    Raises:
+        WorkersFailedError: a task's worker was lost more often than ``max_failures``.
+        PDiffError: whatever ``function`` raised of ours, as it was.
     """
     reference = shared if isinstance(shared, ray.ObjectRef) else ray.put(shared)
     task = _call.options(
@@ -206,7 +219,15 @@ def map_in_order(
         _, waiting = ray.wait(waiting, num_returns=1)
         if on_done is not None:
             on_done(len(answers) - len(waiting))
-    results: list[R] = ray.get(answers)
+    try:
+        results: list[R] = ray.get(answers)
+    except RayTaskError as error:
+        if isinstance(error.cause, PDiffError):
+            raise error.cause from error
+        raise
+    except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
+        advice = f"It was tried {config.max_failures + 1} times. Is there enough memory for a task?"
+        raise WorkersFailedError("a task of the cluster", _first_line(error), advice) from error
     return results
 
 
