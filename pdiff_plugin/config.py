@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pdiff_plugin.errors import ConfigError
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
-Sampler = Literal["ddpm", "ddim", "flow"]
+Sampler = Literal["ddpm", "ddim", "dpm-solver++", "flow", "one-step"]
 
 
 def _check(name: str, value: float, low: float, high: float = float("inf")) -> None:
@@ -26,9 +26,10 @@ class SubspaceConfig:
     """The `subspace` autoencoder: leading principal directions of the standardised snapshots."""
 
     latent_dim: int = 64
-    """Largest number K of directions; fewer are kept when fewer reach `explained_variance`."""
-    explained_variance: float = 0.9999
-    """Share of the training snapshots' variance that the kept directions must reach, if `latent_dim` allows."""
+    """Largest number of directions per trajectory; fewer are kept when fewer reach `explained_variance`."""
+    explained_variance: float = 0.999
+    """Share of the snapshots' movement within their trajectory that the kept directions must reach, if `latent_dim`
+    allows."""
     min_fidelity: float = 0.9
     """Share of the held-out snapshots' variance that must survive encoding and decoding; below it the fit says so."""
 
@@ -44,6 +45,8 @@ class DiffusionConfig:
 
     prediction_type: PredictionType = "flow"
     """What the denoiser predicts: the noise, the velocity v, or the velocity of a rectified flow."""
+    precondition: bool = True
+    """Start from the exact denoiser of a normal distribution per trajectory, and let the network add to it."""
     num_timesteps: int = 1000
     """Length T of the noise schedule (`epsilon` and `v_prediction`)."""
     beta_start: float = 1e-4
@@ -55,19 +58,30 @@ class DiffusionConfig:
     num_blocks: int = 3
     """Residual blocks of the denoiser."""
     max_steps: int = 3000
-    """Training steps at most; training stops earlier when the held-out loss stops improving."""
+    """Training steps at most; training stops earlier, see `patience` and `min_novelty`."""
     batch_size: int = 64
     """Latents in a training batch."""
     lr: float = 1e-3
     """Learning rate of AdamW."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """Keep the learning rate, or let it fall along a half cosine to zero at `max_steps`."""
     weight_decay: float = 1e-2
     """Weight decay of AdamW."""
     ema_decay: float = 0.995
     """Decay per step of the averaged denoiser, which is the one that samples."""
-    eval_every_n_steps: int = 100
-    """Steps between two measurements of the held-out loss."""
-    patience: int = 5
-    """Measurements without improvement after which training stops; the best weights are kept."""
+    eval_every_n_steps: int = 50
+    """Steps between two measurements of held-out loss, novelty and spread."""
+    patience: int = 6
+    """Measurements without improvement of the held-out loss after which training stops; the best weights are kept."""
+    min_novelty: float = 0.8
+    """Share that must remain of the distance of samples to their nearest snapshot, against that of snapshots to their
+    nearest one at another time. Training longer than that copies; 0 lets the held-out loss alone decide."""
+    sampler: Sampler | None = None
+    """Sampler used unless another is asked for; by default the one that fits the prediction type."""
+    num_sampling_steps: int | None = None
+    """Sampling steps unless others are asked for; by default the sampler's usual number."""
+    distill_steps: int = 0
+    """Training steps of the `one-step` map from noise to latents, after the diffusion; 0 trains none."""
 
     def __post_init__(self) -> None:
         _check("num_timesteps", self.num_timesteps, 2)
@@ -75,6 +89,8 @@ class DiffusionConfig:
         _check("beta_end", self.beta_end, self.beta_start, 0.999)
         for name in ("width", "num_blocks", "max_steps", "batch_size", "eval_every_n_steps", "patience"):
             _check(name, getattr(self, name), 1)
+        _check("min_novelty", self.min_novelty, 0.0)
+        _check("distill_steps", self.distill_steps, 0)
         _check("lr", self.lr, 0.0)
         _check("weight_decay", self.weight_decay, 0.0)
         _check("ema_decay", self.ema_decay, 0.0, 1.0)

@@ -1,63 +1,81 @@
-"""The diffusion stage: train the denoiser on latents until the held-out loss stops improving.
+"""The diffusion stage: train the denoiser until it stops improving on held-out snapshots, or starts to copy.
 
-Shapes: N latents, n of them for training, K latent width, B latents in a batch.
+Shapes: N snapshots, n of them for training, k width of a trajectory's own coordinates, B rows in a batch, R runs.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdiff_plugin.config import FitConfig
 from pdiff_plugin.fitting.runtime import Runtime
-from pdiff_plugin.generator.denoiser import Denoiser
 from pdiff_plugin.generator.diffusion import NoisedBatch, loss, noised_batch
-from pdiff_plugin.generator.generator import new_denoiser
+from pdiff_plugin.generator.frames import Frames
+from pdiff_plugin.generator.generator import new_denoiser, walk
 
 _CHECKPOINT_EVERY_S = 5.0
-# Draws of noise and time per held-out latent: fixed ones, so that two measurements differ by the weights alone.
+# Draws of noise and time per held-out snapshot: fixed ones, so that two measurements differ by the weights alone.
 _EVAL_REPEATS = 32
+# Samples drawn at each measurement, and the steps they take: a tenth of a second in all.
+_EVAL_SAMPLES = 128
+_EVAL_SAMPLING_STEPS = 8
+# Share of a trajectory, to each side of a snapshot, that is too close in time to be a reference for it: +-20 of 300.
+BLOCK_SHARE = 1 / 15
 
 
 def train_diffusion(
-    latents: Tensor,
+    local: Tensor,
     trajectory: Tensor,
     heldout: Tensor,
     *,
-    num_trajectories: int,
+    frames: Frames,
     config: FitConfig,
     device: torch.device,
     runtime: Runtime,
     on_history: Callable[[list[dict[str, float]]], None],
-) -> tuple[Denoiser, list[dict[str, float]]]:
-    """Train on the latents that are not held out.
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Train on the snapshots that are not held out.
+
+    Kept are the averaged weights of the lowest held-out loss among the measurements at which samples were still novel
+    (``min_novelty``). Training stops when that has not improved for ``patience`` measurements. Without held-out
+    snapshots, or without a measurement that was novel enough, the last weights that were novel count as best.
 
     Args:
-        latents: (N, K) float32.
-        trajectory: (N,) int64, the run each latent belongs to; batches take runs in equal shares.
+        local: (N, k) float32, snapshots in the coordinates of their trajectory.
+        trajectory: (N,) int64, the run of each; batches take runs in equal shares.
         heldout: (N,) bool.
-        num_trajectories: runs the denoiser is conditioned on.
+        frames: the coordinates.
         config: of the fit.
         device: to train on.
         runtime: checkpoints and progress.
         on_history: told the history after each measurement.
 
     Returns:
-        The averaged denoiser of the best held-out loss (of the last step, if nothing is held out), in eval mode, and
-        one entry per measurement: step, train_loss, heldout_loss, best_step, best_loss, seconds.
+        The best averaged denoiser, in eval mode, and one entry per measurement: step, train_loss, heldout_loss,
+        novelty, spread_ratio, best_step, best_loss, seconds.
     """
     settings = config.diffusion
     rng = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # for the initial weights; the caller's state comes back
-        denoiser = new_denoiser(config, latents.shape[1], num_trajectories).to(device)
+        denoiser = new_denoiser(config, frames).to(device)
     average = copy.deepcopy(denoiser).requires_grad_(False).eval()
     best = copy.deepcopy(average)
+    parameters: list[Tensor] = list(denoiser.parameters())
+    averaged: list[Tensor] = list(average.parameters())
+    buffers, averaged_buffers = list(denoiser.buffers()), list(average.buffers())
     optimizer = torch.optim.AdamW(
         denoiser.parameters(),
         lr=settings.lr,
@@ -66,11 +84,11 @@ def train_diffusion(
     )
 
     train = (~heldout).nonzero().squeeze(1)
-    counts = torch.bincount(trajectory[train], minlength=num_trajectories).clamp_min(1)
+    counts = torch.bincount(trajectory[train], minlength=frames.num_trajectories).clamp_min(1)
     shares = 1.0 / counts[trajectory[train]].double()
-    on_device = latents.to(device)
+    on_device = local.to(device)
     labels = trajectory.to(device)
-    judge = _Judge(on_device[heldout.to(device)], labels[heldout.to(device)], config)
+    judge = Judge(on_device, labels, heldout, config)
 
     history: list[dict[str, float]] = []
     step, best_step, best_loss, seconds = 0, 0, float("inf"), 0.0
@@ -100,95 +118,220 @@ def train_diffusion(
         }
         runtime.save_checkpoint("diffusion", tensors, state)
 
+    def measure() -> None:
+        nonlocal best_step, best_loss
+        # Rank 0's figures: ranks that disagree in a last digit would stop at different steps.
+        found = runtime.on_rank_0(lambda: judge(average))
+        is_novel = not found["novelty"] < least_novelty(settings.min_novelty, history, settings.precondition)
+        if is_novel and not found["heldout_loss"] >= best_loss:
+            best_step, best_loss = step, found["heldout_loss"] if judge.has_heldout else float("inf")
+            best.load_state_dict(average.state_dict())
+        steps_taken = step - int(history[-1]["step"] if history else 0)
+        history.append(
+            {
+                "step": step,
+                "train_loss": float(running) / steps_taken if steps_taken else float("nan"),
+                **found,
+                "best_step": best_step,
+                "best_loss": best_loss,
+                "seconds": round(seconds + time.perf_counter() - started, 3),
+            }
+        )
+        running.zero_()
+
     started = last_checkpoint = time.perf_counter()
-    parameters: list[Tensor] = list(denoiser.parameters())
-    averaged: list[Tensor] = list(average.parameters())
     B = settings.batch_size
     mine = runtime.share(B)
     share = (mine.stop - mine.start) / B
-    patience = settings.patience * settings.eval_every_n_steps if judge.has_data else settings.max_steps
+    patience = settings.patience * settings.eval_every_n_steps
+    if not history and settings.precondition:
+        measure()  # before its first step the network already samples the normal distribution
     is_between_steps = True
     try:
-        while step < settings.max_steps and step - best_step < patience:
-            is_between_steps = False
-            batch, batch_labels = _draw(on_device, labels, train, shares, rng, config)
-            optimizer.zero_grad(set_to_none=True)
-            # Every rank draws the whole batch and answers for its share of it: the sum is the batch's own gradient.
-            own = NoisedBatch(batch.inputs[mine], batch.times[mine], batch.targets[mine])
-            own_labels = batch_labels[mine]
-            value = share * loss(lambda x, t, c=own_labels: denoiser(x, t, c), own)  # type: ignore[misc]  # bound per step
-            value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            value = runtime.sum_gradients(parameters, value.detach())
-            optimizer.step()
-            step += 1
-            # The average forgets its start quickly: decay 0.1 at step 1, the configured one after some hundred steps.
-            decay = min(settings.ema_decay, step / (step + 9.0))
-            torch._foreach_lerp_(averaged, parameters, 1.0 - decay)
-            running += value
-            if step % settings.eval_every_n_steps == 0 or step == settings.max_steps:
-                # Rank 0's figure: ranks that disagree in a last digit would stop at different steps.
-                heldout_loss = runtime.on_rank_0(lambda: judge(average))
-                if not judge.has_data or heldout_loss < best_loss:
-                    best_step, best_loss = step, heldout_loss
-                    best.load_state_dict(average.state_dict())
-                train_loss = float(running) / (step - (history[-1]["step"] if history else 0))
-                running.zero_()
-                history.append(
-                    {
-                        "step": step,
-                        "train_loss": train_loss,
-                        "heldout_loss": heldout_loss,
-                        "best_step": best_step,
-                        "best_loss": best_loss,
-                        "seconds": round(seconds + time.perf_counter() - started, 3),
-                    }
-                )
+        with interrupts_held() as interrupt:
+            while step < settings.max_steps and step - best_step < patience:
+                is_between_steps = False
+                batch, batch_labels = _draw(on_device, labels, train, shares, rng, config)
+                optimizer.zero_grad(set_to_none=True)
+                # Every rank draws the whole batch and answers for its share of it: the sum is the batch's own gradient.
+                own = NoisedBatch(batch.inputs[mine], batch.times[mine], batch.targets[mine])
+                value = share * loss(partial(denoiser, trajectory=batch_labels[mine]), own)
+                torch.autograd.backward(value)
+                value = runtime.sum_gradients(parameters, value.detach())
+                _set_lr(optimizer, settings.lr * lr_factor(step, config))
+                optimizer.step()
+                step += 1
+                # The average forgets its start quickly: decay 0.1 at step 1, the configured one after some hundred.
+                decay = min(settings.ema_decay, step / (step + 9.0))
+                torch._foreach_lerp_(averaged, parameters, 1.0 - decay)
+                running += value
+                if step % settings.eval_every_n_steps == 0 or step == settings.max_steps:
+                    if buffers:
+                        torch._foreach_copy_(averaged_buffers, buffers)  # BatchNorm statistics are averages already
+                    measure()
+                    is_between_steps = True
+                    now = {key: history[-1][key] for key in ("train_loss", "heldout_loss", "novelty")}
+                    runtime.report("diffusion", step, settings.max_steps, **now)
+                    on_history(history)
                 is_between_steps = True
-                runtime.report("diffusion", step, settings.max_steps, train_loss=train_loss, heldout_loss=heldout_loss)
-                on_history(history)
-            is_between_steps = True
-            if time.perf_counter() - last_checkpoint > _CHECKPOINT_EVERY_S:
-                checkpoint()
-                last_checkpoint = time.perf_counter()
+                if time.perf_counter() - last_checkpoint > _CHECKPOINT_EVERY_S:
+                    checkpoint()
+                    last_checkpoint = time.perf_counter()
+                interrupt.raise_if_asked()
     except KeyboardInterrupt:
         # In the middle of a step the tensors do not belong together: then the last checkpoint stays the newest.
         if is_between_steps:
             checkpoint()
         raise
     checkpoint()
+    if best_step == 0 and not settings.precondition:
+        best.load_state_dict(average.state_dict())  # nothing was novel enough, and untrained weights are no generator
     return best, history
 
 
-class _Judge:
-    """The held-out loss, with noise and times fixed once; NaN without held-out latents."""
+def least_novelty(min_novelty: float, history: list[dict[str, float]], precondition: bool) -> float:
+    """Novelty that weights must keep to count as best.
 
-    def __init__(self, latents: Tensor, labels: Tensor, config: FitConfig) -> None:
-        self.has_data = len(latents) > 0
-        if not self.has_data:
-            return
+    Where even normal samples lie close to snapshots (few directions, many snapshots) they set the measure.
+    """
+    if not precondition or not history or history[0]["novelty"] != history[0]["novelty"]:
+        return min_novelty
+    return min_novelty * min(1.0, history[0]["novelty"])
+
+
+def lr_factor(step: int, config: FitConfig) -> float:
+    """Factor on the learning rate at a step: one, or a half cosine down to zero at the last."""
+    settings = config.diffusion
+    return 0.5 * (1.0 + math.cos(math.pi * step / settings.max_steps)) if settings.lr_schedule == "cosine" else 1.0
+
+
+class Interrupt:
+    """Whether Ctrl-C was pressed while it was held back."""
+
+    is_asked = False
+
+    def raise_if_asked(self) -> None:
+        if self.is_asked:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupts_held() -> Iterator[Interrupt]:
+    """Let a first Ctrl-C only mark the interrupt that is yielded; a second one interrupts at once.
+
+    It thus falls between two steps, where a checkpoint can be written. Where Ctrl-C is somebody else's business
+    (another handler, another thread) nothing changes.
+    """
+    interrupt = Interrupt()
+    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_ours or threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+
+    def mark(number: int, frame: FrameType | None) -> None:
+        if interrupt.is_asked:
+            signal.default_int_handler(number, frame)
+        interrupt.is_asked = True
+
+    signal.signal(signal.SIGINT, mark)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Judge:
+    """Measures a denoiser with noise and times that are fixed once.
+
+    Called with a denoiser it returns ``heldout_loss`` (NaN without held-out snapshots), ``novelty`` (median distance of
+    samples to their nearest snapshot over the same of snapshots, see :func:`nearest_at_another_time`; NaN if neither
+    the setting nor the snapshots ask for it) and ``spread_ratio`` (of samples to training snapshots).
+
+    Args:
+        local: (N, k) on the device of the denoiser.
+        labels: (N,) trajectories.
+        heldout: (N,) bool.
+        config: of the fit.
+    """
+
+    def __init__(self, local: Tensor, labels: Tensor, heldout: Tensor, config: FitConfig) -> None:
+        self.has_heldout = bool(heldout.any())
+        self.config, self.local, self.labels = config, local, labels
         rng = torch.Generator().manual_seed(config.seed + 2)
-        x0 = latents.repeat(_EVAL_REPEATS, 1)
-        noise = torch.randn(x0.shape, generator=rng).to(latents)
-        # Times spread evenly over [0, 1) and shuffled over the latents.
-        uniform = ((torch.arange(len(x0)) + 0.5) / len(x0))[torch.randperm(len(x0), generator=rng)].to(latents)
-        self.batch = noised_batch(x0, noise, uniform, config.diffusion)
-        self.labels = labels.repeat(_EVAL_REPEATS)
+        heldout = heldout.to(local.device)
+        if self.has_heldout:
+            x0 = local[heldout].repeat(_EVAL_REPEATS, 1)
+            noise = torch.randn(x0.shape, generator=rng).to(local)
+            # Times spread evenly over [0, 1) and shuffled over the snapshots.
+            uniform = ((torch.arange(len(x0)) + 0.5) / len(x0))[torch.randperm(len(x0), generator=rng)].to(local)
+            self.batch = noised_batch(x0, noise, uniform, config.diffusion)
+            self.batch_labels = labels[heldout].repeat(_EVAL_REPEATS)
+        self.reference = float(nearest_at_another_time(local, labels).nanmedian())
+        runs = torch.tensor(sorted(set(labels.tolist())), device=local.device)
+        self.sample_labels = runs[torch.arange(_EVAL_SAMPLES, device=local.device) % len(runs)]
+        self.noise = torch.randn(_EVAL_SAMPLES, local.shape[1], generator=rng).to(local)
+        self.spread = spread_about_means(local[~heldout], labels[~heldout])
 
     @torch.no_grad()
-    def __call__(self, denoiser: Denoiser) -> float:
-        if not self.has_data:
-            return float("nan")
-        return float(loss(lambda x, t: denoiser(x, t, self.labels), self.batch))
+    def __call__(self, denoiser: nn.Module) -> dict[str, float]:
+        found = {"heldout_loss": float("nan"), "novelty": float("nan"), "spread_ratio": float("nan")}
+        if self.has_heldout:
+            found["heldout_loss"] = float(loss(lambda x, t: denoiser(x, t, self.batch_labels), self.batch))
+        if self.config.diffusion.min_novelty > 0:
+            samples = walk(denoiser, self.noise, self.sample_labels, self.config, _EVAL_SAMPLING_STEPS)
+            found["spread_ratio"] = spread_about_means(samples, self.sample_labels) / max(self.spread, 1e-12)
+            if self.reference > 0:  # false for NaN too: a trajectory may be too short for a reference
+                nearest = nearest_of_own_run(samples, self.sample_labels, self.local, self.labels)
+                found["novelty"] = float(nearest.median()) / self.reference
+        return found
+
+
+def nearest_at_another_time(local: Tensor, labels: Tensor) -> Tensor:
+    """Distance of each snapshot to the nearest of its run that is not close in time, (N,); NaN where there is none.
+
+    Close are those within a fifteenth of the run to either side: a snapshot all but equals the step before it.
+    """
+    out = torch.full((len(local),), float("nan"), dtype=local.dtype, device=local.device)
+    for number in sorted(set(labels.tolist())):
+        mine = (labels == number).nonzero().squeeze(1)
+        places = torch.arange(len(mine), device=local.device)
+        close = (places[:, None] - places).abs() <= round(BLOCK_SHARE * len(mine))
+        distances = torch.cdist(local[mine], local[mine]).masked_fill(close, float("inf")).amin(dim=1)
+        out[mine] = distances.masked_fill(distances.isinf(), float("nan"))
+    return out
+
+
+def nearest_of_own_run(samples: Tensor, sample_labels: Tensor, local: Tensor, labels: Tensor) -> Tensor:
+    """Distance of each sample (M, k) to the nearest snapshot of the run it was made for, (M,)."""
+    out = torch.empty(len(samples), dtype=samples.dtype, device=samples.device)
+    for number in sorted(set(sample_labels.tolist())):
+        mine = sample_labels == number
+        out[mine] = torch.cdist(samples[mine], local[labels == number]).amin(dim=1)
+    return out
+
+
+def spread_about_means(local: Tensor, labels: Tensor) -> float:
+    """Root mean square distance from the mean of the own trajectory, over all (N, k)."""
+    squares = [
+        (local[labels == number] - local[labels == number].mean(dim=0)).square().sum()
+        for number in sorted(set(labels.tolist()))
+    ]
+    return float((torch.stack(squares).sum() / max(1, len(local))).sqrt())
 
 
 def _draw(
-    latents: Tensor, labels: Tensor, train: Tensor, shares: Tensor, rng: torch.Generator, config: FitConfig
+    local: Tensor, labels: Tensor, train: Tensor, shares: Tensor, rng: torch.Generator, config: FitConfig
 ) -> tuple[NoisedBatch, Tensor]:
     B = config.diffusion.batch_size
-    rows = train[torch.multinomial(shares, B, replacement=True, generator=rng)].to(latents.device)
-    noise = torch.randn(B, latents.shape[1], generator=rng).to(latents)
-    uniform = torch.rand(B, generator=rng).to(latents)
-    return noised_batch(latents[rows], noise, uniform, config.diffusion), labels[rows]
+    rows = train[torch.multinomial(shares, B, replacement=True, generator=rng)].to(local.device)
+    noise = torch.randn(B, local.shape[1], generator=rng).to(local)
+    uniform = torch.rand(B, generator=rng).to(local)
+    return noised_batch(local[rows], noise, uniform, config.diffusion), labels[rows]
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -26,7 +27,13 @@ from torch import Tensor
 import pdiff_plugin
 from pdiff_plugin.config import FitConfig
 from pdiff_plugin.errors import FitExistsError, UnusableSnapshotsError
-from pdiff_plugin.fitting.diffusion_stage import train_diffusion
+from pdiff_plugin.fitting.diffusion_stage import (
+    nearest_at_another_time,
+    nearest_of_own_run,
+    spread_about_means,
+    train_diffusion,
+)
+from pdiff_plugin.fitting.distill_stage import distill
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX, Runtime, pick_device
 from pdiff_plugin.generator.autoencoder import (
     NonFiniteRowsError,
@@ -35,7 +42,8 @@ from pdiff_plugin.generator.autoencoder import (
     fit_subspace,
     measure,
 )
-from pdiff_plugin.generator.generator import FILE_NAME, WeightGenerator
+from pdiff_plugin.generator.frames import Frames, fit_frames, plain_frames
+from pdiff_plugin.generator.generator import FILE_NAME, WeightGenerator, walk
 from pdiff_plugin.progress import OnProgress
 from pdiff_plugin.snapshots.files import read_json, write_json
 from pdiff_plugin.snapshots.store import SnapshotStore
@@ -48,6 +56,10 @@ STAGES = ("statistics", "autoencoder", "diffusion")
 MIN_SNAPSHOTS = 10
 MAX_NONFINITE = 0.05
 _NUM_REPORT_MEMBERS = 256
+_NUM_REPORT_MEMBERS_PLAIN = 64
+_NUM_REPORT_STEPS = 20
+_NUM_REPORT_AXES = 16
+_TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 def fit(
@@ -102,25 +114,39 @@ def run_stages(store: SnapshotStore, config: FitConfig, run: Run, runtime: Runti
     with run.timed("autoencoder"):
         subspace, heldout = _autoencoder(store, config, runtime, rows, statistics)
     trajectory = store.trajectory_index[rows]
-    train = ~heldout
+    frames = runtime.on_rank_0(lambda: _frames(subspace.latents[~heldout], trajectory[~heldout], store, config))
+    local = frames.to_local(subspace.latents, trajectory)
+    device = pick_device(config.device)
     with run.timed("diffusion"):
         denoiser, history = train_diffusion(
-            subspace.latents,
+            local,
             trajectory,
             heldout,
-            num_trajectories=len(store.trajectories),
+            frames=frames,
             config=config,
-            device=pick_device(config.device),
+            device=device,
             runtime=runtime,
             on_history=run.write_history,
         )
     if runtime.rank != 0:
         return None
+    one_step = None
+    if config.diffusion.distill_steps:
+        with run.timed("distill"):
+            one_step = distill(denoiser, frames, config, device=device, runtime=runtime)
     generator = WeightGenerator(
-        store.layout, config, subspace.autoencoder, denoiser, store.trajectories, {}, _provenance(store, rows)
+        store.layout,
+        config,
+        subspace.autoencoder,
+        frames,
+        denoiser,
+        store.trajectories,
+        {},
+        _provenance(store, rows),
+        one_step,
     )
     with run.timed("report"):
-        generator.report = _report(generator, subspace, trajectory, train, history, config)
+        generator.report = _report(generator, subspace, local, trajectory, heldout, history)
     generator.to("cpu")
     run.finish(generator, history)
     runtime.drop_checkpoints()
@@ -221,6 +247,7 @@ def _autoencoder(
         scratch=runtime.folder,
         train_rows=(~heldout).nonzero().squeeze(1),
         heldout_rows=heldout.nonzero().squeeze(1),
+        trajectory=store.trajectory_index[rows][~heldout],
         columns=columns,
         join_columns=runtime.join_columns,
         on_columns=lambda done: runtime.report("autoencoder", done, columns.stop - columns.start),
@@ -246,53 +273,103 @@ def _heldout(store: SnapshotStore, rows: Tensor, fraction: float) -> Tensor:
     return held
 
 
+def _frames(latents: Tensor, trajectory: Tensor, store: SnapshotStore, config: FitConfig) -> Frames:
+    """Coordinates for the diffusion, from the training snapshots' latents."""
+    R = len(store.trajectories)
+    if config.diffusion.precondition:
+        return fit_frames(latents, trajectory, R, config.autoencoder.latent_dim)
+    return plain_frames(latents, R)
+
+
 @torch.no_grad()
 def _report(
     generator: WeightGenerator,
     subspace: Subspace,
+    local: Tensor,
     trajectory: Tensor,
-    train: Tensor,
+    heldout: Tensor,
     history: list[dict[str, float]],
-    config: FitConfig,
 ) -> dict[str, Any]:
-    """Measure the generator in latent space, against training and held-out snapshots.
+    """Measure the generator in the coordinates it works in, against the snapshots.
 
-    ``copy_ratio`` is the median distance of a sample to its nearest training snapshot, over the same for held-out
-    snapshots (whose neighbours in time are at the edge of their block): far below 1, samples copy.
+    ``copy_ratio`` is the median distance of a sample to its nearest training snapshot over that of held-out snapshots,
+    whose neighbours in time are at the edge of their block; ``novelty`` the same over that of snapshots to their
+    nearest one at another time. Far below 1, samples copy. ``diversity_curve`` gives both the spread and the novelty of
+    samples over a range of temperatures; ``diversity`` is turned into a temperature by it.
     """
-    rng = torch.Generator().manual_seed(config.seed + 1)
-    num_members = _NUM_REPORT_MEMBERS
-    samples = generator.sample_latents(num_members, rng=rng).double()
-    latents = subspace.latents.double()
-    known = latents[train]
-    labels = torch.arange(num_members) % len(generator.trajectories)
-    spread, reference = [], []
-    for number in range(len(generator.trajectories)):
-        spread.append(samples[labels == number].var(dim=0, correction=0))
-        reference.append(latents[train & (trajectory == number)].var(dim=0, correction=0))
-    per_direction = (torch.stack(spread).sum(0) / torch.stack(reference).sum(0).clamp_min(1e-12)).sqrt()
-    total = (torch.stack(spread).sum() / torch.stack(reference).sum().clamp_min(1e-12)).sqrt()
-    nearest = torch.cdist(samples, known)
-    owner = trajectory[train][nearest.argmin(dim=1)]
+    config, train = generator.config, ~heldout
     report: dict[str, Any] = {
         "fidelity": subspace.fidelity,
         "fidelity_is_ok": subspace.fidelity >= config.autoencoder.min_fidelity,
         "latent_dim": generator.autoencoder.latent_dim,
-        "spread_ratio": float(total),
-        "spread_ratio_per_direction": [round(float(r), 4) for r in per_direction[:16]],
-        "nearest_distance_samples": float(nearest.amin(dim=1).median()),
-        "trajectory_coverage": {
-            name: round(float((owner == number).double().mean()), 4)
-            for number, name in enumerate(generator.trajectories)
-        },
         "diffusion_steps": int(history[-1]["best_step"]) if history else 0,
-        "heldout_loss": history[-1]["best_loss"] if history else None,
+        "heldout_loss": _number(history[-1]["best_loss"]) if history else None,
+        # What a normal distribution per trajectory reaches: the network has to be below.
+        "heldout_loss_gaussian": _number(history[0]["heldout_loss"]) if config.diffusion.precondition else None,
     }
-    if bool((~train).any()):
-        held = torch.cdist(latents[~train], known).amin(dim=1).median()
-        report["nearest_distance_heldout"] = float(held)
-        report["copy_ratio"] = report["nearest_distance_samples"] / max(float(held), 1e-12)
+    num_members = _NUM_REPORT_MEMBERS if config.diffusion.precondition else _NUM_REPORT_MEMBERS_PLAIN
+    labels = torch.arange(num_members) % len(generator.trajectories)
+    reference = float(nearest_at_another_time(local, trajectory).nanmedian())
+    spread = spread_about_means(local[train], trajectory[train])
+    temperatures = _TEMPERATURES if config.diffusion.precondition else (1.0,)
+    curve = []
+    for temperature in temperatures:
+        samples = _samples(generator, labels, temperature)
+        nearest = nearest_of_own_run(samples, labels, local[train], trajectory[train])
+        curve.append(
+            {
+                "temperature": temperature,
+                "spread_ratio": round(spread_about_means(samples, labels) / max(spread, 1e-12), 4),
+                "novelty": _number(float(nearest.median()) / reference),
+            }
+        )
+        if temperature == 1.0:
+            report |= {
+                "spread_ratio": curve[-1]["spread_ratio"],
+                "spread_ratio_per_direction": _spread_per_direction(samples, labels, local[train], trajectory[train]),
+                "nearest_distance_samples": float(nearest.median()),
+                "novelty": curve[-1]["novelty"],
+                "trajectory_coverage": _coverage(generator, subspace, samples, labels, trajectory, train),
+            }
+    if bool(heldout.any()):
+        own = nearest_of_own_run(local[heldout], trajectory[heldout], local[train], trajectory[train])
+        report["nearest_distance_heldout"] = float(own.median())
+        report["copy_ratio"] = report["nearest_distance_samples"] / max(float(own.median()), 1e-12)
+    report["diversity_curve"] = curve
     return report
+
+
+def _samples(generator: WeightGenerator, labels: Tensor, temperature: float) -> Tensor:
+    """Samples in local coordinates, on the CPU, the same noise at every temperature."""
+    rng = torch.Generator().manual_seed(generator.config.seed + 1)
+    noise = temperature * torch.randn(len(labels), generator.frames.width, generator=rng)
+    device = next(generator.denoiser.parameters()).device
+    return walk(generator.denoiser, noise.to(device), labels.to(device), generator.config, _NUM_REPORT_STEPS).cpu()
+
+
+def _spread_per_direction(samples: Tensor, labels: Tensor, local: Tensor, trajectory: Tensor) -> list[float]:
+    """Spread of samples over that of snapshots along the first axes of the trajectories."""
+    ratios = [
+        spread_about_means(samples[:, [axis]], labels) / max(spread_about_means(local[:, [axis]], trajectory), 1e-12)
+        for axis in range(min(_NUM_REPORT_AXES, local.shape[1]))
+    ]
+    return [round(ratio, 4) for ratio in ratios]
+
+
+def _coverage(
+    generator: WeightGenerator, subspace: Subspace, samples: Tensor, labels: Tensor, trajectory: Tensor, train: Tensor
+) -> dict[str, float]:
+    """Share of the samples whose nearest snapshot of all is of each trajectory."""
+    nearest = torch.cdist(generator.frames.to_latents(samples, labels), subspace.latents[train]).argmin(dim=1)
+    owner = trajectory[train][nearest]
+    return {
+        name: round(float((owner == number).double().mean()), 4) for number, name in enumerate(generator.trajectories)
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return round(value, 6) if math.isfinite(value) else None
 
 
 def _labels(store: SnapshotStore) -> list[str]:
@@ -365,11 +442,11 @@ class Run:
             self.write()
 
     def write_history(self, history: list[dict[str, float]]) -> None:
-        self.document["history"] = history
+        self.document["history"] = _plain(history)
         self.write()
 
     def finish(self, generator: WeightGenerator, history: list[dict[str, float]]) -> None:
-        self.document |= {"status": "finished", "history": history, "report": generator.report}
+        self.document |= {"status": "finished", "history": _plain(history), "report": generator.report}
         if self.folder is not None:
             generator.save(self.folder)
         self.write()
@@ -377,6 +454,12 @@ class Run:
     def write(self) -> None:
         if self.folder is not None:
             write_json(self.folder / "fit.json", self.document)
+
+
+def _plain(history: list[dict[str, float]]) -> list[dict[str, float | None]]:
+    return [
+        {key: value if isinstance(value, int) else _number(value) for key, value in entry.items()} for entry in history
+    ]
 
 
 def _fingerprint(store: SnapshotStore) -> str:

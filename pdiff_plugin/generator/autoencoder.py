@@ -33,6 +33,8 @@ ColumnReader = Callable[[int, int], Tensor]
 # Tensors of this name are positive and vary by factors: their logarithm is modelled.
 LOG_SUFFIX = "running_var"
 _TINY = 1e-12
+# Eigenvalues below this share of the largest are noise of the accumulation.
+_NOISE_SHARE = 1e-10
 # A basis of this size (in float32) is kept on disk while fitting, where there is a folder for it.
 _MAPPED_BYTES = 256 << 20
 
@@ -224,8 +226,8 @@ class Subspace:
         autoencoder: the encoder and decoder.
         latents: (N, K) float32, of all rows that were read, held-out ones included.
         variances: (K,) float64, share of the training rows' variance along each kept direction.
-        fidelity: share of the variance of the held-out rows (of all rows, if none are held out) that survives encoding
-            and decoding; one minus the relative squared error.
+        fidelity: share of the held-out rows' variance about the mean of their trajectory (of all rows', if none are
+            held out) that survives encoding and decoding; one minus the relative squared error.
     """
 
     autoencoder: SubspaceAutoencoder
@@ -243,6 +245,7 @@ def fit_subspace(
     block_values: int,
     train_rows: Tensor,
     heldout_rows: Tensor,
+    trajectory: Tensor | None = None,
     scratch: Path | None = None,
     columns: slice | None = None,
     join_columns: Callable[[Tensor, Callable[[int], Tensor]], Tensor] = lambda part, empty: part,
@@ -261,24 +264,19 @@ def fit_subspace(
         block_values: columns held at a time.
         train_rows: (n,) int64 places of the training rows.
         heldout_rows: (m,) int64 places of the others.
+        trajectory: (n,) int64, the run of each training row; one run unless given.
         scratch: folder where a large basis is kept in a mapped file instead of in memory.
         columns: those that this process reads, where several share the work; all unless given.
         join_columns: puts their columns side by side, given this process's (K, own columns) and what makes the result.
         on_columns: told after each block how many columns are done.
     """
     columns = columns or slice(0, layout.num_values)
-    gram = statistics.gram[train_rows][:, train_rows]
-    # Centring leaves rank n - 1 at most. Values under the noise of the accumulation are no directions.
-    eigenvalues, vectors = torch.linalg.eigh(gram)
-    eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
-    num_real = int((eigenvalues > eigenvalues[0] * 1e-10).sum())
-    share = eigenvalues.clamp_min(0).cumsum(0) / eigenvalues.clamp_min(0).sum()
-    needed = int((share < config.explained_variance).sum()) + 1
-    K = max(1, min(config.latent_dim, needed, num_real, len(train_rows) - 1))
-    singular = eigenvalues[:K].sqrt()  # (K,)
-    lift = (vectors[:, :K] / singular).T  # (K, n): rows -> orthonormal directions
-    # Every row's coordinates follow from the Gram matrix alone: z = X b = G[:, train] v / s.
-    coordinates = statistics.gram[:, train_rows] @ vectors[:, :K] / singular  # (N, K)
+    labels = torch.zeros(len(train_rows), dtype=torch.int64) if trajectory is None else trajectory
+    lift, means = _directions(statistics.gram[train_rows][:, train_rows], labels, config)  # (n, K), (n, R)
+    K = lift.shape[1]
+    # Every row's coordinates follow from the Gram matrix alone: z = X b = G[:, train] lift.
+    of_train = statistics.gram[:, train_rows]
+    coordinates = of_train @ lift  # (N, K)
     latent_scale = float(coordinates[train_rows].std(correction=0)) or 1.0
 
     basis = _empty_basis(K, columns.stop - columns.start, scratch)
@@ -289,21 +287,68 @@ def fit_subspace(
         mean_here = values.mean(dim=0)
         mean[0, own] = mean_here.float()
         # A float64 product: in float32 the small directions of a long trajectory lose four digits.
-        basis[:, own] = lift @ ((values - mean_here) / statistics.scales[number])
+        basis[:, own] = lift.T @ ((values - mean_here) / statistics.scales[number])
         if on_columns is not None:
             on_columns(own.stop)
     basis = join_columns(basis, lambda D: _empty_basis(K, D, scratch))
     mean = join_columns(mean, lambda D: torch.empty(1, D))[0]
 
     judged = heldout_rows if len(heldout_rows) else train_rows
-    total = statistics.gram.diagonal()[judged].sum()
-    fidelity = float(coordinates[judged].square().sum() / total) if total > 0 else 1.0
+    squares = statistics.gram.diagonal()
+    lost = (squares - coordinates.square().sum(dim=1))[judged].clamp_min(0).sum()
+    # Distance to the nearest mean of a trajectory, which for all rows but strays is their own.
+    to_means = squares[:, None] - 2 * of_train @ means + (means * (of_train[train_rows] @ means)).sum(dim=0)  # (N, R)
+    movement = to_means.amin(dim=1)[judged].clamp_min(0).sum()
+    variances = coordinates[train_rows].square().sum(dim=0)
     return Subspace(
         SubspaceAutoencoder(layout, mean, basis, statistics.scales.float(), latent_scale),
         (coordinates / latent_scale).float(),
-        eigenvalues[:K] / eigenvalues.clamp_min(0).sum(),
-        fidelity,
+        variances / squares[train_rows].sum(),
+        float(1 - lost / movement) if movement > 0 else 1.0,
     )
+
+
+def _directions(gram: Tensor, labels: Tensor, config: SubspaceConfig) -> tuple[Tensor, Tensor]:
+    """Orthonormal directions as combinations of training rows, by falling variance.
+
+    They span where the trajectories' means lie and the leading directions in which snapshots move about those means:
+    runs that lie far apart would else leave none of a few directions to the movement.
+
+    Args:
+        gram: (n, n) float64 of the training rows.
+        labels: trajectory of each, (n,).
+        config: how many directions to keep.
+
+    Returns:
+        (n, K) and, as combinations too, the R means (n, R).
+    """
+    member = torch.stack([labels == run for run in sorted(set(labels.tolist()))], dim=1).double()  # (n, R)
+    means = member / member.sum(dim=0)
+    centring = torch.eye(len(gram), dtype=torch.float64) - means @ member.T
+    eigenvalues, vectors = torch.linalg.eigh(centring @ gram @ centring)
+    eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
+    R = member.shape[1]
+    # Centring leaves rank n - R at most. Values under the noise of the accumulation are no directions.
+    num_real = int((eigenvalues > eigenvalues[0] * _NOISE_SHARE).sum())
+    share = eigenvalues.clamp_min(0).cumsum(0) / eigenvalues.clamp_min(0).sum()
+    needed = int((share < config.explained_variance).sum()) + 1
+    K = max(1, min(R * config.latent_dim, needed, num_real, len(gram) - R))
+    spanning = centring @ vectors[:, :K] / eigenvalues[:K].clamp_min(1e-300).sqrt()  # (n, K)
+    if R == 1:
+        return _fix_signs(spanning), means
+    between = means / (means * (gram @ means)).sum(dim=0).clamp_min(1e-300).sqrt()
+    spanning = torch.cat([spanning, between], dim=1)
+    overlap, rotation = torch.linalg.eigh(spanning.T @ gram @ spanning)
+    keep = overlap > overlap[-1] * _NOISE_SHARE
+    orthonormal = spanning @ (rotation[:, keep] / overlap[keep].sqrt())
+    coordinates = gram @ orthonormal
+    _, principal = torch.linalg.eigh(coordinates.T @ coordinates)
+    return _fix_signs(orthonormal @ principal.flip(1)), means
+
+
+def _fix_signs(directions: Tensor) -> Tensor:
+    """Turn each column so that its largest entry is positive: solvers leave the sign to the last digit."""
+    return directions * directions.gather(0, directions.abs().argmax(dim=0, keepdim=True)).sign()
 
 
 def _empty_basis(K: int, D: int, scratch: Path | None) -> Tensor:

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pdiff_plugin.config import DiffusionConfig
+from pdiff_plugin.generator.diffusion import gaussian_prediction, prediction_spread, signal_and_sigma
+
 
 def time_features(time: Tensor, num_features: int) -> Tensor:
     """Sines and cosines of times in [0, 1], (B,) -> (B, num_features) (Vaswani et al. 2017, section 3.5)."""
@@ -83,3 +86,68 @@ class Denoiser(nn.Module):
             h = block(h, condition)
         out: Tensor = self.outlet(self.norm(h))
         return out
+
+
+class GaussianPreconditioned(nn.Module):
+    """The exact denoiser of normal latents plus what a network adds to it.
+
+    A network of zeros samples the normal distribution of each trajectory's snapshots; training moves away from it only
+    where that lowers the loss. The linear part of a trained denoiser is this one anyway (Wang & Vastola 2023, arXiv
+    2311.10892), and inputs and outputs scaled to unit variance are Karras et al. 2022 (arXiv 2206.00364), section 5.
+
+    Args:
+        network: residual network on (x (B, k), time (B,), trajectory (B,)).
+        std: (R, k), standard deviations of the local coordinates of each trajectory.
+        config: prediction type and schedule.
+    """
+
+    std: Tensor
+
+    def __init__(self, network: Denoiser, std: Tensor, config: DiffusionConfig) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+        self.register_buffer("std", std.clone())
+
+    def std_of(self, trajectory: Tensor | None) -> Tensor:
+        """(B, k) of the trajectories (B,); (1, k) when there is one and none is named."""
+        return self.std[:1] if trajectory is None else self.std[trajectory]
+
+    def forward(self, x: Tensor, time: Tensor, trajectory: Tensor | None = None) -> Tensor:
+        """The prediction for noised coordinates, (B, k) -> (B, k)."""
+        signal, sigma = signal_and_sigma(time, self.config)
+        std, kind = self.std_of(trajectory), self.config.prediction_type
+        answer = self.network(x / (signal.square() + sigma.square()).sqrt(), time, trajectory)
+        gaussian = gaussian_prediction(x, std, signal, sigma, kind)
+        out: Tensor = gaussian + prediction_spread(std, signal, sigma, kind) * answer
+        return out
+
+    def turn(self, y: Tensor, time: Tensor, trajectory: Tensor | None = None) -> Tensor:
+        """The network's answer at x = y √(signal² std² + sigma²): how fast ``y`` turns; see ``sample_turning``."""
+        signal, sigma = signal_and_sigma(time, self.config)
+        x = y * (signal * self.std_of(trajectory)).square().add(sigma.square()).sqrt()
+        out: Tensor = self.network(x / (signal.square() + sigma.square()).sqrt(), time, trajectory)
+        return out
+
+
+class OneStepMap(nn.Module):
+    """From noise to clean coordinates in one evaluation: what a sampler makes of the same noise, learned.
+
+    A network of zeros scales the noise to each coordinate's spread, as ``GaussianPreconditioned`` does.
+
+    Args:
+        network: residual network, asked at time 1.
+        std: (R, k), standard deviations of the local coordinates.
+    """
+
+    std: Tensor
+
+    def __init__(self, network: Denoiser, std: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("std", std.clone())
+
+    def forward(self, noise: Tensor, trajectory: Tensor) -> Tensor:
+        """Noise (B, k) of trajectories (B,) -> clean coordinates (B, k)."""
+        answer = self.network(noise, torch.ones(len(noise), device=noise.device), trajectory)
+        clean: Tensor = self.std[trajectory] * (noise + answer)
+        return clean

@@ -94,6 +94,38 @@ def timestep_to_time(timesteps: Tensor, config: DiffusionConfig) -> Tensor:
     return timesteps.float() / (config.num_timesteps - 1)
 
 
+def signal_and_sigma(time: Tensor, config: DiffusionConfig) -> tuple[Tensor, Tensor]:
+    """Factors of clean latents and of noise in x_t at times in [0, 1], (B,) -> (B, 1) each."""
+    if config.prediction_type == "flow":
+        return 1.0 - time[:, None], time[:, None]
+    alpha_bars = linear_alpha_bars(config.num_timesteps, config.beta_start, config.beta_end).to(time)
+    alpha_bar = alpha_bars[(time * (config.num_timesteps - 1)).round().long()][:, None]
+    return alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
+
+
+def gaussian_prediction(x: Tensor, std: Tensor, signal: Tensor, sigma: Tensor, kind: PredictionType) -> Tensor:
+    """What the best denoiser answers when the clean latents are N(0, std²), known in closed form.
+
+    Args:
+        x: noised latents, (B, K).
+        std: standard deviation of the clean ones, (B, K) or (K,).
+        signal: factor of the clean latents in ``x``, (B, 1).
+        sigma: factor of the noise, (B, 1).
+        kind: what is to be predicted.
+    """
+    residual = x / (signal * std).square().add(sigma.square())
+    x0, epsilon = std.square() * signal * residual, sigma * residual
+    if kind == "flow":
+        return epsilon - x0
+    return epsilon if kind == "epsilon" else signal * epsilon - sigma * x0
+
+
+def prediction_spread(std: Tensor, signal: Tensor, sigma: Tensor, kind: PredictionType) -> Tensor:
+    """Standard deviation that is left in the target once ``x`` is known, for the same normal latents, (B, K)."""
+    spread = std / (signal * std).square().add(sigma.square()).sqrt()
+    return spread * signal if kind == "epsilon" else spread
+
+
 def loss(predict: Predictor, batch: NoisedBatch) -> Tensor:
     """Mean squared error over all entries (Ho et al. 2020, eq. 14), a scalar."""
     return (predict(batch.inputs, batch.times) - batch.targets).square().mean()

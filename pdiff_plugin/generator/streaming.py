@@ -66,8 +66,9 @@ class TensorFileWriter:
         offset, dtype = self._places[name]
         flat = values.detach().reshape(-1)
         self._file.seek(self._start + offset + first * dtype.itemsize)
-        for piece in flat.split(max(1, _COPY_BYTES // dtype.itemsize)):
-            self._file.write(piece.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
+        count = max(1, _COPY_BYTES // dtype.itemsize)
+        for start in range(0, flat.numel(), count):
+            self._file.write(flat[start : start + count].to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
         self._missing -= flat.numel() * dtype.itemsize
 
     def close(self) -> None:

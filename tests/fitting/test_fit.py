@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 
@@ -39,7 +40,7 @@ def test_a_fit_leaves_a_generator_and_its_history(make_store, tmp_path):
     assert sorted(p.name for p in (tmp_path / "fit").iterdir()) == ["fit.json", "generator.safetensors"]
     document = json.loads((tmp_path / "fit" / "fit.json").read_text())
     assert document["status"] == "finished"
-    assert [entry["step"] for entry in document["history"]] == [20, 40, 60]
+    assert [entry["step"] for entry in document["history"]] == [0, 20, 40, 60]
     assert document["report"] == generator.report
     assert {"statistics", "autoencoder", "diffusion", "report"} <= document["seconds"].keys()
     assert generator.sample(3)["head.weight"].shape == (3, 3, 8)
@@ -300,3 +301,25 @@ def test_nothing_is_held_out_when_asked(make_store):
     assert not heldout_blocks(50, 0.0).any()
     config = FitConfig(autoencoder=QUICK.autoencoder, diffusion=QUICK.diffusion, heldout_fraction=0.0)
     assert "copy_ratio" not in fit(make_store(), config).report
+
+
+def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(make_store, tmp_path, monkeypatch):
+    store = make_store()
+    fit(store, QUICK, out=tmp_path / "whole")
+    steps = []
+
+    def pressed(*args, **kwargs):
+        steps.append(None)
+        if len(steps) == 30:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    original = torch._foreach_lerp_
+    monkeypatch.setattr("torch._foreach_lerp_", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(store, QUICK, out=tmp_path / "cut")
+    fit(store, QUICK, out=tmp_path / "cut")
+
+    assert len(steps) == 60
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert file_of(tmp_path / "cut") == file_of(tmp_path / "whole")

@@ -10,6 +10,7 @@ from pdiff_plugin import FitConfig, WeightGenerator
 from pdiff_plugin.config import DiffusionConfig
 from pdiff_plugin.errors import ConfigError, FormatError, FormatVersionError, GeneratorNotFoundError
 from pdiff_plugin.generator.autoencoder import SubspaceAutoencoder
+from pdiff_plugin.generator.frames import Frames
 from pdiff_plugin.generator.generator import new_denoiser
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 
@@ -30,12 +31,22 @@ def make_generator(prediction_type="flow", trajectories=("run-001",)):
     autoencoder = SubspaceAutoencoder(
         LAYOUT, torch.randn(LAYOUT.num_values, generator=rng), basis, torch.tensor([0.1, 0.2, 0.3]), 1.7
     )
-    denoiser = new_denoiser(config, K, len(trajectories))
+    R = len(trajectories)
+    axes = torch.linalg.qr(torch.randn(R, K, K, generator=rng)).Q
+    frames = Frames(torch.randn(R, K, generator=rng), axes, torch.rand(R, K, generator=rng) + 0.1, 0.7)
+    denoiser = new_denoiser(config, frames)
     with torch.no_grad():
-        for parameter in denoiser.parameters():
+        for parameter in denoiser.parameters():  # zeros at first
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
     return WeightGenerator(
-        LAYOUT, config, autoencoder, denoiser.eval(), list(trajectories), {"fidelity": 0.93}, {"store": "runs/a"}
+        LAYOUT,
+        config,
+        autoencoder,
+        frames,
+        denoiser.eval(),
+        list(trajectories),
+        {"fidelity": 0.93},
+        {"store": "runs/a"},
     )
 
 
@@ -117,7 +128,10 @@ def test_members_of_a_named_trajectory_are_conditioned_on_it():
         ({"temperature": -1.0}, "temperature = -1.0: it must be at least 0."),
         ({"num_sampling_steps": 0}, "num_sampling_steps = 0: it must be at least 1."),
         ({"trajectory": "c"}, "trajectory = 'c': it must be one of a, b."),
-        ({"sampler": "ddim"}, "sampler = 'ddim': it must be 'flow' for a denoiser that predicts flow."),
+        (
+            {"sampler": "ddim"},
+            "sampler = 'ddim': it must be 'flow' or 'dpm-solver++' for a denoiser that predicts flow.",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused_in_words(options, text):

@@ -1,0 +1,70 @@
+"""The distillation stage: learn in one evaluation what the sampler makes of the same noise.
+
+Shapes: P pairs of noise and sample, k width of a trajectory's own coordinates, B pairs in a batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pdiff_plugin.config import FitConfig
+from pdiff_plugin.fitting.runtime import Runtime
+from pdiff_plugin.generator.frames import Frames
+from pdiff_plugin.generator.generator import new_one_step, walk
+
+# Pairs are made once: fewer are learned by heart, more cost as much as the training.
+_NUM_PAIRS = 8192
+_PAIR_BATCH = 1024
+_BATCH = 256
+_LR = 2e-3
+_REPORT_EVERY = 100
+# Steps of the teacher: at 16 its samples are 2 % from where infinitely many steps would take them.
+_TEACHER_STEPS = 16
+_TEACHER_STEPS_PLAIN = 50
+
+
+def distill(
+    denoiser: nn.Module, frames: Frames, config: FitConfig, *, device: torch.device, runtime: Runtime
+) -> nn.Module:
+    """Train the one-step map on pairs of noise and what the natural, deterministic sampler makes of it.
+
+    Args:
+        denoiser: the teacher, on ``device``.
+        frames: of its coordinates.
+        config: of the fit; ``distill_steps`` steps are taken.
+        device: to train on.
+        runtime: told the progress.
+
+    Returns:
+        The map, in eval mode.
+    """
+    total = config.diffusion.distill_steps
+    rng = torch.Generator().manual_seed(config.seed + 3)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed + 3)  # for the initial weights; the caller's state comes back
+        student = new_one_step(config, frames).to(device)
+    noise = torch.randn(_NUM_PAIRS, frames.width, generator=rng).to(device)
+    labels = (torch.arange(_NUM_PAIRS) % frames.num_trajectories).to(device)
+    targets = _teach(denoiser, noise, labels, config)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=_LR, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+    for step in range(total):
+        rows = torch.randint(_NUM_PAIRS, (_BATCH,), generator=rng).to(device)
+        value = (student(noise[rows], labels[rows]) - targets[rows]).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(value)
+        for group in optimizer.param_groups:
+            group["lr"] = _LR * 0.5 * (1.0 + math.cos(math.pi * step / total))
+        optimizer.step()
+        if (step + 1) % _REPORT_EVERY == 0 or step + 1 == total:
+            runtime.report("distill", step + 1, total, train_loss=float(value.detach()))
+    return student.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _teach(denoiser: nn.Module, noise: Tensor, labels: Tensor, config: FitConfig) -> Tensor:
+    steps = _TEACHER_STEPS if config.diffusion.precondition else _TEACHER_STEPS_PLAIN
+    pieces = [slice(start, start + _PAIR_BATCH) for start in range(0, len(noise), _PAIR_BATCH)]
+    return torch.cat([walk(denoiser, noise[piece], labels[piece], config, steps) for piece in pieces])

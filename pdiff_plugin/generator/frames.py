@@ -1,0 +1,121 @@
+"""Each trajectory's own coordinates of the latent space, in which its snapshots are centred and uncorrelated.
+
+Snapshots of independent runs lie in clouds far apart. The diffusion works inside one cloud at a time: it meets
+coordinates of mean zero and known spread, and never spends its capacity on where the clouds are.
+
+Shapes: N latents, n of them for training, B in a batch, K latent width, R trajectories, k local width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Directions with less than this share of a trajectory's variance are noise of the arithmetic.
+_LEAST_SHARE = 1e-9
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Centre, axes and spread of each trajectory's latents.
+
+    Attributes:
+        centre: (R, K), mean of each trajectory.
+        axes: (R, K, k), orthonormal columns, principal axes by falling spread.
+        std: (R, k), standard deviation of local coordinates along each axis; over all R and k their mean square is one.
+        scale: what local coordinates are divided by, so that this holds.
+    """
+
+    centre: Tensor
+    axes: Tensor
+    std: Tensor
+    scale: float
+
+    @property
+    def width(self) -> int:
+        """Local width k."""
+        return self.axes.shape[2]
+
+    @property
+    def num_trajectories(self) -> int:
+        return len(self.centre)
+
+    def to_local(self, latents: Tensor, trajectory: Tensor) -> Tensor:
+        """Local coordinates (B, k) of latents (B, K) of the trajectories (B,); what lies off the axes is dropped."""
+        out = torch.empty(len(latents), self.width, dtype=latents.dtype, device=latents.device)
+        for number in set(trajectory.tolist()):
+            mine = trajectory == number
+            out[mine] = (latents[mine] - self.centre[number].to(latents)) @ self.axes[number].to(latents) / self.scale
+        return out
+
+    def to_latents(self, local: Tensor, trajectory: Tensor) -> Tensor:
+        """Latents (B, K) of local coordinates (B, k)."""
+        out = torch.empty(len(local), self.axes.shape[1], dtype=local.dtype, device=local.device)
+        for number in set(trajectory.tolist()):
+            mine = trajectory == number
+            out[mine] = self.centre[number].to(local) + self.scale * local[mine] @ self.axes[number].to(local).T
+        return out
+
+    def state_dict(self) -> dict[str, Tensor]:
+        scale = torch.tensor(self.scale, dtype=torch.float64)
+        return {"centre": self.centre, "axes": self.axes, "std": self.std, "scale": scale}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Frames:
+        return cls(state["centre"], state["axes"], state["std"], float(state["scale"]))
+
+
+def fit_frames(latents: Tensor, trajectory: Tensor, num_trajectories: int, width: int) -> Frames:
+    """Principal axes of each trajectory.
+
+    Args:
+        latents: of the training snapshots, (n, K).
+        trajectory: run of each, (n,) int64.
+        num_trajectories: R.
+        width: largest k; no more than there are directions that carry variance.
+    """
+    latents = latents.double()
+    K = latents.shape[1]
+    centre, axes, variance = torch.zeros(num_trajectories, K).double(), [], []
+    for number in range(num_trajectories):
+        mine = latents[trajectory == number]
+        if len(mine):
+            centre[number] = mine.mean(dim=0)
+        # The right singular vectors fill up with directions of no variance when there are fewer rows than columns.
+        deviations = torch.cat([mine - centre[number], torch.zeros(max(0, K - len(mine)), K).double()])
+        _, singular, directions = torch.linalg.svd(deviations, full_matrices=False)
+        # Signs are arbitrary: fix them, so that close inputs give close frames.
+        signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
+        axes.append((directions * signs).T)
+        variance.append(singular[:K].square() / max(1, len(mine)))
+    spread = torch.stack(variance)  # (R, K)
+    share = spread / spread.sum(dim=1, keepdim=True).clamp_min(1e-300)
+    k = max(1, min(width, int((share > _LEAST_SHARE).sum(dim=1).max())))
+    scale = float(spread[:, :k].mean().sqrt()) or 1.0
+    return Frames(
+        centre.float(), torch.stack(axes)[:, :, :k].float().contiguous(), spread[:, :k].sqrt().float() / scale, scale
+    )
+
+
+def plain_frames(latents: Tensor, num_trajectories: int, *, scaled: bool = True) -> Frames:
+    """Coordinates that only centre all latents together and, if ``scaled``, give them unit overall variance.
+
+    Args:
+        latents: of the training snapshots, (n, K).
+        num_trajectories: R, all of which get the same frame.
+        scaled: without it local coordinates are the latents themselves.
+    """
+    latents = latents.double()
+    R, K = num_trajectories, latents.shape[1]
+    centre = latents.mean(dim=0) if scaled else torch.zeros(K, dtype=torch.float64)
+    scale = (float((latents - centre).square().mean().sqrt()) or 1.0) if scaled else 1.0
+    std = (latents - centre).square().mean(dim=0).sqrt() / scale
+    return Frames(
+        centre.float().expand(R, K).contiguous(),
+        torch.eye(K).expand(R, K, K).contiguous(),
+        std.float().expand(R, K).contiguous(),
+        scale,
+    )
