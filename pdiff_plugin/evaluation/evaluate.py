@@ -166,7 +166,10 @@ class _Work:
         self.task, self.rows, self.seed, self.seconds, self.on_progress = task, rows, seed, seconds, on_progress
         self.num_members, self.recalibrate = num_members, recalibrate
         self.references = evenly_spaced(len(rows), max(_NUM_REFERENCES, num_members))
-        self.own = evenly_spaced(len(rows), num_members)
+        self.recorded = {
+            "snapshots": evenly_spaced(len(rows), num_members),
+            "last": torch.stack([run[-1] for run in rows.runs]),
+        }
         self.parameters = _chosen_coordinates(rows)
         self.jobs: list[_Job] = [
             _Job(_REFERENCE, "", 0, lambda rng: rows.members(self.references), False, "none", "baselines")
@@ -250,16 +253,13 @@ class _Work:
     def _figures(self, job: _Job, members: WeightSet, scores: Scores) -> dict[str, Any]:
         overlap = metrics.wrong_iou(~scores.correct, self.reference_wrong.bool())  # (M, R)
         products = self.rows.products(members)
-        if job.name == "snapshots":
-            near = self.rows.same_block[self.own]
+        distances = self.rows.distances(products)
+        near = None
+        if job.name in self.recorded:
+            # A snapshot is no news to itself nor to its neighbours in time.
+            near = self.rows.same_block[self.recorded[job.name]]
             overlap = overlap.masked_fill(near[:, self.references], -1.0)
-            distance = metrics.nearest_distance(self.rows.squared_distances[self.own].sqrt(), near)
-        elif job.name == "last":
-            near = self.rows.same_block[torch.stack([run[-1] for run in self.rows.runs])]
-            overlap = overlap.masked_fill(near[:, self.references], -1.0)
-            distance = metrics.nearest_distance(self.rows.distances(products), near)
-        else:
-            distance = metrics.nearest_distance(self.rows.distances(products))
+        distance = metrics.nearest_distance(distances, near)
         likest = overlap.max(dim=1).values
         likest = likest.masked_fill(likest < 0, float("nan"))
         accuracy = scores.correct.double().mean(dim=1)
@@ -301,8 +301,8 @@ class _Work:
         }
         figures = {name: _mean_over_draws(draws) for name, draws in self.figures.items()}
         generated = figures.get("generated", {})
-        near = self.rows.same_block[self.own]
-        reference = metrics.nearest_distance(self.rows.squared_distances[self.own].sqrt(), near)
+        own = self.recorded["snapshots"]
+        reference = metrics.nearest_distance(self.rows.squared_distances[own].sqrt(), self.rows.same_block[own])
         verdict, comparisons = judge(
             candidates.get("generated"),
             {name: c for name, c in candidates.items() if name in BASELINES},

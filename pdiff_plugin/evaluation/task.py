@@ -90,6 +90,25 @@ def _no_targets(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> 
     return torch.zeros(len(tensors[0]), dtype=torch.int64)
 
 
+def logits_of(output: Any) -> Tensor:
+    """Logits (B, C) from what a model returned: a tensor, an object or mapping with ``logits``, or a tuple.
+
+    Raises:
+        ConfigError: there are none of shape (B, C).
+    """
+    found = output
+    if isinstance(output, Mapping) and "logits" in output:
+        found = output["logits"]
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, tuple | list) and output:
+        found = output[0]
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        text = str(tuple(found.shape)) if isinstance(found, Tensor) else type(output).__name__
+        raise ConfigError("output of the model", text, "must be logits of shape (B, C), or hold them as `logits`")
+    return found
+
+
 def check_logits(logits: Tensor, targets: Tensor, name: str) -> Tensor:
     """``logits`` again, if they are (M, B, C) and every one of ``targets`` (B,) is a class.
 

@@ -3,15 +3,15 @@
 Checked in this order:
 
 1. "copies the snapshots": the median member is less than half as far from its nearest snapshot as a snapshot is from
-   its nearest one outside its own block of time; or (given enough errors to tell) members err on the same items as some
-   snapshot, error overlap 0.99 or more.
-2. For each cheap alternative, the difference in ensemble NLL on the same items, d = generated - alternative, with its
-   standard error s (over items, paired, and over draws of the generated members). A gain counts from 1 % of the
-   alternative's NLL.
+   its nearest one outside its own block of time.
+2. "too few data to tell": members make fewer than 10 errors on average.
+3. "copies the snapshots": members err on the same items as some snapshot, error overlap 0.99 or more.
+4. For each cheap alternative, the difference in ensemble NLL on the same items, d = generated - alternative, with its
+   standard error s (over items, paired, and over draws of the members). A gain counts from 1 % of its NLL.
    "worth it": against every alternative d + 2 s < 0 and the gain counts, and accuracy is not lower by more than 2 s.
    "no better than averaging": against some alternative, the average or another, d - 2 s excludes a gain that counts,
    or accuracy is lower.
-   "too few data to tell": otherwise, or if the members make fewer than 10 errors on average.
+   "too few data to tell": neither.
 
 To be better than every alternative needs no correction for their number: each test alone has to be passed.
 """
