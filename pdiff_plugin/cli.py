@@ -18,7 +18,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 import pdiff_plugin
-from pdiff_plugin.config import DistributedConfig, FitConfig, Sampler
+from pdiff_plugin.config import DistributedConfig, FitConfig, Sampler, TuneConfig
 from pdiff_plugin.errors import ConfigError, FitExistsError, MissingDependencyError, PDiffError
 
 if TYPE_CHECKING:
@@ -216,6 +216,55 @@ def fit(
     )
 
 
+def tune(
+    store: Positional[Path],
+    *,
+    out: Path,
+    task: str | None = None,
+    fresh: bool = False,
+    json: bool = False,
+    search: Annotated[TuneConfig, _Inline] = TuneConfig(),  # noqa: B008 (frozen)
+    config: FitConfig = FitConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Search for better settings of a fit, on Ray. Run again after an interruption, it goes on where it was.
+
+    Trials are ranked by the energy distance of samples to held-out snapshots, or with --task by the ensemble's NLL on
+    held-out data; lower is better. Searched: latent size, what the denoiser predicts, learning rate, patience and
+    temperature. The best fit is left in the run folder as `pdiff fit` would leave it.
+
+    Args:
+        store: The snapshot store.
+        out: Run folder for generator.safetensors, fit.json and tune.json.
+        task: `package.module:function` returning a pdiff_plugin.Task, whose eval_loader judges the trials.
+        fresh: Start anew and replace the search in the run folder.
+        json: Print all trials as one JSON document on stdout.
+        search: What is tried and where.
+        config: Settings that are not searched, and the first trial.
+    """
+    from pdiff_plugin import console
+    from pdiff_plugin.fitting.tune import tune as run
+
+    score = None
+    if task is not None:
+        from pdiff_plugin.evaluation.search_score import EnsembleNLL
+        from pdiff_plugin.evaluation.task import Task
+
+        score = EnsembleNLL(_call("--task", task, Task), seed=search.seed)
+    with console.progress() as on_progress:
+        document = run(store, config, search, out=out, score=score, fresh=fresh, on_progress=on_progress)
+    if json:
+        _print_json(document)
+        return
+    columns = ["score", "latent_dim", "prediction_type", "lr", "patience", "temperature", "max_steps", "copy_ratio"]
+    rows = [
+        ["default" if trial["is_default"] else str(number), *(_text(trial[column]) for column in columns)]
+        for number, trial in enumerate(document["trials"], start=1)
+    ]
+    console.table(f"tuned {out}", ["trial", *columns], rows, note=f"score: {document['score']}; lower is better")
+    best = document["trials"][0]
+    console.say(f"Next: pdiff generate {out} --temperature {best['temperature']} --num-members 16 --out members")
+
+
 def generate(
     generator: Positional[Path],
     *,
@@ -374,6 +423,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "import": import_,
     "fit": fit,
+    "tune": tune,
     "generate": generate,
     "evaluate": evaluate,
     "report": report,

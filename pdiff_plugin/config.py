@@ -154,3 +154,30 @@ class DistributedConfig:
         _check("cpus_per_worker", self.cpus_per_worker, 0.01)
         _check("max_failures", self.max_failures, -1)
         _check("start_timeout_s", self.start_timeout_s, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """What a search tries, and where it runs."""
+
+    num_trials: int = 16
+    """Settings tried; the first is the one given."""
+    num_concurrent: int = 0
+    """Trials at a time; 0 is as many as there is room for."""
+    seed: int = 0
+    """Seed of the settings drawn."""
+    address: str | None = None
+    """host:port of a running Ray cluster; RAY_ADDRESS unless given. Without both, Ray starts on this machine."""
+    cpus_per_trial: float = 1.0
+    """CPUs that each trial gets."""
+    gpus_per_trial: float = 0.0
+    """GPUs that each trial gets."""
+    max_failures: int = 3
+    """Times that a trial is started again after its worker was lost."""
+
+    def __post_init__(self) -> None:
+        _check("num_trials", self.num_trials, 1)
+        _check("num_concurrent", self.num_concurrent, 0)
+        _check("cpus_per_trial", self.cpus_per_trial, 0.01)
+        _check("gpus_per_trial", self.gpus_per_trial, 0.0)
+        _check("max_failures", self.max_failures, 0)

@@ -58,6 +58,7 @@ def test_two_workers_fit_what_one_process_fits_and_show_progress(local_ray, make
     assert seen[-1].metrics["workers"] == 2
 
 
+@pytest.mark.slow
 def test_one_worker_fits_exactly_what_one_process_fits(local_ray, make_store, tmp_path):
     store = make_store()
     threads = torch.get_num_threads()
