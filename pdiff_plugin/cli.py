@@ -275,6 +275,8 @@ def generate(
     temperature: float = 1.0,
     sampler: Sampler | None = None,
     trajectory: str | None = None,
+    keep_above: float | None = None,
+    task: str | None = None,
     overwrite: bool = False,
     num_workers: int = 1,
     address: str | None = None,
@@ -291,6 +293,9 @@ def generate(
         temperature: Factor on the initial noise; below 1 members move toward the centre of the snapshots.
         sampler: ddpm, ddim or flow; the one that fits the generator unless given.
         trajectory: Make members of this run only.
+        keep_above: Drop members whose accuracy on the task's evaluation data is below this share; needs --task. Judge
+            what is left on other data, for it was chosen on these.
+        task: `package.module:function` returning a pdiff_plugin.Task, for --keep-above.
         overwrite: Replace members that are in the folder already.
         num_workers: Processes that share the work; with more than one, or an address, it runs on Ray.
         address: host:port of a running Ray cluster; RAY_ADDRESS unless given.
@@ -301,6 +306,7 @@ def generate(
     from pdiff_plugin import console
     from pdiff_plugin.generator.generator import WeightGenerator
     from pdiff_plugin.generator.members import write_members
+    from pdiff_plugin.generator.weights import WeightSet
     from pdiff_plugin.progress import Progress
 
     fitted = WeightGenerator.load(generator)
@@ -318,6 +324,16 @@ def generate(
         trajectory=trajectory,
         rng=torch.Generator().manual_seed(seed),
     )
+    num_dropped = 0
+    if keep_above is not None:
+        from pdiff_plugin.evaluation.gate import keep_accurate
+        from pdiff_plugin.evaluation.task import Task
+
+        if task is None:
+            raise ConfigError("--keep-above", keep_above, "must be given together with --task package.module:function")
+        made = WeightSet.from_flat(fitted.autoencoder.decode(latents), fitted.layout)
+        kept = keep_accurate(_call("--task", task, Task), made, keep_above)
+        latents, num_dropped = latents[list(kept.indices)], kept.num_dropped
     header = {"format": "pt", "generator": str(generator), "seed": str(seed)}
     distributed = DistributedConfig(num_workers=num_workers, address=address)
     with console.progress() as on_progress:
@@ -328,13 +344,15 @@ def generate(
         else:
 
             def tell(number: int) -> None:
-                on_progress(Progress("generate", number + 1, num_members))
+                on_progress(Progress("generate", number + 1, len(latents)))
 
             paths = write_members(fitted, latents, out, header, on_member=tell)
     files = [str(path) for path in paths]
     if json:
-        _print_json({"members": files, "num_values": fitted.layout.num_values})
+        _print_json({"members": files, "num_values": fitted.layout.num_values, "num_dropped": num_dropped})
     else:
+        if num_dropped:
+            console.say(f"{num_dropped} of {num_members} members dropped: accuracy below {keep_above}")
         console.say(f"{len(files)} members of {fitted.layout.num_values:,} values each in {out}")
 
 

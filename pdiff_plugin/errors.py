@@ -248,8 +248,8 @@ class ConcurrentUseError(PDiffError, RuntimeError):
 
     def __str__(self) -> str:
         return (
-            f"an ensemble over this {self.module} is already running, and its members take turns inside the live model. "
-            "Give each thread its own copy.deepcopy of the model or the ensemble."
+            f"an ensemble over this {self.module} is already running, and its members take turns inside the live "
+            "model. Give each thread its own copy.deepcopy of the model or the ensemble."
         )
 
 

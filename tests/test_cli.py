@@ -22,9 +22,16 @@ TASK = """
 import torch
 from pdiff_plugin import Task
 
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.Linear(5, 8)
+
+    def forward(self, x):
+        return self.norm(x)
+
 def task():
-    model = torch.nn.ModuleDict({"norm": torch.nn.Linear(5, 8)})
-    return Task(model, [(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))])
+    return Task(Net(), [(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))])
 """
 QUICK = ["--diffusion.max-steps", "40", "--diffusion.eval-every-n-steps", "20"]
 
@@ -193,6 +200,25 @@ def test_generate_does_not_overwrite_members_unasked(
     assert main(command) == 1
     assert "--overwrite" in error_text(capsys)
     assert main([*command, "--overwrite"]) == 0
+
+
+def test_generate_drops_members_that_are_not_good_enough(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_gated_task.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", str(fitted), "--num-members", "6", "--out", str(tmp_path / "members"), "--json"]
+    capsys.readouterr()
+    assert main([*command, "--keep-above", "0.5", "--task", "my_gated_task:task"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    # All inputs are zeros of class 0, so a member is right on all items or on none, by the largest of its biases.
+    largest = [int(load_file(path)["norm.bias"].argmax()) for path in document["members"]]
+    assert largest == [0] * len(largest)
+    assert document["num_dropped"] == 6 - len(largest)
+
+    assert main([*command, "--keep-above", "0.5", "--overwrite"]) == 1
+    assert "must be given together with --task" in error_text(capsys)
+    assert len(list((tmp_path / "members").iterdir())) == len(largest)
 
 
 def test_generate_without_a_generator_says_where_one_comes_from(

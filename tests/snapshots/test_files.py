@@ -25,8 +25,13 @@ def test_a_file_has_the_permissions_that_the_umask_gives(tmp_path: Path) -> None
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "note.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as temp:
-        temp.write_text("half of the new")
-        raise RuntimeError
+
+    def write_half() -> None:
+        with replacing(path) as temp:
+            temp.write_text("half of the new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
