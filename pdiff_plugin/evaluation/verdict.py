@@ -61,7 +61,8 @@ class Comparison:
     """Generated ensemble against one alternative on the same items; negative NLL differences favour the generated.
 
     Attributes:
-        nll: mean of the paired differences, and ``nll_error`` its standard error.
+        nll: mean of the paired differences, and ``nll_error`` its standard error, over items and draws.
+        draw_error: the part of it that more members or more draws would lower.
         accuracy: the same of the ensembles' accuracy.
         other_nll: the alternative's NLL.
     """
@@ -72,6 +73,7 @@ class Comparison:
     accuracy: float
     accuracy_error: float
     other_nll: float
+    draw_error: float
 
     @property
     def needed(self) -> float:
@@ -170,14 +172,15 @@ def jackknife_error(member_nll: Tensor, stratum: Tensor | None = None) -> float:
 def compare(name: str, generated: Candidate, other: Candidate) -> Comparison:
     """Pair two ensembles item by item."""
     nll, accuracy = generated.nll - other.nll, generated.hit - other.hit
-    errors = (standard_error(nll), generated.draw_error, other.draw_error)
+    draw_error = math.hypot(generated.draw_error, other.draw_error)
     return Comparison(
         name,
         float(nll.mean()),
-        math.hypot(*errors),
+        math.hypot(standard_error(nll), draw_error),
         float(accuracy.mean()),
         standard_error(accuracy),
         float(other.nll.mean()),
+        draw_error,
     )
 
 
@@ -243,7 +246,10 @@ def _compare_all(comparisons: list[Comparison], texts: Mapping[str, str]) -> Ver
         more = " The other alternatives are further behind." if len(comparisons) > 1 else ""
         return Verdict("worth it", f"Worth it: {against}.{more}", numbers)
     if not hardest.is_excluded:
-        text = f"Too few data to tell: {against}; a gain of {hardest.needed:.4f} would count. Evaluate on more data."
+        # Of two independent errors the larger is what has to shrink.
+        by_draw = hardest.draw_error**2 > hardest.nll_error**2 / 2
+        advice = "Take more members, or several draws." if by_draw else "Evaluate on more data."
+        text = f"Too few data to tell: {against}; a gain of {hardest.needed:.4f} would count. {advice}"
         return Verdict("too few data to tell", text, numbers)
     if hardest.loses_accuracy:
         numbers = {"accuracy_difference": hardest.accuracy, "standard_error": hardest.accuracy_error}

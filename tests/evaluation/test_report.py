@@ -113,6 +113,14 @@ def test_an_evaluation_is_read_back_as_it_was_saved(result: Evaluation, folder: 
     )
 
 
+def test_an_evaluation_of_format_version_1_is_still_read(tmp_path: Path) -> None:
+    stored = Path(__file__).parents[1] / "data" / "evaluation-v1"
+    evaluation = Evaluation.load(stored)
+    assert evaluation.sets["generated"]["members"] == 4
+    assert evaluation.verdict.sentence in write_report(stored, tmp_path).read_text(encoding="utf-8")
+    assert sorted(path.stem for path in (tmp_path / "report-figures").iterdir()) == sorted(NAMES)
+
+
 def test_without_its_arrays_the_report_has_table_and_differences(
     result: Evaluation, folder: Path, tmp_path: Path
 ) -> None:

@@ -64,7 +64,14 @@ def test_a_sure_but_tiny_gain_does_not_count() -> None:
 def test_a_difference_within_its_error_is_too_few_data() -> None:
     found = verdict(candidate("generated", nll(0.49, noise=1.0, seed=1)), candidate("averages", nll(0.50)))
     assert found.outcome == "too few data to tell"
-    assert "a gain of 0.0050 would count" in found.sentence
+    assert found.sentence.endswith("a gain of 0.0050 would count. Evaluate on more data.")
+
+
+def test_members_that_vary_from_draw_to_draw_call_for_more_of_them() -> None:
+    drawn = [candidate("generated", nll(mean)).draws[0] for mean in (0.40, 0.58)]
+    found = verdict(Candidate("generated", drawn), candidate("averages", nll(0.50)))
+    assert found.outcome == "too few data to tell"
+    assert found.sentence.endswith("Take more members, or several draws.")
 
 
 def test_a_gain_in_nll_that_costs_accuracy_is_not_worth_it() -> None:
