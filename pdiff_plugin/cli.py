@@ -313,9 +313,6 @@ def generate(
     earlier = sorted(out.glob("member-*.safetensors"))
     if earlier and not overwrite:
         raise FitExistsError(str(out), f"{len(earlier)} members; pass --overwrite to replace them")
-    out.mkdir(parents=True, exist_ok=True)
-    for path in earlier:
-        path.unlink()
     latents = fitted.sample_latents(
         num_members,
         num_sampling_steps=num_sampling_steps,
@@ -334,6 +331,9 @@ def generate(
         made = WeightSet.from_flat(fitted.autoencoder.decode(latents), fitted.layout)
         kept = keep_accurate(_call("--task", task, Task), made, keep_above)
         latents, num_dropped = latents[list(kept.indices)], kept.num_dropped
+    out.mkdir(parents=True, exist_ok=True)
+    for path in earlier:
+        path.unlink()
     header = {"format": "pt", "generator": str(generator), "seed": str(seed)}
     distributed = DistributedConfig(num_workers=num_workers, address=address)
     with console.progress() as on_progress:
