@@ -369,9 +369,9 @@ def new_denoiser(config: FitConfig, frames: Frames) -> nn.Module:
 
 
 def new_one_step(config: FitConfig, frames: Frames) -> OneStepMap:
-    """An untrained map from noise to local coordinates, twice as wide as the denoiser that it replaces."""
+    """An untrained map from noise to local coordinates, of the denoiser's size."""
     settings = config.diffusion
-    network = Denoiser(frames.width, 2 * settings.width, settings.num_blocks, frames.num_trajectories)
+    network = Denoiser(frames.width, settings.width, settings.num_blocks, frames.num_trajectories)
     return OneStepMap(network, frames.std)
 
 

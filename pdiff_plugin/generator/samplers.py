@@ -21,8 +21,7 @@ OnStep = Callable[[Tensor], None]
 
 def spaced_timesteps(num_timesteps: int, num_sampling_steps: int) -> list[int]:
     """S timesteps from T-1 down to 0, evenly spaced, both ends included (one step: T-1 alone)."""
-    if not 1 <= num_sampling_steps <= num_timesteps:
-        raise ConfigError("num_sampling_steps", num_sampling_steps, f"must be from 1 to num_timesteps={num_timesteps}")
+    _check_steps(num_timesteps, num_sampling_steps)
     return [int(t) for t in torch.linspace(num_timesteps - 1, 0, num_sampling_steps, dtype=torch.float64).round()]
 
 
@@ -200,7 +199,7 @@ def sample_dpm_solver(
     Returns:
         Latents (B, K).
     """
-    times, signals, sigmas = _solver_schedule(config, num_sampling_steps)
+    times, signals, sigmas = solver_schedule(config, num_sampling_steps)
     log_snr = (signals / sigmas).log()  # +inf at the end, where sigma is 0
     previous: Tensor | None = None
     for step in range(num_sampling_steps):
@@ -221,13 +220,26 @@ def sample_dpm_solver(
     return x
 
 
-def _solver_schedule(config: DiffusionConfig, num_sampling_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def solver_schedule(config: DiffusionConfig, num_sampling_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Times (S,), and signal and sigma (S+1,) whose last entry is the clean end; all float64."""
     if config.prediction_type == "flow":
         # At time 1 there is no signal, and its logarithm is -inf.
         sigmas = torch.linspace(1.0 - 1e-4, 0.0, num_sampling_steps + 1, dtype=torch.float64)
         return sigmas[:-1], 1.0 - sigmas, sigmas
-    timesteps = torch.tensor(spaced_timesteps(config.num_timesteps, num_sampling_steps))
-    alpha_bars = linear_alpha_bars(config.num_timesteps, config.beta_start, config.beta_end)[timesteps]
-    alpha_bars = torch.cat([alpha_bars, torch.ones(1, dtype=torch.float64)])
+    _check_steps(config.num_timesteps, num_sampling_steps)
+    alpha_bars = linear_alpha_bars(config.num_timesteps, config.beta_start, config.beta_end)
+    # Equal steps of the log-SNR (Lu et al. 2022, section 5.2): equal steps of t jump over its steep end, and 20 of them
+    # lose 15 % of the spread. Where timesteps are too coarse for that, steps are one timestep each.
+    log_snr = 0.5 * (alpha_bars / (1.0 - alpha_bars)).log()
+    wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), num_sampling_steps, dtype=torch.float64)
+    timesteps = (log_snr[None, :] - wanted[:, None]).abs().argmin(dim=1)
+    for step in range(1, num_sampling_steps):
+        timesteps[step] = min(int(timesteps[step]), int(timesteps[step - 1]) - 1)
+    timesteps = torch.maximum(timesteps, torch.arange(num_sampling_steps).flip(0))
+    alpha_bars = torch.cat([alpha_bars[timesteps], torch.ones(1, dtype=torch.float64)])
     return timesteps / (config.num_timesteps - 1), alpha_bars.sqrt(), (1.0 - alpha_bars).sqrt()
+
+
+def _check_steps(num_timesteps: int, num_sampling_steps: int) -> None:
+    if not 1 <= num_sampling_steps <= num_timesteps:
+        raise ConfigError("num_sampling_steps", num_sampling_steps, f"must be from 1 to num_timesteps={num_timesteps}")

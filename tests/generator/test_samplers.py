@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from pdiff_plugin.config import DiffusionConfig
 from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.generator.denoiser import Denoiser, GaussianPreconditioned
 from pdiff_plugin.generator.diffusion import linear_alpha_bars
-from pdiff_plugin.generator.samplers import sample_ddim, sample_ddpm, sample_flow, spaced_timesteps
+from pdiff_plugin.generator.samplers import (
+    sample_ddim,
+    sample_ddpm,
+    sample_dpm_solver,
+    sample_flow,
+    sample_turning,
+    solver_schedule,
+    spaced_timesteps,
+)
 
 MEAN = torch.tensor([0.0, 2.0, -1.0], dtype=torch.float64)
 STD = torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64)
@@ -174,3 +183,64 @@ def test_more_sampling_steps_than_timesteps_are_refused_with_both_numbers():
     with pytest.raises(ConfigError) as error:
         spaced_timesteps(50, 51)
     assert str(error.value) == "num_sampling_steps = 51: it must be from 1 to num_timesteps=50."
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers hands a tensor to numpy
+def test_dpm_solver_agrees_with_diffusers(prediction_type):
+    config = DiffusionConfig(prediction_type=prediction_type, num_timesteps=1000)
+    times, signals, sigmas = solver_schedule(config, 20)
+    theirs = DPMSolverMultistepScheduler(1000, prediction_type=prediction_type)
+    theirs.set_timesteps(20)
+    theirs.timesteps, theirs.sigmas = (times * 999).round().long(), sigmas / signals
+    start, network = noise(shape=(8, 5)), FixedNetwork()
+
+    expected = start
+    for t in theirs.timesteps.tolist():
+        expected = theirs.step(network(expected, torch.full((8,), t / 999)), t, expected).prev_sample
+    found = sample_dpm_solver(FixedNetwork(), start, config, 20)
+
+    torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_sampling_steps", [1, 2, 20, 50])
+def test_dpm_solver_visits_different_timesteps_that_end_at_zero(num_sampling_steps):
+    config = DiffusionConfig(prediction_type="epsilon", num_timesteps=50)
+
+    timesteps = (solver_schedule(config, num_sampling_steps)[0] * 49).round().long().tolist()
+
+    assert timesteps == sorted(set(timesteps), reverse=True)
+    assert timesteps[0] == 49
+    assert num_sampling_steps == 1 or timesteps[-1] == 0
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
+def test_twenty_steps_of_dpm_solver_return_the_mean_and_spread_of_normal_latents(prediction_type):
+    config = DiffusionConfig(prediction_type=prediction_type)
+
+    samples = sample_dpm_solver(exact_predictor(config), noise(), config, 20)
+
+    assert_normal(samples, [0.05, 0.05, 0.25])
+
+
+@pytest.mark.parametrize("num_sampling_steps", [1, 3, 16])
+def test_turning_is_exact_for_normal_latents_in_any_number_of_steps(num_sampling_steps):
+    start = noise()
+
+    samples = sample_turning(lambda y, time: torch.zeros_like(y), start, STD.expand_as(start), num_sampling_steps)
+
+    torch.testing.assert_close(samples, STD * start)
+
+
+def test_turning_follows_the_same_path_as_small_heun_steps_of_the_flow():
+    std = torch.tensor([[1.2, 0.4, 0.1]])
+    torch.manual_seed(0)
+    denoiser = GaussianPreconditioned(Denoiser(3, 16, 1), std, DiffusionConfig())
+    torch.nn.init.normal_(denoiser.network.outlet.weight, std=0.3)
+    start = noise(shape=(64, 3)).float()
+
+    with torch.no_grad():
+        expected = sample_flow(denoiser, start, 800, heun=True)
+        found = sample_turning(denoiser.turn, start, std.expand_as(start), 200)
+
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
