@@ -73,7 +73,7 @@ class Comparison:
     accuracy: float
     accuracy_error: float
     other_nll: float
-    draw_error: float
+    draw_error: float = 0.0
 
     @property
     def needed(self) -> float:
