@@ -305,7 +305,7 @@ def value_densities(evaluation: Evaluation) -> Figure | None:
             )
         axes.set_title(_shortened(name), fontsize=7.5)
         axes.set_yticks([])
-        axes.locator_params(axis="x", nbins=4)
+        axes.locator_params(axis="x", nbins=3)
         axes.tick_params(labelsize=7.5)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
