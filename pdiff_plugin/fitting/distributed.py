@@ -14,6 +14,8 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from pdiff_plugin.fitting.fit import Run, check_num_snapshots, run_stages
 from pdiff_plugin.fitting.runtime import GroupRuntime
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress, Progress
+from pdiff_plugin.snapshots.remote import copy_store, is_remote, mirrored
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 logger = logging.getLogger(__name__)
@@ -66,10 +69,10 @@ def fit_distributed(
     """As :func:`pdiff_plugin.fit`, on the workers of a Ray cluster; the result is the same up to rounding.
 
     Args:
-        store: a snapshot store or its folder, on storage that every node sees.
+        store: a snapshot store, its folder on storage that every node sees, or the URL of one in a bucket.
         config: settings of the fit.
         distributed: where it runs.
-        out: run folder, on storage that every node sees.
+        out: run folder on storage that every node sees, or the URL of one in a bucket.
         fresh: start anew, replacing the fit in ``out``.
         on_progress: told how the stages get on, in the calling thread.
 
@@ -82,25 +85,49 @@ def fit_distributed(
     config, distributed = config or FitConfig(), distributed or DistributedConfig()
     if distributed.num_workers > config.diffusion.batch_size:
         raise ConfigError("num_workers", distributed.num_workers, "must be at most diffusion.batch_size")
-    store = store if isinstance(store, SnapshotStore) else SnapshotStore.open(store)
-    check_num_snapshots(store)
-    folder = Path(out).resolve()
-    run = Run.open(store, config, folder, fresh=fresh)
-    if not run.is_finished:
-        with connected(distributed.address):
-            wait_for_room(distributed)
-            check_shared([store.path.resolve() / "layout.json", folder / "fit.json"])
-            _Watch(_Job(store.path.resolve(), folder, config), distributed, on_progress).run()
-    return WeightGenerator.load(folder)
+    job = _Job(_absolute(store.path if isinstance(store, SnapshotStore) else store), _absolute(out), config)
+    with ExitStack() as stack:
+        # Of a store in a bucket the driver needs all but the rows.
+        opened = store if isinstance(store, SnapshotStore) else job.open_store(stack, lambda D: slice(0, 0))
+        check_num_snapshots(opened)
+        with job.run_folder() as folder:
+            run = Run.open(opened, config, folder, fresh=fresh, source=job.store)
+        if not run.is_finished:
+            with connected(distributed.address):
+                wait_for_room(distributed)
+                check_shared(job.shared_files())
+                _Watch(job, distributed, on_progress).run()
+    with job.run_folder() as folder:
+        return WeightGenerator.load(folder)  # its file stays mapped where the folder is only a copy
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    return str(path) if is_remote(path) else str(Path(path).resolve())
 
 
 @dataclass(frozen=True)
 class _Job:
     """What a worker is told."""
 
-    store: Path
-    out: Path
+    store: str
+    out: str
     config: FitConfig
+
+    def open_store(self, stack: ExitStack, share: Callable[[int], slice]) -> SnapshotStore:
+        """The store; of one in a bucket, a copy of its share that lives as long as ``stack``."""
+        if not is_remote(self.store):
+            return SnapshotStore.open(self.store)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdiff-")))
+        return SnapshotStore.open(copy_store(self.store, folder / "store", share))
+
+    def run_folder(self) -> AbstractContextManager[Path]:
+        """The run folder; of one in a bucket, a copy whose changes are put back."""
+        return mirrored(self.out) if is_remote(self.out) else nullcontext(Path(self.out))
+
+    def shared_files(self) -> list[Path]:
+        """Files that every node has to see."""
+        places = ((self.store, "layout.json"), (self.out, "fit.json"))
+        return [Path(folder) / name for folder, name in places if not is_remote(folder)]
 
 
 @dataclass(frozen=True)
@@ -202,12 +229,17 @@ def _work(settings: dict[str, Any]) -> None:
     if rank == 0:
         package.addHandler(handler)
     try:
-        store = SnapshotStore.open(job.store)
-        run = Run.open(store, job.config, job.out if rank == 0 else None, fresh=False)
-        run.document.setdefault("attempts", []).append(
-            {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_workers": world_size}
-        )
-        run_stages(store, job.config, run, GroupRuntime(job.out, _Teller(board)))
+        with ExitStack() as stack:
+            # Only rank 0 keeps anything; the others need a place for a large basis.
+            scratch: AbstractContextManager[Any] = tempfile.TemporaryDirectory(prefix="pdiff-")
+            folder = Path(stack.enter_context(job.run_folder() if rank == 0 else scratch))
+            runtime = GroupRuntime(folder, _Teller(board))
+            store = job.open_store(stack, runtime.share)
+            run = Run.open(store, job.config, folder if rank == 0 else None, fresh=False, source=job.store)
+            run.document.setdefault("attempts", []).append(
+                {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_workers": world_size}
+            )
+            run_stages(store, job.config, run, runtime)
     except PDiffError as error:
         ray.get(board.put.remote(_Failed(error)), timeout=_BOARD_TIMEOUT_S)
         raise

@@ -142,7 +142,7 @@ def run_stages(store: SnapshotStore, config: FitConfig, run: Run, runtime: Runti
         denoiser,
         store.trajectories,
         {},
-        _provenance(store, rows),
+        _provenance(store, rows, run.document["store"]),
         one_step,
     )
     with run.timed("report"):
@@ -378,9 +378,9 @@ def _labels(store: SnapshotStore) -> list[str]:
     return [f"{name} step {step}" for name, step in zip(names, store.steps.tolist(), strict=True)]
 
 
-def _provenance(store: SnapshotStore, rows: Tensor) -> dict[str, Any]:
+def _provenance(store: SnapshotStore, rows: Tensor, source: str) -> dict[str, Any]:
     return {
-        "store": str(store.path.resolve()),
+        "store": source,
         "num_snapshots": len(rows),
         "num_trajectories": len(store.trajectories),
         "layout_digest": store.layout.digest,
@@ -397,12 +397,19 @@ class Run:
     document: dict[str, Any]
 
     @classmethod
-    def open(cls, store: SnapshotStore, config: FitConfig, folder: Path | None, *, fresh: bool) -> Run:
+    def open(
+        cls, store: SnapshotStore, config: FitConfig, folder: Path | None, *, fresh: bool, source: str | None = None
+    ) -> Run:
+        """Open or begin a run; ``source`` is where the store came from, if not from its own folder.
+
+        Raises:
+            FitExistsError: the folder holds a fit of other settings or other snapshots.
+        """
         mine = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "status": "running",
-            "store": str(store.path.resolve()),
+            "store": source or str(store.path.resolve()),
             "config": config.to_json(),
             "snapshots": _fingerprint(store),
             "seconds": {},

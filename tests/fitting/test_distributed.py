@@ -71,6 +71,17 @@ def test_one_worker_fits_exactly_what_one_process_fits(local_ray, make_store, tm
     assert relative_distance(alone, together) == 0
 
 
+def test_a_fit_reads_its_store_from_a_bucket_and_writes_into_one(local_ray, make_store, tmp_path):
+    store = make_store()
+    bucket = f"file://{tmp_path}"  # goes through fsspec like any other, and workers see it
+
+    generator = fit_distributed(f"{bucket}/store", QUICK, DistributedConfig(num_workers=2), out=f"{bucket}/fit")
+
+    assert sorted(p.name for p in (tmp_path / "fit").iterdir()) == ["fit.json", "generator.safetensors"]
+    assert relative_distance(fit(store, QUICK), generator) < 1e-5
+    assert generator.provenance["store"] == f"{bucket}/store"
+
+
 def test_a_finished_fit_is_returned_without_a_cluster(make_store, tmp_path):
     store = make_store()
     fit(store, QUICK, out=tmp_path / "fit")

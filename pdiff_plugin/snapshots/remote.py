@@ -1,0 +1,162 @@
+"""Stores and run folders in a bucket (``s3://``, ``gs://``, any URL that fsspec knows).
+
+A store is read through memory maps, which a bucket cannot serve: the columns that are wanted are copied first, into
+sparse files of the same shape, so that everything else works as on a local disk. A run folder is a local one whose
+files are put into the bucket as they change.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import stat
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pdiff_plugin.errors import StoreNotFoundError
+from pdiff_plugin.snapshots.files import TEMP_MARK
+
+logger = logging.getLogger(__name__)
+
+_PUSH_EVERY_S = 2.0
+# Ranges asked for at once: one per snapshot, and buckets answer many at a time.
+_BATCH_BYTES = 64 << 20
+
+
+def is_remote(path: object) -> bool:
+    """Whether a path is the URL of a bucket rather than a folder."""
+    return "://" in str(path)
+
+
+def copy_store(url: str, folder: Path, share: Callable[[int], slice] | None = None) -> Path:
+    """Copy a store from a bucket: headers, steps, and the wanted columns of every chunk.
+
+    Args:
+        url: of the store.
+        folder: to copy to; made if missing.
+        share: the columns that are wanted, given their number; all unless given. The others read as zeros and take no
+            room on disk.
+
+    Returns:
+        ``folder``, which opens as a store.
+
+    Raises:
+        StoreNotFoundError: there is none.
+    """
+    fs, root = _open(url)
+    if not fs.exists(f"{root}/layout.json"):
+        raise StoreNotFoundError(url, "it has no layout.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "layout.json").write_bytes(fs.cat_file(f"{root}/layout.json"))
+    for remote in sorted(fs.glob(f"{root}/trajectories/*/chunk-*.safetensors")):
+        place = PurePosixPath(str(remote))
+        local = folder / "trajectories" / place.parent.name
+        local.mkdir(parents=True, exist_ok=True)
+        _copy_chunk(fs, str(remote), local / place.name, share)
+    return folder
+
+
+def _copy_chunk(fs: Any, remote: str, local: Path, share: Callable[[int], slice] | None) -> None:
+    # https://github.com/huggingface/safetensors#format: a length, a JSON header, and the tensors, row by row.
+    size = int(fs.size(remote))
+    length = int.from_bytes(fs.cat_file(remote, start=0, end=8), "little")
+    head = fs.cat_file(remote, start=0, end=8 + length)
+    header = json.loads(head[8:])
+    begin, end = header["rows"]["data_offsets"]
+    n, D = header["rows"]["shape"]
+    width = (end - begin) // max(1, n * D)
+    columns = share(D) if share else slice(0, D)
+    origin = 8 + length
+    with open(local, "wb") as file:
+        file.truncate(size)
+        file.write(head)
+        for name, spec in header.items():
+            if name not in ("rows", "__metadata__"):
+                start, stop = (origin + offset for offset in spec["data_offsets"])
+                file.seek(start)
+                file.write(fs.cat_file(remote, start=start, end=stop))
+        starts = [origin + begin + (row * D + columns.start) * width for row in range(n)]
+        bytes_of_row = (columns.stop - columns.start) * width
+        at_once = max(1, _BATCH_BYTES // max(1, bytes_of_row))
+        for first in range(0, n if bytes_of_row else 0, at_once):
+            some = starts[first : first + at_once]
+            pieces = fs.cat_ranges([remote] * len(some), some, [start + bytes_of_row for start in some])
+            for start, piece in zip(some, pieces, strict=True):
+                if isinstance(piece, Exception):
+                    raise piece
+                file.seek(start)
+                file.write(piece)
+
+
+@contextmanager
+def mirrored(url: str) -> Iterator[Path]:
+    """Yield a local copy of a run folder in a bucket; what changes in it is put back, at the latest on leaving."""
+    with tempfile.TemporaryDirectory(prefix="pdiff-") as name:
+        folder = Path(name)
+        mirror = _Mirror(url, folder)
+        mirror.pull()
+        stop = threading.Event()
+        thread = threading.Thread(target=mirror.push_until, args=(stop,), daemon=True)
+        thread.start()
+        try:
+            yield folder
+        finally:
+            stop.set()
+            thread.join()
+            mirror.push()
+
+
+class _Mirror:
+    """A folder and its copy in a bucket."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.fs, self.root = _open(url)
+        self.folder = folder
+        self.seen: dict[str, tuple[int, int]] = {}
+
+    def pull(self) -> None:
+        """Copy what the bucket has."""
+        for remote in self.fs.glob(f"{self.root}/*"):
+            if self.fs.isfile(remote):
+                name = PurePosixPath(str(remote)).name
+                self.fs.get_file(str(remote), str(self.folder / name))
+        self.seen = self._state()
+
+    def push(self) -> None:
+        """Put new and changed files, and delete those that are gone here."""
+        state = self._state()
+        for name in sorted(state):
+            if state[name] != self.seen.get(name):
+                self.fs.makedirs(self.root, exist_ok=True)
+                self.fs.put_file(str(self.folder / name), f"{self.root}/{name}")
+        for name in self.seen.keys() - state.keys():
+            self.fs.rm_file(f"{self.root}/{name}")
+        self.seen = state
+
+    def push_until(self, stop: threading.Event) -> None:
+        """Push every few seconds; a bucket that does not answer for a while costs nothing but a warning."""
+        while not stop.wait(_PUSH_EVERY_S):
+            try:
+                self.push()
+            except OSError as error:
+                logger.warning("could not write to %s, trying again (%s)", self.root, error)
+
+    def _state(self) -> dict[str, tuple[int, int]]:
+        state = {}
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # replaced or dropped meanwhile
+                found = path.stat()
+                if stat.S_ISREG(found.st_mode) and not path.name.startswith(TEMP_MARK):
+                    state[path.name] = (found.st_mtime_ns, found.st_size)
+        return state
+
+
+def _open(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    fs, root = url_to_fs(url)
+    return fs, str(root).rstrip("/")

@@ -1,0 +1,70 @@
+"""Stores and run folders in a bucket, here fsspec's own in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from pdiff_plugin.errors import StoreNotFoundError
+from pdiff_plugin.snapshots.remote import copy_store, is_remote, mirrored
+from pdiff_plugin.snapshots.store import SnapshotStore
+
+
+@pytest.fixture
+def bucket() -> str:
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+    return "memory://bucket"
+
+
+def test_a_url_is_remote_and_a_path_is_not(tmp_path: Path) -> None:
+    assert is_remote("s3://bucket/runs/a")
+    assert not is_remote(tmp_path)
+
+
+def test_a_copied_store_is_the_store(bucket: str, walk_store: Path, tmp_path: Path) -> None:
+    fsspec.filesystem("memory").put(str(walk_store), f"{bucket}/store", recursive=True)
+
+    copy = SnapshotStore.open(copy_store(f"{bucket}/store", tmp_path / "copy"))
+
+    original = SnapshotStore.open(walk_store)
+    assert copy.layout == original.layout
+    assert torch.equal(copy.steps, original.steps)
+    assert torch.equal(copy.rows(), original.rows())
+
+
+def test_a_share_of_the_columns_is_copied_and_the_rest_reads_as_zeros(
+    bucket: str, walk_store: Path, tmp_path: Path
+) -> None:
+    fsspec.filesystem("memory").put(str(walk_store), f"{bucket}/store", recursive=True)
+
+    copy = SnapshotStore.open(copy_store(f"{bucket}/store", tmp_path / "copy", lambda D: slice(D // 4, D // 2)))
+
+    original = SnapshotStore.open(walk_store)
+    assert torch.equal(copy.rows(12, 24), original.rows(12, 24))
+    assert copy.rows(0, 12).abs().max() == 0
+    assert copy.rows(24, 48).abs().max() == 0
+
+
+def test_no_store_in_the_bucket_is_said(bucket: str, tmp_path: Path) -> None:
+    with pytest.raises(StoreNotFoundError, match="memory://bucket/nothing is not a snapshot store"):
+        copy_store(f"{bucket}/nothing", tmp_path / "copy")
+
+
+def test_what_changes_in_a_mirrored_folder_changes_in_the_bucket(bucket: str) -> None:
+    fs = fsspec.filesystem("memory")
+    with mirrored(f"{bucket}/fit") as folder:
+        (folder / "fit.json").write_text("one")
+        (folder / "diffusion.checkpoint.safetensors").write_text("half way")
+    assert fs.cat(f"{bucket}/fit/fit.json") == b"one"
+
+    with mirrored(f"{bucket}/fit") as folder:
+        assert (folder / "diffusion.checkpoint.safetensors").read_text() == "half way"
+        (folder / "fit.json").write_text("two")
+        (folder / "diffusion.checkpoint.safetensors").unlink()
+    assert fs.cat(f"{bucket}/fit/fit.json") == b"two"
+    assert [Path(name).name for name in fs.ls(f"{bucket}/fit", detail=False)] == ["fit.json"]
