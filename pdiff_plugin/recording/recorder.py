@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from pdiff_plugin.errors import ConfigError, StoreNotFoundError, TrajectoryExistsError, UnsupportedTensorError
+from pdiff_plugin.errors import ConfigError, StoreNotFoundError, TrajectoryExistsError
 from pdiff_plugin.recording.hooks import StepHook, unwrap_optimizer
 from pdiff_plugin.recording.rest import FrozenRest, RestDrift, rest_names
 from pdiff_plugin.recording.selection import Layers, select
 from pdiff_plugin.recording.window import Window
 from pdiff_plugin.recording.writer import BackgroundWriter, RowInfo
 from pdiff_plugin.snapshots.files import read_json
-from pdiff_plugin.snapshots.layout import DTYPES, Layout, unwrap, wrapped_names
+from pdiff_plugin.snapshots.layout import DTYPES, Layout, named_tensors, unwrap, wrapped_names
+from pdiff_plugin.snapshots.shards import is_sharded, local_part, next_free_trajectory, shard_folder, write_shapes
 from pdiff_plugin.snapshots.store import FORMAT, FORMAT_VERSION, TrajectoryWriter, read_chunks
 
 logger = logging.getLogger(__name__)
@@ -273,8 +273,12 @@ class _Run:
     ) -> None:
         self.recorder, self.model, self.window = recorder, unwrap(model), window
         self.steps_per_epoch, self.averaged, self.store = steps_per_epoch, averaged, store
-        self.is_first_rank = _rank() == 0
+        self.is_writer = _rank() == 0
         self.step, self.trajectory = 0, recorder.trajectory
+        # Ranks of a sharded model all write and must agree on a name: this is found before any of them has written.
+        self._shared_trajectory = next_free_trajectory(store) if _world_size() > 1 else None
+        self._folder = store
+        self._shapes: dict[str, tuple[int, ...]] | None = None  # whole shapes, if the model is sharded
         self.num_recorded = 0
         self.last_recorded = 0
         self._num_observed = 0
@@ -303,7 +307,7 @@ class _Run:
         return {"step": self.step, "trajectory": self.trajectory, "store": str(self.store)}
 
     def state(self) -> dict[str, Any]:
-        if self.is_first_rank and self.recorder.error is None and self._num_observed:
+        if self.is_writer and self.recorder.error is None and self._num_observed:
             # The trajectory is claimed even without rows, so that a resumed run goes on in the same one.
             writer = self._ready_writer()
             writer.flush()
@@ -316,9 +320,10 @@ class _Run:
     ) -> None:
         self.step = step
         if self._num_observed == 0:
+            self._resolve()
             self._check_trajectory()
         self._num_observed += 1
-        if self.is_first_rank and self.recorder.error is None and self.window.is_due(step):
+        if self.is_writer and self.recorder.error is None and self.window.is_due(step):
             if epoch is None and self.steps_per_epoch:
                 epoch = step / self.steps_per_epoch
             try:
@@ -336,7 +341,7 @@ class _Run:
             if self._frozen is not None:
                 self._frozen.restore()
         first = self.window.first
-        if self.is_first_rank and self._num_observed and self.step < first:
+        if self.is_writer and self._num_observed and self.step < first:
             logger.warning(
                 "training ended at step %d, before the recording window opened at step %d: no snapshot was taken. "
                 "Pass total_steps=%d, or leave it out to keep the newest %d snapshots.",
@@ -361,10 +366,16 @@ class _Run:
         if self._writer is None:
             layout = self._resolve()
             dtype = DTYPES[self.recorder.dtype]
-            trajectory, resume_step = self.trajectory, self._resume_step
-            store = self.store
+            folder, trajectory, resume_step, shapes = self._folder, self.trajectory, self._resume_step, self._shapes
+
+            def open_trajectory() -> TrajectoryWriter:
+                opened = TrajectoryWriter(folder, layout, dtype, trajectory, resume_step)
+                if shapes is not None:
+                    write_shapes(folder, shapes)
+                return opened
+
             self._writer = BackgroundWriter(
-                lambda: TrajectoryWriter(store, layout, dtype, trajectory, resume_step),
+                open_trajectory,
                 layout,
                 dtype,
                 self._read()[0].device,
@@ -378,12 +389,18 @@ class _Run:
         """Find the tensors, as late as possible: some trainers replace parameters after the recorder was attached."""
         if self._layout is None:
             selection = select(self.model, self.recorder.layers, averaged=self.averaged)
-            for name, tensor in selection.tensors.items():
-                if isinstance(tensor, DTensor):
-                    raise UnsupportedTensorError(name, "sharded over several processes", "record unsharded models")
-            self._layout = selection.layout
+            tensors = selection.tensors
+            if any(map(is_sharded, tensors.values())):
+                self._folder = shard_folder(self.store, tensors)
+                self.trajectory = self.trajectory or self._shared_trajectory
+                self._shapes = {n: tuple(t.shape) for n, t in named_tensors(self.model).items() if is_sharded(t)}
+                if not self.is_writer:  # rank 0 records what is not sharded
+                    tensors = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
+                self.is_writer = True
+            local = {name: local_part(tensor) for name, tensor in tensors.items()}
+            self._layout = Layout.from_tensors(local, selection.kinds)
             self._read = _reader(self.model, self._layout.names)
-            self._drift = RestDrift(_reader(self.model, rest_names(self.model, self._layout.names)))
+            self._drift = RestDrift(_reader(self.model, rest_names(self.model, list(selection.tensors))))
         return self._layout
 
     def _measure_end(self, writer: BackgroundWriter) -> None:
@@ -394,6 +411,8 @@ class _Run:
             header |= {"rest_drift": repr(drift), "rest_drift_from_step": str(self._drift.from_step)}
         if self.recorder.save_base:
             state = _base_state(self.model)
+            if self._shapes is not None and _rank() != 0:
+                state = {name: tensor for name, tensor in state.items() if name in self._shapes}
             writer.submit(lambda trajectory: trajectory.write_base(state, header))
         self._is_measured = True
 
@@ -434,7 +453,7 @@ class _Run:
 
     def _check_trajectory(self) -> None:
         if self.trajectory is not None and self._resume_step is None:
-            folder = self.store / "trajectories" / self.trajectory
+            folder = self._folder / "trajectories" / self.trajectory
             if any(folder.glob("chunk-*.safetensors")):
                 raise TrajectoryExistsError(
                     str(folder), sum(len(c.steps) for c in read_chunks(folder, self._resolve())[0])
@@ -450,13 +469,18 @@ class _Run:
 
 
 def _reader(model: nn.Module, names: Sequence[str]) -> Callable[[], list[Tensor]]:
-    """A function that returns the present tensors of these names, found again should the model replace them."""
+    """A function that returns the present tensors of these names (this rank's parts of sharded ones).
+
+    They are looked up each time, should the model replace them.
+    """
     inside = wrapped_names(model)
     places: list[tuple[dict[str, Any], str]] = []
     for name in names:
         prefix, _, leaf = inside[name].rpartition(".")
         module = model.get_submodule(prefix)
         places.append((module._parameters if leaf in module._parameters else module._buffers, leaf))
+    if any(is_sharded(tensors[leaf]) for tensors, leaf in places):
+        return lambda: [local_part(tensors[leaf]) for tensors, leaf in places]
     return lambda: [tensors[leaf] for tensors, leaf in places]
 
 
@@ -467,9 +491,10 @@ def _base_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor), (), ())
+            local = local_part(tensor.detach())
+            key = (local.data_ptr(), local.shape, local.stride()) if local.numel() else (id(local), (), ())
             if key not in copies:
-                copies[key] = tensor.detach().to("cpu", copy=True)
+                copies[key] = local.to("cpu", copy=True)
             state[clean.get(name, name.replace("_orig_mod.", ""))] = copies[key]
     return state
 

@@ -3,6 +3,7 @@
     STORE/layout.json                                  names, shapes, dtypes, kinds; written once by the first writer
     STORE/trajectories/<id>/chunk-000001.safetensors   "rows" (n, D) in layout order, "steps" (n,) int64
     STORE/trajectories/<id>/base.safetensors           the whole model at the end of the recording window (optional)
+    STORE/shards/                                      parts that the ranks of a sharded model wrote, see shards.py
 
 A chunk's header holds, as text, ``format``, ``format_version`` and two JSON lists, ``epochs`` and ``metrics``, with one
 entry per row. Every file appears by an atomic rename; names that do not match are ignored. Nothing is pickled.
@@ -92,6 +93,10 @@ class SnapshotStore:
         path = Path(path)
         if not path.is_dir():
             raise StoreNotFoundError(str(path), "it is a file" if path.exists() else "there is no such folder")
+        if (path / "shards").is_dir():
+            from pdiff_plugin.snapshots.shards import join_shards  # builds on this module
+
+            join_shards(path)
         if not (path / "layout.json").is_file():
             raise StoreNotFoundError(str(path), "it has no layout.json")
         document = read_json(path / "layout.json", FORMAT, FORMAT_VERSION)

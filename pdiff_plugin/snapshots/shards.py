@@ -1,0 +1,147 @@
+"""Snapshots of a model that is sharded over processes (FSDP2's ``fully_shard``).
+
+Each rank writes the part of every tensor that it holds, which needs no communication, into a store of its own:
+
+    STORE/shards/rank-00000-of-00002/             layout.json, trajectories/ as in any store; local shapes
+    STORE/shards/rank-00000-of-00002/shard.json   {"format": "pdiff-shard", "shapes": {NAME: whole shape}}
+
+Tensors that are not sharded (buffers) are in rank 0's store alone. Opening STORE joins what all ranks have into
+ordinary trajectories, in which nothing of this shows any more.
+
+Shapes: n rows, D values in a row of the whole, R ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pdiff_plugin.errors import FormatError, UnsupportedTensorError
+from pdiff_plugin.snapshots.files import read_json, write_json
+from pdiff_plugin.snapshots.layout import Layout, TensorSpec
+from pdiff_plugin.snapshots.store import SnapshotStore, TrajectoryWriter, read_chunks
+
+FORMAT = "pdiff-shard"
+FORMAT_VERSION = 1
+_JOIN_ROWS = 64
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a part of ``tensor``."""
+    return hasattr(tensor, "device_mesh")  # DTensor, without importing torch.distributed where it is not built in
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of ``tensor`` that this process holds, the same memory; the tensor itself if it is whole."""
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return local
+
+
+def shard_folder(store: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """Where this process writes its part of ``tensors``.
+
+    Raises:
+        UnsupportedTensorError: naming the first tensor that is not simply cut along its first dimension.
+    """
+    meshes = []
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            placements = tensor.placements  # type: ignore[attr-defined]  # DTensor's
+            if len(placements) != 1 or not placements[0].is_shard(0):
+                raise UnsupportedTensorError(
+                    name,
+                    f"laid out as {placements}",
+                    "only shards along dimension 0 of one mesh dimension can be joined",
+                )
+            meshes.append(tensor.device_mesh)  # type: ignore[attr-defined]
+    return store / "shards" / f"rank-{meshes[0].get_local_rank():05d}-of-{meshes[0].size():05d}"
+
+
+def write_shapes(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Keep the whole shapes of the sharded tensors, chosen or not."""
+    document = {name: list(shape) for name, shape in shapes.items()}
+    write_json(folder / "shard.json", {"format": FORMAT, "format_version": FORMAT_VERSION, "shapes": document})
+
+
+def next_free_trajectory(store: Path) -> str:
+    """A name that no rank has used. All ranks find the same one if they ask before any of them writes."""
+    used = {path.name for path in [*store.glob("trajectories/*"), *store.glob("shards/*/trajectories/*")]}
+    return next(name for number in range(1, len(used) + 2) if (name := f"run-{number:03d}") not in used)
+
+
+def join_shards(store: Path) -> None:
+    """Bring the joined trajectories of ``store`` up to date with what all its ranks have written.
+
+    Raises:
+        FormatError: the folders of some ranks are missing.
+    """
+    worlds: dict[int, dict[int, Path]] = {}
+    for folder in (store / "shards").iterdir():
+        if (match := re.fullmatch(r"rank-(\d+)-of-(\d+)", folder.name)) and (folder / "layout.json").is_file():
+            worlds.setdefault(int(match[2]), {})[int(match[1])] = folder
+    for size, folders in worlds.items():
+        missing = sorted(set(range(size)) - set(folders))
+        if missing:
+            raise FormatError(
+                str(store / "shards"), f"no snapshots of rank {missing[0]}", f"one folder for each of {size} ranks"
+            )
+        _join_world(store, [folders[rank] for rank in range(size)])
+
+
+def _join_world(store: Path, folders: list[Path]) -> None:
+    ranks = [SnapshotStore.open(folder) for folder in folders]
+    shapes = {
+        name: tuple(shape)
+        for name, shape in read_json(folders[0] / "shard.json", FORMAT, FORMAT_VERSION)["shapes"].items()
+    }
+    layout = Layout(
+        tuple(TensorSpec(s.name, shapes.get(s.name, s.shape), s.dtype, s.kind) for s in ranks[0].layout.tensors)
+    )
+    for trajectory in ranks[0].trajectories:
+        places = [_places(rank, trajectory) for rank in ranks]
+        steps = sorted(set.intersection(*(set(place) for place in places)))
+        folder = store / "trajectories" / trajectory
+        present = read_chunks(folder, layout)[0] if folder.is_dir() else []
+        if [step for chunk in present for step in chunk.steps] == steps:
+            continue
+        writer = TrajectoryWriter(store, layout, ranks[0].row_dtype, trajectory, resume_step=-1)
+        for start in range(0, len(steps), _JOIN_ROWS):
+            some = steps[start : start + _JOIN_ROWS]
+            parts = [
+                rank.layout.unflatten(rank.rows(indices=[place[step] for step in some]))
+                for rank, place in zip(ranks, places, strict=True)
+            ]
+            first = [places[0][step] for step in some]
+            writer.write_chunk(
+                layout.flatten(_joined(parts, shapes, dim=1)),  # (n, D)
+                some,
+                [ranks[0].epochs[index] for index in first],
+                [ranks[0].metrics[index] for index in first],
+            )
+        bases = [rank.base(trajectory) for rank in ranks]
+        if all(base is not None for base in bases):
+            whole = _joined([base for base in bases if base is not None], shapes, dim=0)
+            header = ranks[0].base_header(trajectory)
+            kept = ("step", "rest_drift", "rest_drift_from_step")
+            writer.write_base(whole, {key: header[key] for key in kept if key in header})
+
+
+def _places(store: SnapshotStore, trajectory: str) -> dict[int, int]:
+    """Step -> index in the store, for one trajectory."""
+    if trajectory not in store.trajectories:
+        return {}
+    number = store.trajectories.index(trajectory)
+    inside = (store.trajectory_index == number).nonzero().squeeze(1).tolist()
+    return {int(store.steps[index]): index for index in inside}
+
+
+def _joined(parts: list[dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], dim: int) -> dict[str, Tensor]:
+    """Whole tensors from those of R ranks, cut along ``dim``; what is not sharded comes from rank 0."""
+    return {
+        name: torch.cat([part[name] for part in parts], dim=dim) if name in shapes else tensor
+        for name, tensor in parts[0].items()
+    }

@@ -1,0 +1,124 @@
+"""Two processes on gloo. Both see the same batches, so that their training equals that of one process, bit for bit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pdiff_plugin import SnapshotStore
+from pdiff_plugin.errors import FormatError
+from pdiff_plugin.snapshots.store import TrajectoryWriter
+
+SCRIPT = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from pdiff_plugin import PDiffRecorder
+
+kind, store, num_steps, layers, state_path = sys.argv[1:6]
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.LayerNorm(7), nn.Linear(7, 1))
+if kind != "single":
+    dist.init_process_group("gloo", init_method=f"file://{os.environ['MEETING']}",
+                            rank=int(os.environ["RANK"]), world_size=2)
+if kind == "ddp":
+    model = nn.parallel.DistributedDataParallel(model)
+if kind == "fsdp":
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+recorder = PDiffRecorder(store, layers=layers, last_steps=6)
+rng = torch.Generator().manual_seed(1)
+with recorder.attach(model, optimizer, total_steps=8):
+    for step in range(int(num_steps)):
+        optimizer.zero_grad()
+        model(torch.randn(8, 6, generator=rng)).square().mean().backward()
+        optimizer.step()
+    state = recorder.state_dict()
+if int(os.environ.get("RANK", 0)) == 0:
+    json.dump(state, open(state_path, "w"))
+assert recorder.error is None, recorder.error
+if kind != "single":
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+def run(kind, store, tmp_path, num_steps=8, layers="all"):
+    ranks = 1 if kind == "single" else 2
+    meeting = tmp_path / "meeting"
+    meeting.unlink(missing_ok=True)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, kind, str(store), str(num_steps), layers, str(tmp_path / "state.json")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "MEETING": str(meeting)},
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return store
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    return SnapshotStore.open(run("single", folder / "store", folder))
+
+
+def assert_same(store, expected):
+    assert store.layout == expected.layout
+    assert store.steps.tolist() == expected.steps.tolist() == [3, 4, 5, 6, 7, 8]
+    assert torch.equal(store.rows(), expected.rows())
+    base, expected_base = store.base(), expected.base()
+    assert sorted(base) == sorted(expected_base)
+    for name, tensor in expected_base.items():
+        assert torch.equal(base[name], tensor), name
+
+
+def test_ddp_records_on_rank_0_what_one_process_records(single, tmp_path):
+    store = SnapshotStore.open(run("ddp", tmp_path / "store", tmp_path))
+    assert store.trajectories == ["run-001"]
+    assert_same(store, single)
+
+
+def test_shards_of_fsdp2_are_joined_to_what_one_process_records(single, tmp_path):
+    path = run("fsdp", tmp_path / "store", tmp_path)
+    assert sorted(folder.name for folder in (path / "shards").iterdir()) == [
+        "rank-00000-of-00002",
+        "rank-00001-of-00002",
+    ]
+    assert not (path / "layout.json").exists()
+    store = SnapshotStore.open(path)
+    assert_same(store, single)
+    assert store.trajectories == ["run-001"]
+    assert json.loads((tmp_path / "state.json").read_text())["trajectory"] == "run-001"
+    assert float(store.base_header("run-001")["rest_drift"]) == 0.0
+
+    written = {file: file.stat().st_mtime_ns for file in path.glob("trajectories/**/*.safetensors")}
+    assert_same(SnapshotStore.open(path), single)
+    assert {file: file.stat().st_mtime_ns for file in path.glob("trajectories/**/*.safetensors")} == written
+
+    # A second run becomes a second trajectory; of one in which a rank was killed, the steps that all ranks have count.
+    run("fsdp", path, tmp_path)
+    part = SnapshotStore.open(path / "shards" / "rank-00001-of-00002")
+    assert part.trajectories == ["run-001", "run-002"]
+    TrajectoryWriter(part.path, part.layout, trajectory="run-002", resume_step=5)
+    store = SnapshotStore.open(path)
+    assert store.trajectories == ["run-001", "run-002"]
+    assert store.steps.tolist() == [3, 4, 5, 6, 7, 8, 3, 4, 5]
+
+    shutil.rmtree(path / "shards" / "rank-00001-of-00002")
+    with pytest.raises(FormatError, match=r"found no snapshots of rank 1, expected one folder for each of 2 ranks"):
+        SnapshotStore.open(path)
