@@ -24,6 +24,7 @@ from pdiff_plugin.errors import ConfigError, FitExistsError, MissingDependencyEr
 if TYPE_CHECKING:
     from torch import nn
 
+    from pdiff_plugin.generator.generator import WeightGenerator
     from pdiff_plugin.snapshots.store import SnapshotStore
 
 _Inline = arg(name="")  # a config's fields become flags without its own name in front
@@ -176,9 +177,9 @@ def import_(
 
 
 def fit(
-    store: Positional[Path],
+    store: Positional[str],
     *,
-    out: Path,
+    out: str,
     fresh: bool = False,
     json: bool = False,
     config: Annotated[FitConfig, _Inline] = FitConfig(),  # noqa: B008 (frozen)
@@ -187,17 +188,18 @@ def fit(
     """Learn a generator from the snapshots of a store. Run again after an interruption, it goes on where it was.
 
     Args:
-        store: The snapshot store.
-        out: Run folder for generator.safetensors and fit.json.
+        store: The snapshot store; a URL such as s3://bucket/runs/a is read through Ray.
+        out: Run folder for generator.safetensors and fit.json; may be a URL too.
         fresh: Start anew and replace the fit in the run folder.
         json: Print what the fit measured as one JSON document on stdout.
         config: Settings of the fit.
         distributed: Where it runs.
     """
     from pdiff_plugin import console
+    from pdiff_plugin.snapshots.remote import is_remote
 
     with console.progress() as on_progress:
-        if _runs_on_ray(distributed):
+        if _runs_on_ray(distributed) or is_remote(store) or is_remote(out):
             from pdiff_plugin.fitting.distributed import fit_distributed
 
             generator = fit_distributed(store, config, distributed, out=out, fresh=fresh, on_progress=on_progress)
@@ -206,7 +208,7 @@ def fit(
 
             generator = run(store, config, out=out, fresh=fresh, on_progress=on_progress)
     if json:
-        _print_json(_describe_generator(out))
+        _print_json(_describe_fitted(out, generator))
         return
     report = generator.report
     rows = [[name, _text(value)] for name, value in report.items()]
@@ -599,9 +601,12 @@ def _describe_store(path: Path) -> dict[str, Any]:
 def _describe_generator(path: Path) -> dict[str, Any]:
     from pdiff_plugin.generator.generator import WeightGenerator
 
-    fitted = WeightGenerator.load(path)
+    return _describe_fitted(str(path), WeightGenerator.load(path))
+
+
+def _describe_fitted(path: str, fitted: WeightGenerator) -> dict[str, Any]:
     return {
-        "generator": str(path),
+        "generator": path,
         "num_values": fitted.layout.num_values,
         "tensors": fitted.layout.to_json(),
         "trajectories": fitted.trajectories,
