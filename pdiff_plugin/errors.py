@@ -301,8 +301,9 @@ class ClusterAccessError(PDiffError, PermissionError):
 
     def __str__(self) -> str:
         return (
-            f"the Ray cluster at {self.address} asks for a token that this process did not show ({self.reason}). "
-            "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's own token."
+            f"{self.address} does not let this process in ({self.reason}). If the cluster asks for a token: "
+            "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's own token. "
+            "Otherwise: is it Ray that listens there, and of the same version?"
         )
 
 

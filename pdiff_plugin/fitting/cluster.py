@@ -75,9 +75,10 @@ def connected(address: str | None) -> Iterator[None]:
     except AuthenticationError as error:
         raise ClusterAccessError(address, _first_line(error)) from error
     except (ConnectionError, RuntimeError) as error:
-        if "auth" in str(error).lower():
-            raise ClusterAccessError(address, _first_line(error)) from error
-        raise ClusterUnreachableError(address, _first_line(error)) from error
+        if address == _LOCAL:
+            raise ClusterUnreachableError(address, _first_line(error)) from error
+        # Something listens there and does not answer us: to a client that shows no token, Ray says no more than that.
+        raise ClusterAccessError(address, _first_line(error)) from error
     try:
         yield
     finally:
