@@ -109,7 +109,7 @@ def check_num_snapshots(store: SnapshotStore) -> None:
 def run_stages(store: SnapshotStore, config: FitConfig, run: Run, runtime: Runtime) -> WeightGenerator | None:
     """Run the stages as one process, or as one rank of a group: the generator on rank 0, None on the others."""
     with run.timed("statistics"):
-        rows, statistics = _statistics(store, config, runtime)
+        rows, statistics = measure_store(store, config, runtime)
     run.document["nonfinite_steps"] = sorted(set(_labels(store)) - {_labels(store)[i] for i in rows.tolist()})
     with run.timed("autoencoder"):
         subspace, heldout = _autoencoder(store, config, runtime, rows, statistics)
@@ -174,7 +174,7 @@ def heldout_blocks(num_snapshots: int, fraction: float) -> Tensor:
     return held
 
 
-def _statistics(store: SnapshotStore, config: FitConfig, runtime: Runtime) -> tuple[Tensor, Statistics]:
+def measure_store(store: SnapshotStore, config: FitConfig, runtime: Runtime) -> tuple[Tensor, Statistics]:
     """Indices of the usable snapshots, (N,), and one pass over their columns."""
     saved = runtime.load_checkpoint("statistics")
     if saved is not None:
@@ -183,7 +183,7 @@ def _statistics(store: SnapshotStore, config: FitConfig, runtime: Runtime) -> tu
     rows = torch.arange(len(store))
     columns = runtime.share(store.layout.num_values)
     while True:
-        heldout = _heldout(store, rows, config.heldout_fraction)
+        heldout = heldout_rows(store, rows, config.heldout_fraction)
         try:
             statistics = measure(
                 partial(store.rows, indices=rows),
@@ -236,7 +236,7 @@ def _autoencoder(
     store: SnapshotStore, config: FitConfig, runtime: Runtime, rows: Tensor, statistics: Statistics
 ) -> tuple[Subspace, Tensor]:
     """The fitted subspace, and which of ``rows`` were held out, (N,) bool."""
-    heldout = _heldout(store, rows, config.heldout_fraction)
+    heldout = heldout_rows(store, rows, config.heldout_fraction)
     columns = runtime.share(store.layout.num_values)
     subspace = fit_subspace(
         partial(store.rows, indices=rows),
@@ -263,7 +263,7 @@ def _autoencoder(
     return subspace, heldout
 
 
-def _heldout(store: SnapshotStore, rows: Tensor, fraction: float) -> Tensor:
+def heldout_rows(store: SnapshotStore, rows: Tensor, fraction: float) -> Tensor:
     """Which of the snapshots at ``rows`` are held out, (len(rows),) bool; blocks in every trajectory."""
     trajectory = store.trajectory_index[rows]
     held = torch.zeros(len(rows), dtype=torch.bool)

@@ -35,7 +35,7 @@ from torch import Tensor
 from pdiff_plugin.config import DistributedConfig, FitConfig, TuneConfig
 from pdiff_plugin.errors import FitExistsError, PDiffError, WorkersFailedError
 from pdiff_plugin.fitting.cluster import check_shared, connected, wait_for_room
-from pdiff_plugin.fitting.fit import _heldout, _statistics, check_num_snapshots, fit
+from pdiff_plugin.fitting.fit import check_num_snapshots, fit, heldout_rows, measure_store
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX, Runtime
 from pdiff_plugin.generator.autoencoder import transform
 from pdiff_plugin.generator.generator import FILE_NAME, WeightGenerator
@@ -104,7 +104,7 @@ def tune(
     )
     path = store.path.resolve()
     # Once for all trials: their fits go on from here.
-    _statistics(store, base, Runtime(work, on_progress))
+    measure_store(store, base, Runtime(work, on_progress))
     with _environment(_TUNE_SETTINGS), connected(search.address):
         wait_for_room(distributed)
         check_shared([path / "layout.json", folder / "tune.json"])
@@ -300,7 +300,7 @@ class HeldoutScore:
     def __call__(self, generator: WeightGenerator, temperature: float) -> float:
         store = SnapshotStore.open(self.store)
         everything = torch.arange(len(store))
-        heldout = _heldout(store, everything, self.fraction)
+        heldout = heldout_rows(store, everything, self.fraction)
         latents = generator.sample_latents(
             _NUM_SAMPLES, temperature=temperature, rng=torch.Generator().manual_seed(self.seed)
         )
