@@ -22,7 +22,7 @@ from typing import Any
 
 import ray
 
-from pdiff_plugin.config import DistributedConfig, FitConfig
+from pdiff_plugin.config import DistributedConfig, FitConfig, SubspaceConfig
 from pdiff_plugin.errors import ConfigError, PDiffError, WorkersFailedError
 from pdiff_plugin.fitting.cluster import (
     alive_nodes,
@@ -234,7 +234,9 @@ def _work(settings: dict[str, Any]) -> None:
             scratch: AbstractContextManager[Any] = tempfile.TemporaryDirectory(prefix="pdiff-")
             folder = Path(stack.enter_context(job.run_folder() if rank == 0 else scratch))
             runtime = GroupRuntime(folder, _Teller(board))
-            store = job.open_store(stack, runtime.share)
+            # What is trained on whole rows needs all of a store's columns.
+            is_shared_out = isinstance(job.config.autoencoder, SubspaceConfig)
+            store = job.open_store(stack, runtime.share if is_shared_out else lambda D: slice(0, D))
             run = Run.open(store, job.config, folder if rank == 0 else None, fresh=False, source=job.store)
             run.document.setdefault("attempts", []).append(
                 {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_workers": world_size}

@@ -183,7 +183,7 @@ def measure_store(store: SnapshotStore, config: FitConfig, runtime: Runtime) -> 
     rows = torch.arange(len(store))
     columns = runtime.share(store.layout.num_values)
     while True:
-        heldout = heldout_rows(store, rows, config.heldout_fraction)
+        heldout = choose_heldout(store, rows, config.heldout_fraction)
         try:
             statistics = measure(
                 partial(store.rows, indices=rows),
@@ -236,7 +236,7 @@ def _autoencoder(
     store: SnapshotStore, config: FitConfig, runtime: Runtime, rows: Tensor, statistics: Statistics
 ) -> tuple[Subspace, Tensor]:
     """The fitted subspace, and which of ``rows`` were held out, (N,) bool."""
-    heldout = heldout_rows(store, rows, config.heldout_fraction)
+    heldout = choose_heldout(store, rows, config.heldout_fraction)
     columns = runtime.share(store.layout.num_values)
     subspace = fit_subspace(
         partial(store.rows, indices=rows),
@@ -263,7 +263,7 @@ def _autoencoder(
     return subspace, heldout
 
 
-def heldout_rows(store: SnapshotStore, rows: Tensor, fraction: float) -> Tensor:
+def choose_heldout(store: SnapshotStore, rows: Tensor, fraction: float) -> Tensor:
     """Which of the snapshots at ``rows`` are held out, (len(rows),) bool; blocks in every trajectory."""
     trajectory = store.trajectory_index[rows]
     held = torch.zeros(len(rows), dtype=torch.bool)

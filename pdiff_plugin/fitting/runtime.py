@@ -122,6 +122,7 @@ class GroupRuntime(Runtime):
 
         self._group: Any = distributed
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+        self._is_alone = False  # while the other ranks wait for rank 0
         super().__init__(folder, on_progress)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -129,12 +130,17 @@ class GroupRuntime(Runtime):
         return tensor
 
     def on_rank_0(self, call: Callable[[], T]) -> T:
+        if self._is_alone:
+            return call()
         message: list[Any] = [None, None]
         if self.rank == 0:
+            self._is_alone = True
             try:
                 message[0] = call()
             except Exception as error:  # raised again below, on every rank
                 message[1] = error
+            finally:
+                self._is_alone = False
         self._group.broadcast_object_list(message)
         if message[1] is not None:
             raise message[1]

@@ -35,7 +35,7 @@ from torch import Tensor
 from pdiff_plugin.config import DistributedConfig, FitConfig, TuneConfig
 from pdiff_plugin.errors import FitExistsError, PDiffError, WorkersFailedError
 from pdiff_plugin.fitting.cluster import check_shared, connected, wait_for_room
-from pdiff_plugin.fitting.fit import check_num_snapshots, fit, heldout_rows, measure_store
+from pdiff_plugin.fitting.fit import check_num_snapshots, choose_heldout, fit, measure_store
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX, Runtime
 from pdiff_plugin.generator.autoencoder import transform
 from pdiff_plugin.generator.generator import FILE_NAME, WeightGenerator
@@ -300,7 +300,7 @@ class HeldoutScore:
     def __call__(self, generator: WeightGenerator, temperature: float) -> float:
         store = SnapshotStore.open(self.store)
         everything = torch.arange(len(store))
-        heldout = heldout_rows(store, everything, self.fraction)
+        heldout = choose_heldout(store, everything, self.fraction)
         latents = generator.sample_latents(
             _NUM_SAMPLES, temperature=temperature, rng=torch.Generator().manual_seed(self.seed)
         )
