@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
 from pdiff_plugin.config import DistributedConfig, FitConfig, SubspaceConfig
 from pdiff_plugin.errors import ConfigError, PDiffError, WorkersFailedError
@@ -46,6 +47,7 @@ _POLL_S = 0.25
 _WATCH_EVERY_S = 2.0
 _TELL_EVERY_S = 0.5
 _BOARD_TIMEOUT_S = 30.0
+_GOES_ON = "What was finished is kept: the same command goes on from there."
 _TRAIN_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",  # the default from Ray 2.51 on
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed; 2 s by default
@@ -166,12 +168,15 @@ class _Supervisor:
     """Runs Ray Train's driver, which blocks and takes over SIGINT, in a process of its own."""
 
     def fit(self, job: _Job, distributed: DistributedConfig, board: Any) -> dict[int, str]:
-        """Rank -> what went wrong for good; empty after a success."""
+        """Rank (-1 for the group as a whole) -> what went wrong for good; empty after a success."""
         os.environ.update({name: value for name, value in _TRAIN_SETTINGS.items() if name not in os.environ})
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2.api.callback import UserCallback
-        from ray.train.v2.api.exceptions import WorkerGroupError
+        from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+        if distributed.elastic and not hasattr(ScalingConfig, "max_workers"):
+            raise ConfigError("elastic", True, f"needs a newer Ray than {ray.__version__}")
 
         class TellBoard(UserCallback):
             def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -204,6 +209,8 @@ class _Supervisor:
                 trainer.fit()
             except WorkerGroupError as error:
                 return {rank: _cause(failure) for rank, failure in error.worker_failures.items()}
+            except ControllerError as error:
+                return {-1: _cause(error.controller_failure)}
         return {}
 
 
@@ -298,6 +305,12 @@ class _Watch:
                     self._take(message)
                 self._look_at_nodes()
             failures: dict[int, str] = ray.get(pending)
+        except RayTaskError as error:
+            if isinstance(error.cause, PDiffError):
+                raise error.cause from error
+            raise
+        except RayActorError as error:
+            raise WorkersFailedError("the supervisor of the workers", _cause(error), _GOES_ON) from error
         finally:
             # Ends the controller and the workers too, which belong to it.
             ray.kill(supervisor)
@@ -308,8 +321,7 @@ class _Watch:
             raise WorkersFailedError(
                 self._name(rank),
                 failures[rank],
-                f"It was tried {self.distributed.max_failures + 1} times (--max-failures). What was finished is kept: "
-                "the same command goes on from there.",
+                f"It was tried {self.distributed.max_failures + 1} times (--max-failures). {_GOES_ON}",
             )
 
     def _take(self, message: Any) -> None:
@@ -332,6 +344,8 @@ class _Watch:
     def _name(self, rank: int) -> str:
         joined = self.joined.get(rank)
         node = self.nodes.get(joined.node_id) if joined else None
+        if rank < 0:
+            return "the group of workers"
         return f"worker {rank} on node {node_name(node)}" if node else f"worker {rank}"
 
     def _look_at_nodes(self) -> None:
