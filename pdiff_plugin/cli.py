@@ -473,7 +473,7 @@ def main(args: list[str] | None = None) -> int:
                 "--version and --debug (tracebacks) go with every command."
             ),
             args=args,
-            config=(tyro.conf.FlagCreatePairsOff,),
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
         )
     except PDiffError as error:
         if debug:

@@ -40,6 +40,51 @@ class SubspaceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvConfig:
+    """The `conv` autoencoder of the p-diff paper: strided 1-D convolutions with noise on inputs and latents."""
+
+    latent_dim: int = 128
+    """Latent width, of each chunk if there are several."""
+    channels: tuple[int, ...] = (64, 128, 256, 256, 32)
+    """Channels of the encoder's layers, each of stride 2; the decoder mirrors them."""
+    kernel_size: int = 7
+    """Length of every convolution; odd."""
+    input_noise: float = 0.001
+    """Standard deviation of the noise added to standardised weights while training."""
+    latent_noise: float = 0.1
+    """Standard deviation of the noise added to latents while training."""
+    kl_weight: float = 0.0
+    """Weight of the Kullback-Leibler term; above 0 the autoencoder is variational and its own noise replaces
+    `latent_noise`."""
+    chunk_values: int = 0
+    """Cut vectors into chunks of this many values that share the weights; 0 takes them whole."""
+    standardise: Literal["tensor", "coordinate"] = "tensor"
+    """Subtract one mean per tensor, as published, or one per coordinate."""
+    max_steps: int = 500
+    """Training steps."""
+    batch_size: int = 50
+    """Snapshots in a training batch."""
+    lr: float = 2e-5
+    """Learning rate of AdamW, along a half cosine to zero."""
+    min_fidelity: float = 0.9
+    """Share of the held-out snapshots' variance that must survive encoding and decoding; below it the fit says so."""
+    decode_in_train_mode: bool = False
+    """Reproduce the published script, which decodes one sample at a time with BatchNorm in train mode."""
+
+    def __post_init__(self) -> None:
+        for name in ("latent_dim", "kernel_size", "max_steps"):
+            _check(name, getattr(self, name), 1)
+        _check("batch_size", self.batch_size, 2)
+        for name in ("input_noise", "latent_noise", "kl_weight", "chunk_values", "lr"):
+            _check(name, getattr(self, name), 0)
+        _check("min_fidelity", self.min_fidelity, 0.0, 1.0)
+        if self.kernel_size % 2 == 0:
+            raise ConfigError("kernel_size", self.kernel_size, "must be odd")
+        if not self.channels or min(self.channels) < 1:
+            raise ConfigError("channels", self.channels, "must be one or more positive numbers")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
     """The latent diffusion: what the denoiser predicts, its size, and how it is trained."""
 
@@ -53,6 +98,14 @@ class DiffusionConfig:
     """First variance of the linear noise schedule."""
     beta_end: float = 0.02
     """Last variance of the linear noise schedule."""
+    network: Literal["residual", "conv"] = "residual"
+    """Shape of the denoiser: a residual network, or the p-diff paper's 1-D convolutions over the latent."""
+    conv_channels: tuple[int, ...] = (64, 128, 256, 512, 256, 128, 64)
+    """Channels of the `conv` network's hidden layers."""
+    conv_kernel_size: int = 7
+    """Length of the `conv` network's convolutions; odd."""
+    scale_latents: bool = True
+    """Centre latents and give them unit variance, which the published script does not; `precondition` always does."""
     width: int = 128
     """Width of the denoiser's hidden layers."""
     num_blocks: int = 3
@@ -90,6 +143,10 @@ class DiffusionConfig:
         for name in ("width", "num_blocks", "max_steps", "batch_size", "eval_every_n_steps", "patience"):
             _check(name, getattr(self, name), 1)
         _check("min_novelty", self.min_novelty, 0.0)
+        if self.precondition and self.network == "conv":
+            raise ConfigError("network", self.network, "goes with precondition = False")
+        if self.conv_kernel_size % 2 == 0 or len(self.conv_channels) % 2 == 0:
+            raise ConfigError("conv_channels", self.conv_channels, "must be an odd number, and conv_kernel_size too")
         _check("distill_steps", self.distill_steps, 0)
         _check("lr", self.lr, 0.0)
         _check("weight_decay", self.weight_decay, 0.0)
@@ -100,7 +157,7 @@ class DiffusionConfig:
 class FitConfig:
     """How a generator is fitted to a snapshot store."""
 
-    autoencoder: SubspaceConfig = field(default_factory=SubspaceConfig)
+    autoencoder: SubspaceConfig | ConvConfig = field(default_factory=SubspaceConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     heldout_fraction: float = 0.1
     """Share of each trajectory held out, in contiguous blocks, to measure fidelity and to stop on."""
@@ -120,13 +177,41 @@ class FitConfig:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> FitConfig:
+        def plain(part: dict[str, Any]) -> dict[str, Any]:
+            # JSON has no tuples.
+            return {key: tuple(value) if isinstance(value, list) else value for key, value in part.items()}
+
+        kind = ConvConfig if "channels" in document["autoencoder"] else SubspaceConfig
         return cls(
             **{
                 **document,
-                "autoencoder": SubspaceConfig(**document["autoencoder"]),
-                "diffusion": DiffusionConfig(**document["diffusion"]),
+                "autoencoder": kind(**plain(document["autoencoder"])),
+                "diffusion": DiffusionConfig(**plain(document["diffusion"])),
             }
         )
+
+    @classmethod
+    def paper(cls, *, seed: int = 0, device: str = "auto") -> FitConfig:
+        """The published configuration of p-diff (arXiv 2402.13144): nothing held out, no average, no stopping rule.
+
+        Two slips of the published script are not reproduced unless asked for: ``ConvConfig.decode_in_train_mode`` and
+        ``DiffusionConfig.scale_latents = False``.
+        """
+        diffusion = DiffusionConfig(
+            prediction_type="epsilon",
+            precondition=False,
+            network="conv",
+            max_steps=1000,
+            batch_size=50,
+            lr=1e-4,
+            lr_schedule="cosine",
+            ema_decay=0.0,
+            eval_every_n_steps=100,
+            min_novelty=0.0,
+            sampler="ddpm",
+            num_sampling_steps=1000,
+        )
+        return cls(autoencoder=ConvConfig(), diffusion=diffusion, heldout_fraction=0.0, seed=seed, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,26 +6,29 @@ Shapes: N snapshots, n of them for training, k width of a trajectory's own coord
 from __future__ import annotations
 
 import copy
-import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pdiff_plugin.config import FitConfig
+from pdiff_plugin.fitting import training
 from pdiff_plugin.fitting.runtime import Runtime
+from pdiff_plugin.fitting.training import (
+    flat_optimizer,
+    interrupts_held,
+    lr_factor,
+    restore_optimizer,
+    set_lr,
+    strip,
+)
 from pdiff_plugin.generator.diffusion import NoisedBatch, loss, noised_batch
 from pdiff_plugin.generator.frames import Frames
 from pdiff_plugin.generator.generator import new_denoiser, walk
 
-_CHECKPOINT_EVERY_S = 5.0
 # Draws of noise and time per held-out snapshot: fixed ones, so that two measurements differ by the weights alone.
 _EVAL_REPEATS = 32
 # Samples drawn at each measurement, and the steps they take: a tenth of a second in all.
@@ -97,8 +100,8 @@ def train_diffusion(
     if saved is not None:
         tensors, state = saved
         for prefix, module in (("denoiser.", denoiser), ("average.", average), ("best.", best)):
-            module.load_state_dict(_strip(tensors, prefix))
-        _restore_optimizer(optimizer, _strip(tensors, "optimizer."))
+            module.load_state_dict(strip(tensors, prefix))
+        restore_optimizer(optimizer, strip(tensors, "optimizer."))
         rng.set_state(tensors["rng"])
         history, step, best_step = state["history"], state["step"], state["best_step"]
         best_loss, seconds = state["best_loss"], state["seconds"]
@@ -108,7 +111,7 @@ def train_diffusion(
         tensors = {"rng": rng.get_state(), "running": running}
         for prefix, module in (("denoiser.", denoiser), ("average.", average), ("best.", best)):
             tensors |= {prefix + name: tensor for name, tensor in module.state_dict().items()}
-        tensors |= {"optimizer." + name: tensor for name, tensor in _flat_optimizer(optimizer).items()}
+        tensors |= {"optimizer." + name: tensor for name, tensor in flat_optimizer(optimizer).items()}
         state: dict[str, Any] = {
             "history": history,
             "step": step,
@@ -158,7 +161,7 @@ def train_diffusion(
                 value = share * loss(partial(denoiser, trajectory=batch_labels[mine]), own)
                 torch.autograd.backward(value)
                 value = runtime.sum_gradients(parameters, value.detach())
-                _set_lr(optimizer, settings.lr * lr_factor(step, config))
+                set_lr(optimizer, settings.lr * lr_factor(step, settings.max_steps, settings.lr_schedule))
                 optimizer.step()
                 step += 1
                 # The average forgets its start quickly: decay 0.1 at step 1, the configured one after some hundred.
@@ -174,7 +177,7 @@ def train_diffusion(
                     runtime.report("diffusion", step, settings.max_steps, **now)
                     on_history(history)
                 is_between_steps = True
-                if time.perf_counter() - last_checkpoint > _CHECKPOINT_EVERY_S:
+                if time.perf_counter() - last_checkpoint > training.CHECKPOINT_EVERY_S:
                     checkpoint()
                     last_checkpoint = time.perf_counter()
                 interrupt.raise_if_asked()
@@ -197,47 +200,6 @@ def least_novelty(min_novelty: float, history: list[dict[str, float]], precondit
     if not precondition or not history or history[0]["novelty"] != history[0]["novelty"]:
         return min_novelty
     return min_novelty * min(1.0, history[0]["novelty"])
-
-
-def lr_factor(step: int, config: FitConfig) -> float:
-    """Factor on the learning rate at a step: one, or a half cosine down to zero at the last."""
-    settings = config.diffusion
-    return 0.5 * (1.0 + math.cos(math.pi * step / settings.max_steps)) if settings.lr_schedule == "cosine" else 1.0
-
-
-class Interrupt:
-    """Whether Ctrl-C was pressed while it was held back."""
-
-    is_asked = False
-
-    def raise_if_asked(self) -> None:
-        if self.is_asked:
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def interrupts_held() -> Iterator[Interrupt]:
-    """Let a first Ctrl-C only mark the interrupt that is yielded; a second one interrupts at once.
-
-    It thus falls between two steps, where a checkpoint can be written. Where Ctrl-C is somebody else's business
-    (another handler, another thread) nothing changes.
-    """
-    interrupt = Interrupt()
-    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not is_ours or threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
-
-    def mark(number: int, frame: FrameType | None) -> None:
-        if interrupt.is_asked:
-            signal.default_int_handler(number, frame)
-        interrupt.is_asked = True
-
-    signal.signal(signal.SIGINT, mark)
-    try:
-        yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Judge:
@@ -327,26 +289,3 @@ def _draw(
     noise = torch.randn(B, local.shape[1], generator=rng).to(local)
     uniform = torch.rand(B, generator=rng).to(local)
     return noised_batch(local[rows], noise, uniform, config.diffusion), labels[rows]
-
-
-def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of AdamW as named tensors, because nothing here is pickled."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 import pdiff_plugin
-from pdiff_plugin.config import FitConfig
+from pdiff_plugin.config import ConvConfig, FitConfig, SubspaceConfig
 from pdiff_plugin.errors import FitExistsError, UnusableSnapshotsError
+from pdiff_plugin.fitting.conv_stage import train_conv
 from pdiff_plugin.fitting.diffusion_stage import (
     nearest_at_another_time,
     nearest_of_own_run,
@@ -36,9 +37,9 @@ from pdiff_plugin.fitting.diffusion_stage import (
 from pdiff_plugin.fitting.distill_stage import distill
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX, Runtime, pick_device
 from pdiff_plugin.generator.autoencoder import (
+    Encoded,
     NonFiniteRowsError,
     Statistics,
-    Subspace,
     fit_subspace,
     measure,
 )
@@ -234,33 +235,65 @@ def _without(store: SnapshotStore, rows: Tensor, bad: list[int]) -> Tensor:
 
 def _autoencoder(
     store: SnapshotStore, config: FitConfig, runtime: Runtime, rows: Tensor, statistics: Statistics
-) -> tuple[Subspace, Tensor]:
-    """The fitted subspace, and which of ``rows`` were held out, (N,) bool."""
+) -> tuple[Encoded, Tensor]:
+    """The fitted autoencoder, and which of ``rows`` were held out, (N,) bool."""
     heldout = choose_heldout(store, rows, config.heldout_fraction)
+    train_rows, heldout_rows = (~heldout).nonzero().squeeze(1), heldout.nonzero().squeeze(1)
+    if isinstance(config.autoencoder, ConvConfig):
+        settings = config.autoencoder
+        device = pick_device(config.device)
+
+        def train() -> Encoded:
+            return train_conv(
+                store.rows(indices=rows),
+                store.layout,
+                settings,
+                train_rows=train_rows,
+                heldout_rows=heldout_rows,
+                seed=config.seed,
+                device=device,
+                runtime=runtime,
+            )
+
+        encoded = runtime.on_rank_0(train)
+    else:
+        encoded = _subspace(store, config, config.autoencoder, runtime, rows, statistics, train_rows, heldout_rows)
+    if encoded.fidelity < config.autoencoder.min_fidelity:
+        logger.warning(
+            "the autoencoder keeps %.1f %% of the held-out snapshots' variance, below the %.0f %% asked for: samples "
+            "will miss what it drops. Raise latent_dim (%d), or record more snapshots.",
+            100 * encoded.fidelity,
+            100 * config.autoencoder.min_fidelity,
+            config.autoencoder.latent_dim,
+        )
+    return encoded, heldout
+
+
+def _subspace(
+    store: SnapshotStore,
+    config: FitConfig,
+    settings: SubspaceConfig,
+    runtime: Runtime,
+    rows: Tensor,
+    statistics: Statistics,
+    train_rows: Tensor,
+    heldout_rows: Tensor,
+) -> Encoded:
     columns = runtime.share(store.layout.num_values)
-    subspace = fit_subspace(
+    return fit_subspace(
         partial(store.rows, indices=rows),
         store.layout,
         statistics,
-        config.autoencoder,
+        settings,
         block_values=_block_values(len(rows), config.memory_gb),
         scratch=runtime.folder,
-        train_rows=(~heldout).nonzero().squeeze(1),
-        heldout_rows=heldout.nonzero().squeeze(1),
-        trajectory=store.trajectory_index[rows][~heldout],
+        train_rows=train_rows,
+        heldout_rows=heldout_rows,
+        trajectory=store.trajectory_index[rows][train_rows],
         columns=columns,
         join_columns=runtime.join_columns,
         on_columns=lambda done: runtime.report("autoencoder", done, columns.stop - columns.start),
     )
-    if subspace.fidelity < config.autoencoder.min_fidelity:
-        logger.warning(
-            "the autoencoder keeps %.1f %% of the held-out snapshots' variance, below the %.0f %% asked for: samples "
-            "will miss what it drops. Raise latent_dim (%d), or record more snapshots.",
-            100 * subspace.fidelity,
-            100 * config.autoencoder.min_fidelity,
-            config.autoencoder.latent_dim,
-        )
-    return subspace, heldout
 
 
 def choose_heldout(store: SnapshotStore, rows: Tensor, fraction: float) -> Tensor:
@@ -278,13 +311,13 @@ def _frames(latents: Tensor, trajectory: Tensor, store: SnapshotStore, config: F
     R = len(store.trajectories)
     if config.diffusion.precondition:
         return fit_frames(latents, trajectory, R, config.autoencoder.latent_dim)
-    return plain_frames(latents, R)
+    return plain_frames(latents, R, scaled=config.diffusion.scale_latents)
 
 
 @torch.no_grad()
 def _report(
     generator: WeightGenerator,
-    subspace: Subspace,
+    subspace: Encoded,
     local: Tensor,
     trajectory: Tensor,
     heldout: Tensor,
@@ -357,7 +390,7 @@ def _spread_per_direction(samples: Tensor, labels: Tensor, local: Tensor, trajec
 
 
 def _coverage(
-    generator: WeightGenerator, subspace: Subspace, samples: Tensor, labels: Tensor, trajectory: Tensor, train: Tensor
+    generator: WeightGenerator, subspace: Encoded, samples: Tensor, labels: Tensor, trajectory: Tensor, train: Tensor
 ) -> dict[str, float]:
     """Share of the samples whose nearest snapshot of all is of each trajectory."""
     nearest = torch.cdist(generator.frames.to_latents(samples, labels), subspace.latents[train]).argmin(dim=1)

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -151,6 +152,32 @@ def measure(
     return Statistics(all_reduce(gram), scales)
 
 
+class Autoencoder(Protocol):
+    """What a generator needs of an autoencoder.
+
+    Attributes:
+        scales: what each tensor's values are divided by, (number of tensors,).
+    """
+
+    scales: Tensor
+
+    @property
+    def latent_dim(self) -> int:
+        """K."""
+
+    def encode(self, flat: Tensor) -> Tensor:
+        """Latents (B, K) float32 of flat vectors (B, D)."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Flat vectors (B, D) float32 of latents (B, K)."""
+
+    def decode_blocks(self, latents: Tensor, block_values: int = 1 << 20) -> Iterator[tuple[str, slice, Tensor]]:
+        """(tensor name, place in the flat vector, values (B, place)) of a few columns at a time."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that rebuild it together with its layout and config."""
+
+
 class SubspaceAutoencoder:
     """Encode (B, D) -> (B, K) and decode (B, K) -> (B, D) by an orthonormal basis of the standardised coordinates.
 
@@ -219,8 +246,8 @@ class SubspaceAutoencoder:
 
 
 @dataclass(frozen=True)
-class Subspace:
-    """A fitted subspace: the autoencoder and what is known of the rows it was fitted on.
+class Encoded:
+    """A fitted autoencoder and what is known of the rows it was fitted on.
 
     Attributes:
         autoencoder: the encoder and decoder.
@@ -230,7 +257,7 @@ class Subspace:
             held out) that survives encoding and decoding; one minus the relative squared error.
     """
 
-    autoencoder: SubspaceAutoencoder
+    autoencoder: Autoencoder
     latents: Tensor
     variances: Tensor
     fidelity: float
@@ -250,7 +277,7 @@ def fit_subspace(
     columns: slice | None = None,
     join_columns: Callable[[Tensor, Callable[[int], Tensor]], Tensor] = lambda part, empty: part,
     on_columns: Callable[[int], None] | None = None,
-) -> Subspace:
+) -> Encoded:
     """Turn the Gram matrix into an autoencoder with one more pass over the columns.
 
     Where several processes share the work, the autoencoder is whole on the one that ``join_columns`` chooses and holds
@@ -300,7 +327,7 @@ def fit_subspace(
     to_means = squares[:, None] - 2 * of_train @ means + (means * (of_train[train_rows] @ means)).sum(dim=0)  # (N, R)
     movement = to_means.amin(dim=1)[judged].clamp_min(0).sum()
     variances = coordinates[train_rows].square().sum(dim=0)
-    return Subspace(
+    return Encoded(
         SubspaceAutoencoder(layout, mean, basis, statistics.scales.float(), latent_scale),
         (coordinates / latent_scale).float(),
         variances / squares[train_rows].sum(),

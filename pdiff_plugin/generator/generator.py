@@ -22,9 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pdiff_plugin.config import FitConfig, Sampler
+from pdiff_plugin.config import ConvConfig, FitConfig, Sampler
 from pdiff_plugin.errors import ConfigError, FormatError, GeneratorNotFoundError
-from pdiff_plugin.generator.autoencoder import SubspaceAutoencoder
+from pdiff_plugin.generator.autoencoder import Autoencoder, SubspaceAutoencoder
+from pdiff_plugin.generator.conv import ConvAutoencoder, ConvDenoiser
 from pdiff_plugin.generator.denoiser import Denoiser, GaussianPreconditioned, OneStepMap
 from pdiff_plugin.generator.frames import Frames
 from pdiff_plugin.generator.samplers import (
@@ -67,7 +68,7 @@ class WeightGenerator:
 
     layout: Layout
     config: FitConfig
-    autoencoder: SubspaceAutoencoder
+    autoencoder: Autoencoder
     frames: Frames
     denoiser: nn.Module
     trajectories: list[str]
@@ -273,7 +274,11 @@ class WeightGenerator:
             prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             for prefix in ("autoencoder.", "frames.", "denoiser.", "one_step.")
         }
-        autoencoder = SubspaceAutoencoder.from_state(layout, part["autoencoder."])
+        autoencoder: Autoencoder
+        if isinstance(config.autoencoder, ConvConfig):
+            autoencoder = ConvAutoencoder.from_state(layout, config.autoencoder, part["autoencoder."])
+        else:
+            autoencoder = SubspaceAutoencoder.from_state(layout, part["autoencoder."])
         frames = Frames.from_state(part["frames."])
         denoiser = new_denoiser(config, frames)
         denoiser.load_state_dict(part["denoiser."])
@@ -364,6 +369,8 @@ def walk(
 def new_denoiser(config: FitConfig, frames: Frames) -> nn.Module:
     """An untrained denoiser of the configured size: (x (B, k), time (B,), trajectory (B,)) -> (B, k)."""
     settings = config.diffusion
+    if settings.network == "conv":
+        return ConvDenoiser(frames.width, settings.conv_channels, settings.conv_kernel_size, frames.num_trajectories)
     network = Denoiser(frames.width, settings.width, settings.num_blocks, frames.num_trajectories)
     return GaussianPreconditioned(network, frames.std, settings) if settings.precondition else network
 

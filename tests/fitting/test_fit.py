@@ -126,7 +126,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_generator(make_store, tmp_path, 
 def test_an_interruption_inside_a_step_goes_back_to_the_last_whole_one(make_store, tmp_path, monkeypatch):
     store = make_store()
     fit(store, QUICK, out=tmp_path / "whole")
-    monkeypatch.setattr("pdiff_plugin.fitting.diffusion_stage._CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr("pdiff_plugin.fitting.training.CHECKPOINT_EVERY_S", 0.0)
     calls = []
 
     def interrupted(*args, **kwargs):

@@ -1,0 +1,189 @@
+"""The networks of the p-diff paper (arXiv 2402.13144): a 1-D convolutional autoencoder, and its denoiser.
+
+Vectors may have any length: they are padded with zeros to what the strides need, and cropped again. Long ones can be
+cut into chunks that share one set of weights, so that memory does not grow with length times latent width.
+
+Shapes: B vectors in a batch, D values in a flat vector, C chunks of L values (C L >= D), K latent width in all, C times
+that of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pdiff_plugin.config import ConvConfig
+from pdiff_plugin.generator.autoencoder import column_blocks, inverse_transform, transform
+from pdiff_plugin.generator.denoiser import time_features
+from pdiff_plugin.snapshots.layout import Layout
+
+_ROWS_AT_A_TIME = 16
+
+
+class ConvNetwork(nn.Module):
+    """Strided convolutions down to a dense latent, transposed ones back up.
+
+    Args:
+        num_values: D.
+        config: channels, kernel, latent width and chunks.
+    """
+
+    def __init__(self, num_values: int, config: ConvConfig) -> None:
+        super().__init__()
+        self.num_values = num_values
+        multiple = 2 ** len(config.channels)
+        wanted = min(config.chunk_values or num_values, num_values)
+        self.chunk_values = -(-wanted // multiple) * multiple
+        self.num_chunks = -(-num_values // self.chunk_values)
+        self.latent_dim = self.num_chunks * config.latent_dim
+        kernel, pad = config.kernel_size, config.kernel_size // 2
+        down, before = [], 1
+        for after in config.channels:
+            down += [nn.Conv1d(before, after, kernel, 2, pad), nn.BatchNorm1d(after), nn.LeakyReLU()]
+            before = after
+        self.down = nn.Sequential(*down)
+        self.inner = (before, self.chunk_values // multiple)
+        dense = self.inner[0] * self.inner[1]
+        self.to_latent = nn.Linear(dense, config.latent_dim)
+        self.to_mean = nn.Linear(config.latent_dim, config.latent_dim)
+        self.to_log_variance = nn.Linear(config.latent_dim, config.latent_dim)
+        self.from_latent = nn.Linear(config.latent_dim, dense)
+        up: list[nn.Module] = []
+        for after in (*reversed(config.channels[:-1]), config.channels[0]):
+            up += [
+                nn.ConvTranspose1d(before, after, kernel, 2, pad, output_padding=1),
+                nn.BatchNorm1d(after),
+                nn.ELU(),
+            ]
+            before = after
+        self.up = nn.Sequential(*up, nn.Conv1d(before, 1, kernel, 1, pad))
+
+    def encode(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents, (B, D) -> (B, K) each."""
+        padded = F.pad(values, (0, self.num_chunks * self.chunk_values - self.num_values))
+        chunks = padded.reshape(-1, 1, self.chunk_values)  # (B C, 1, L)
+        hidden = self.to_latent(self.down(chunks).flatten(1))
+        return self.to_mean(hidden).reshape(len(values), -1), self.to_log_variance(hidden).reshape(len(values), -1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Values of latents, (B, K) -> (B, D)."""
+        chunks = latents.reshape(len(latents) * self.num_chunks, -1)
+        values: Tensor = self.up(self.from_latent(chunks).reshape(-1, *self.inner))  # (B C, 1, L)
+        return values.reshape(len(latents), -1)[:, : self.num_values]
+
+
+class ConvAutoencoder:
+    """Encode (B, D) -> (B, K) and decode back through a :class:`ConvNetwork` on standardised values.
+
+    Attributes:
+        layout: of a flat vector.
+        config: of the network.
+        network: in eval mode, on the CPU.
+        mean: (D,) float32, subtracted after the logarithm of running variances.
+        scales: (number of tensors,) float32, divided by.
+    """
+
+    def __init__(self, layout: Layout, config: ConvConfig, network: ConvNetwork, mean: Tensor, scales: Tensor) -> None:
+        self.layout, self.config, self.network, self.mean, self.scales = layout, config, network, mean, scales
+
+    @property
+    def latent_dim(self) -> int:
+        return int(self.network.latent_dim)
+
+    def standardise(self, flat: Tensor) -> Tensor:
+        """Values as the network sees them, (B, D) float32."""
+        out = torch.empty(flat.shape, dtype=torch.float32)
+        for number, spec in enumerate(self.layout):
+            place = self.layout.slices[spec.name]
+            out[:, place] = (transform(flat[:, place], spec.name) - self.mean[place]) / self.scales[number]
+        return out
+
+    @torch.no_grad()
+    def encode(self, flat: Tensor) -> Tensor:
+        """Latents (B, K) of flat vectors (B, D)."""
+        pieces = [slice(start, start + _ROWS_AT_A_TIME) for start in range(0, len(flat), _ROWS_AT_A_TIME)]
+        return torch.cat([self.network.encode(self.standardise(flat[piece]))[0] for piece in pieces])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Flat vectors (B, D) of latents (B, K)."""
+        # The published script never leaves train mode and decodes one sample at a time: BatchNorm then normalises each
+        # by itself.
+        slip = self.config.decode_in_train_mode
+        size = 1 if slip else _ROWS_AT_A_TIME
+        out = torch.empty(len(latents), self.layout.num_values)
+        statistics = [buffer.clone() for buffer in self.network.buffers()]
+        self.network.train(slip)
+        for start in range(0, len(latents), size):
+            out[start : start + size] = self.network.decode(latents[start : start + size].cpu().float())
+        self.network.eval()
+        for buffer, kept in zip(self.network.buffers(), statistics, strict=True):
+            buffer.copy_(kept)
+        for number, spec in enumerate(self.layout):
+            place = self.layout.slices[spec.name]
+            out[:, place] = inverse_transform(out[:, place] * self.scales[number] + self.mean[place], spec.name)
+        return out
+
+    def decode_blocks(self, latents: Tensor, block_values: int = 1 << 20) -> Iterator[tuple[str, slice, Tensor]]:
+        """As :meth:`SubspaceAutoencoder.decode_blocks`, but every value is decoded before the first is handed out."""
+        flat = self.decode(latents)
+        for number, lo, hi in column_blocks(self.layout, block_values):
+            yield self.layout.tensors[number].name, slice(lo, hi), flat[:, lo:hi]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that rebuild this autoencoder together with its layout and config."""
+        network = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        return {"mean": self.mean, "scales": self.scales, **network}
+
+    @classmethod
+    def from_state(cls, layout: Layout, config: ConvConfig, state: Mapping[str, Tensor]) -> ConvAutoencoder:
+        network = ConvNetwork(layout.num_values, config)
+        prefix = "network."
+        network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        return cls(layout, config, network.eval(), state["mean"], state["scales"])
+
+
+class ConvDenoiser(nn.Module):
+    """The paper's denoiser: convolutions of stride one over the latent, with skips, time added to every input.
+
+    Args:
+        latent_dim: length of its input; must be even.
+        channels: of the hidden layers, an odd number of them.
+        kernel_size: of every convolution.
+        num_trajectories: with more than one, an embedding of the trajectory joins that of the time.
+    """
+
+    def __init__(self, latent_dim: int, channels: tuple[int, ...], kernel_size: int, num_trajectories: int = 1) -> None:
+        super().__init__()
+        self.latent_dim, self.num_trajectories = latent_dim, num_trajectories
+        self.time = nn.Sequential(nn.Linear(256, latent_dim), nn.SiLU(), nn.Linear(latent_dim, latent_dim))
+        self.trajectory = nn.Embedding(num_trajectories, latent_dim) if num_trajectories > 1 else None
+        widths = (1, *channels, 1)
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv1d(before, after, kernel_size, 1, kernel_size // 2),
+                *([nn.BatchNorm1d(after), nn.ELU()] if number < len(channels) else []),
+            )
+            for number, (before, after) in enumerate(pairwise(widths))
+        )
+        # Layers before the widest keep their output for the mirrored layer: 64, 128, 256 | 512 | 256, 128, 64.
+        self.num_kept = len(channels) // 2
+
+    def forward(self, x: Tensor, time: Tensor, trajectory: Tensor | None = None) -> Tensor:
+        """(B, K), (B,) in [0, 1], (B,) -> (B, K)."""
+        condition = self.time(time_features(time, 256))
+        if self.trajectory is not None:
+            condition = condition + self.trajectory(trajectory)
+        h = x[:, None, :]
+        kept: list[Tensor] = []
+        for number, layer in enumerate(self.layers):
+            if number >= len(self.layers) - self.num_kept:
+                h = h + kept.pop()
+            h = layer(h + condition[:, None, :])
+            if number < self.num_kept:
+                kept.append(h)
+        return h[:, 0, :]

@@ -1,0 +1,104 @@
+"""The published configuration, in miniature."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pdiff_plugin import FitConfig, WeightGenerator, fit
+from pdiff_plugin.config import ConvConfig
+
+PAPER = FitConfig.paper()
+SMALL = replace(
+    PAPER,
+    autoencoder=ConvConfig(latent_dim=8, channels=(4, 8), max_steps=20, batch_size=10),
+    diffusion=replace(
+        PAPER.diffusion, conv_channels=(4, 8, 4), num_timesteps=20, num_sampling_steps=20, max_steps=20, batch_size=10
+    ),
+)
+
+
+class InterruptAt:
+    def __init__(self, stage, step):
+        self.stage, self.step = stage, step
+
+    def __call__(self, progress):
+        if progress.stage == self.stage and progress.step >= self.step:
+            raise KeyboardInterrupt
+
+
+def test_the_preset_is_what_was_published():
+    autoencoder, diffusion = PAPER.autoencoder, PAPER.diffusion
+
+    assert (autoencoder.channels, autoencoder.kernel_size) == ((64, 128, 256, 256, 32), 7)
+    assert (autoencoder.latent_dim, autoencoder.input_noise, autoencoder.latent_noise) == (128, 0.001, 0.1)
+    assert (autoencoder.kl_weight, autoencoder.lr, autoencoder.batch_size, autoencoder.max_steps) == (0, 2e-5, 50, 500)
+    assert (diffusion.conv_channels, diffusion.conv_kernel_size) == ((64, 128, 256, 512, 256, 128, 64), 7)
+    assert (diffusion.num_timesteps, diffusion.beta_start, diffusion.beta_end) == (1000, 1e-4, 0.02)
+    assert (diffusion.prediction_type, diffusion.lr, diffusion.batch_size, diffusion.max_steps) == (
+        "epsilon",
+        1e-4,
+        50,
+        1000,
+    )
+    assert (diffusion.sampler, diffusion.num_sampling_steps, diffusion.ema_decay) == ("ddpm", 1000, 0)
+    assert FitConfig.from_json(PAPER.to_json()) == PAPER
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"kl_weight": 0.01}, {"chunk_values": 16}, {"decode_in_train_mode": True}, {"standardise": "coordinate"}],
+    ids=str,
+)
+def test_a_fit_of_the_published_networks_makes_members_and_survives_its_file(make_store, tmp_path, changes):
+    config = replace(SMALL, autoencoder=replace(SMALL.autoencoder, **changes))
+
+    generator = fit(make_store(), config, out=tmp_path / "fit")
+    members = generator.sample(3, rng=torch.Generator().manual_seed(0))
+    again = WeightGenerator.load(tmp_path / "fit").sample(3, rng=torch.Generator().manual_seed(0))
+
+    assert members["head.weight"].shape == (3, 3, 8)
+    assert members["norm.running_var"].min() > 0
+    for name, tensor in members.items():
+        assert tensor.isfinite().all()
+        assert torch.equal(tensor, again[name])
+
+
+def test_latents_may_be_left_unscaled_as_in_the_published_script(make_store):
+    config = replace(SMALL, diffusion=replace(SMALL.diffusion, scale_latents=False))
+
+    generator = fit(make_store(), config)
+
+    assert generator.frames.scale == 1.0
+    assert not generator.frames.centre.any()
+
+
+@pytest.mark.parametrize(("stage", "step"), [("autoencoder", 10), ("diffusion", 20)])
+def test_an_interrupted_fit_of_the_published_networks_goes_on_to_the_same_generator(make_store, tmp_path, stage, step):
+    store = make_store()
+    fit(store, SMALL, out=tmp_path / "whole")
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(store, SMALL, out=tmp_path / "cut", on_progress=InterruptAt(stage, step))
+    fit(store, SMALL, out=tmp_path / "cut")
+
+    one, two = ((tmp_path / name / "generator.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert one == two
+
+
+def test_a_longer_training_reconstructs_and_a_short_one_says_that_it_does_not(make_store, caplog):
+    store = make_store(num_snapshots=80)
+    long = ConvConfig(
+        latent_dim=16, channels=(16, 32), max_steps=500, batch_size=40, lr=5e-3, standardise="coordinate",
+        latent_noise=0.01,
+    )  # fmt: skip
+    brief = replace(SMALL, diffusion=replace(SMALL.diffusion, max_steps=5))
+
+    with caplog.at_level(logging.WARNING):
+        poor = fit(store, brief)
+    good = fit(store, replace(brief, autoencoder=long))
+
+    assert not poor.report["fidelity_is_ok"]
+    assert "samples will miss what it drops" in caplog.text
+    assert good.report["fidelity"] > 0.8
