@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import (
-    AuthenticationError,
     NodeDiedError,
     OutOfMemoryError,
     RayError,
@@ -48,6 +47,8 @@ _CHECK_TIMEOUT_S = 60.0
 # What passes through the object store is small; Ray's own default is a third of the machine's memory.
 _OBJECT_STORE_BYTES = 200 << 20
 _LOCAL = "local"
+# Older releases of Ray have no tokens and refuse nobody.
+_REFUSED: type[Exception] = getattr(ray.exceptions, "AuthenticationError", PermissionError)
 
 
 @contextmanager
@@ -72,7 +73,7 @@ def connected(address: str | None) -> Iterator[None]:
         _probe(address)
     try:
         ray.init(address=address, **options)
-    except AuthenticationError as error:
+    except _REFUSED as error:
         raise ClusterAccessError(address, _first_line(error)) from error
     except (ConnectionError, RuntimeError) as error:
         if address == _LOCAL:

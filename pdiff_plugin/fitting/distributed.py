@@ -248,6 +248,7 @@ def _work(settings: dict[str, Any]) -> None:
             run.document.setdefault("attempts", []).append(
                 {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_workers": world_size}
             )
+            run.write()
             run_stages(store, job.config, run, runtime)
     except PDiffError as error:
         ray.get(board.put.remote(_Failed(error)), timeout=_BOARD_TIMEOUT_S)

@@ -140,6 +140,18 @@ def test_a_killed_driver_goes_on_when_the_same_command_is_run_again(start, long_
     assert "statistics" not in {report[1] for report in again.reports}
 
 
+def test_a_worker_lost_more_often_than_allowed_is_named(start, long_store, tmp_path):
+    driver = start_fit(start, long_store, tmp_path / "fit", num_workers=2, max_failures=0)
+    driver.wait_for("autoencoder", 100)
+    os.kill(driver.workers()[1], signal.SIGKILL)
+
+    assert driver.finish() == 1, driver.text
+
+    print(f"GIVEN UP: {driver.errors[-1]}", flush=True)
+    assert "WorkersFailedError: worker 1 on node " in driver.text
+    assert "It was tried 1 times (--max-failures). What was finished is kept" in driver.text
+
+
 @pytest.mark.parametrize("stage", ["statistics", "diffusion"])
 def test_an_elastic_fit_outlives_a_node(start, start_node, long_store, alone, tmp_path, stage):
     head = start_node()
