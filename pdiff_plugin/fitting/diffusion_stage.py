@@ -146,6 +146,9 @@ def train_diffusion(
     B = settings.batch_size
     mine = runtime.share(B)
     share = (mine.stop - mine.start) / B
+    if any(isinstance(module, nn.BatchNorm1d) for module in denoiser.modules()):
+        # Its statistics are those of the whole batch: every rank answers for all of it, and equals are averaged.
+        mine, share = slice(0, B), 1.0 / runtime.world_size
     patience = settings.patience * settings.eval_every_n_steps
     if not history and settings.precondition:
         measure()  # before its first step the network already samples the normal distribution
