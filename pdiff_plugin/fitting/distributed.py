@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from pdiff_plugin.config import DistributedConfig, FitConfig, SubspaceConfig
 from pdiff_plugin.errors import ConfigError, PDiffError, WorkersFailedError
@@ -302,7 +302,7 @@ class _Watch:
             is_done = False
             while not is_done:
                 is_done = bool(ray.wait([pending], timeout=_POLL_S)[0])
-                for message in ray.get(board.take.remote(), timeout=_BOARD_TIMEOUT_S):
+                for message in self._messages(board):
                     self._take(message)
                 self._look_at_nodes()
             failures: dict[int, str] = ray.get(pending)
@@ -324,6 +324,14 @@ class _Watch:
                 failures[rank],
                 f"It was tried {self.distributed.max_failures + 1} times (--max-failures). {_GOES_ON}",
             )
+
+    def _messages(self, board: Any) -> list[Any]:
+        try:
+            messages: list[Any] = ray.get(board.take.remote(), timeout=_BOARD_TIMEOUT_S)
+        except GetTimeoutError:
+            logger.warning("no news from the workers for %.0f s; is this machine overloaded?", _BOARD_TIMEOUT_S)
+            return []
+        return messages
 
     def _take(self, message: Any) -> None:
         if isinstance(message, Progress):
