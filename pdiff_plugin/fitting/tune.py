@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ray.tune import Callback
 from torch import Tensor
 
 from pdiff_plugin.config import DistributedConfig, FitConfig, TuneConfig
@@ -140,11 +141,12 @@ def _open(
         "score": str(score or HeldoutScore(store.path, base)),
         "trials": [],
     }
+    mine = json.loads(json.dumps(mine))  # as it will be read again: with lists for tuples
     path = folder / "tune.json"
     if path.exists() and not fresh:
         found = read_json(path, FORMAT, FORMAT_VERSION)
         for key in ("store", "config", "search", "score"):
-            if found.get(key) != json.loads(json.dumps(mine[key])):
+            if found.get(key) != mine[key]:
                 raise FitExistsError(str(folder), f"a search with another {key}")
         return found
     if (folder / "fit.json").exists() and not fresh:
@@ -196,9 +198,10 @@ def _search(
                 verbose=0,
                 failure_config=FailureConfig(max_failures=search.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
-                callbacks=[_told(on_progress, search.num_trials)],
+                callbacks=[_Tell()],
             ),
         )
+    _Tell.listener, _Tell.num_trials = on_progress, search.num_trials
     results = tuner.fit()
     trials = []
     for index in range(len(results)):
@@ -334,23 +337,21 @@ def energy_distance(distances: Tensor, num_samples: int) -> float:
     return float((2 * between - among_samples - among_others) / among_others)
 
 
-def _told(on_progress: OnProgress | None, num_trials: int) -> Any:
-    """A callback of Tune that reports the number of trials that have ended, and the best score so far."""
-    from ray.tune import Callback
+class _Tell(Callback):
+    """Reports the number of trials that have ended, and the best score so far.
 
-    class Tell(Callback):
-        ended = 0
-        best = math.inf
+    Tune pickles its callbacks, and a search that goes on gets the old ones back: whom to tell is therefore not in here.
+    """
 
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-            self.best = min(self.best, result.get("score", math.inf))
+    listener: OnProgress | None = None
+    num_trials = 0
 
-        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            self.ended += 1
-            if on_progress is not None:
-                on_progress(Progress("tune", self.ended, num_trials, {"best_score": self.best}))
-
-    return Tell()
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if _Tell.listener is None:
+            return
+        ended = {t.trial_id for t in trials if t.is_finished()} | {trial.trial_id}
+        scores = [t.last_result["score"] for t in trials if t.last_result and "score" in t.last_result]
+        _Tell.listener(Progress("tune", len(ended), _Tell.num_trials, {"best_score": min(scores, default=math.nan)}))
 
 
 @contextmanager

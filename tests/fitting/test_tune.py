@@ -1,6 +1,7 @@
 """The search: its score against closed forms, its trials, and that an interrupted one goes on."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -50,8 +51,13 @@ def test_the_score_tells_a_wrong_centre_and_a_wrong_spread(make_store):
 def test_a_search_ends_with_its_best_fit_and_is_returned_when_asked_again(local_ray, make_store, tmp_path):
     store = make_store(num_snapshots=60)
     seen = []
+    lock = threading.Lock()  # as a progress bar has one: what holds it cannot be pickled
 
-    document = tune(store, QUICK, TuneConfig(num_trials=3), out=tmp_path / "tuned", on_progress=seen.append)
+    def listen(report):
+        with lock:
+            seen.append(report)
+
+    document = tune(store, QUICK, TuneConfig(num_trials=3), out=tmp_path / "tuned", on_progress=listen)
 
     scores = [trial["score"] for trial in document["trials"]]
     assert len(scores) == 3
