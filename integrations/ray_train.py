@@ -10,11 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ._adapter import DEFAULT_FOLDER, Adapter
 
 
 class PDiffRecorder(Adapter):
-    """Records on the worker of rank 0; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records on rank 0 (a sharded model on all ranks); see :class:`pdiff_plugin.PDiffRecorder` for the settings.
 
     Snapshots go into the run's own folder in its storage path, if that is a file system of this machine. To resume,
     keep ``state_dict()`` in the loop's checkpoint.
@@ -38,7 +40,8 @@ class PDiffRecorder(Adapter):
         import ray.train  # takes seconds, and only workers need it
 
         context = ray.train.get_context()
-        if context.get_world_rank() == 0:
+        # With a process group the core knows its rank, and all ranks of a sharded model record.
+        if context.get_world_rank() == 0 or torch.distributed.is_initialized():
             self.recorder.attach(
                 model,
                 optimizer,

@@ -70,7 +70,7 @@ def test_torch_save(benchmark, case, tmp_path):
 @pytest.mark.parametrize("kind", ["recorder", "checkpoint"])
 def test_lightning_callback(benchmark, tmp_path, kind):
     """The trainer's own hook, timed inside a real run: our callback, or a checkpoint on every step."""
-    lightning = pytest.importorskip("lightning.pytorch", exc_type=ImportError)
+    lightning = pytest.importorskip("lightning.pytorch")
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from pdiff_plugin.integrations.lightning import PDiffRecorder as LightningRecorder

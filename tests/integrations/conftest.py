@@ -102,7 +102,7 @@ def toolbox() -> Any:
 @pytest.fixture
 def load_driver() -> Callable[[str], ModuleType]:
     def load(name: str) -> ModuleType:
-        pytest.importorskip(PACKAGES[name], exc_type=ImportError)
+        pytest.importorskip(PACKAGES[name])
         spec = importlib.util.spec_from_file_location(
             f"drivers_{name}", Path(__file__).parent / "drivers" / f"{name}.py"
         )

@@ -4,7 +4,7 @@ from torch import nn
 
 from pdiff_plugin import SnapshotStore
 
-accelerate = pytest.importorskip("accelerate", exc_type=ImportError)
+accelerate = pytest.importorskip("accelerate")
 
 from pdiff_plugin.integrations.accelerate import PDiffRecorder  # noqa: E402
 

@@ -14,8 +14,8 @@ pytestmark = [
 
 @pytest.fixture
 def learn(toolbox, tmp_path):
-    pytest.importorskip("fastai.callback.progress", exc_type=ImportError)
-    pytest.importorskip("fastai.callback.schedule", exc_type=ImportError)
+    pytest.importorskip("fastai.callback.progress")
+    pytest.importorskip("fastai.callback.schedule")
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
     from fastai.learner import Learner

@@ -7,7 +7,7 @@ from torch import nn
 from pdiff_plugin import PDiffRecorder as CoreRecorder
 from pdiff_plugin import SnapshotStore, import_checkpoints
 
-transformers = pytest.importorskip("transformers", exc_type=ImportError)
+transformers = pytest.importorskip("transformers")
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from pdiff_plugin.integrations.huggingface import PDiffRecorder  # noqa: E402
@@ -82,7 +82,7 @@ def test_logged_metrics_and_the_epoch_are_stored(tmp_path):
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )  # PEFT, about transformers
 def test_lora_matrices_of_a_peft_model_are_recorded(tmp_path):
-    peft = pytest.importorskip("peft", exc_type=ImportError)
+    peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(r=2, task_type="SEQ_CLS"))
     train(model, tmp_path, [PDiffRecorder(layers="lora")])
     store = SnapshotStore.open(tmp_path / "pdiff-snapshots")

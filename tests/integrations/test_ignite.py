@@ -4,7 +4,7 @@ from torch import nn
 
 from pdiff_plugin import SnapshotStore
 
-ignite = pytest.importorskip("ignite.engine", exc_type=ImportError)
+ignite = pytest.importorskip("ignite.engine")
 from ignite.metrics import RunningAverage  # noqa: E402
 
 from pdiff_plugin.integrations.ignite import PDiffRecorder  # noqa: E402

@@ -7,7 +7,7 @@ from pdiff_plugin import SnapshotStore
 from pdiff_plugin.errors import ConfigError
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
-keras = pytest.importorskip("keras", exc_type=ImportError)
+keras = pytest.importorskip("keras")
 
 from pdiff_plugin.integrations.keras import PDiffRecorder, assign, mirror  # noqa: E402
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from pdiff_plugin import SnapshotStore, import_checkpoints
 
-lightning = pytest.importorskip("lightning.pytorch", exc_type=ImportError)
+lightning = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from torch.utils.data import DataLoader, IterableDataset  # noqa: E402

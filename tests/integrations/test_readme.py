@@ -50,7 +50,7 @@ def run(section, tmp_path, monkeypatch):
     ],
 )
 def test_a_snippet_runs_as_it_stands_and_records(section, package, store, steps, tmp_path, monkeypatch):
-    pytest.importorskip(package, exc_type=ImportError)
+    pytest.importorskip(package)
     run(section, tmp_path, monkeypatch)
     found = SnapshotStore.open(tmp_path / store)
     assert found.steps.tolist() == steps

@@ -1,11 +1,18 @@
 import contextlib
+from importlib.util import find_spec
 
+import pytest
 import ray.train.torch
 import torch
 from ray.train import RunConfig, ScalingConfig
 from torch import nn
 
 from pdiff_plugin.integrations.ray_train import PDiffRecorder
+
+
+if find_spec("ray.train.v2._internal.execution.local_mode") is None:
+    pytest.skip("this Ray has no local mode", allow_module_level=True)
+SCALING = ScalingConfig(num_workers=0)  # in this process: the loop, its context and wrappers are real
 
 
 def train(job):
@@ -43,7 +50,7 @@ def train(job):
     ray.train.torch.TorchTrainer(
         loop,
         train_loop_config={},
-        scaling_config=ScalingConfig(num_workers=0),  # in this process: the loop, its context and wrappers are real
+        scaling_config=SCALING,
         run_config=RunConfig(name="run", storage_path=str(job.folder)),
     ).fit()
     return dict(net.state_dict())
