@@ -9,7 +9,6 @@ from torch import nn
 
 from pdiff_plugin.integrations.ray_train import PDiffRecorder
 
-
 if find_spec("ray.train.v2._internal.execution.local_mode") is None:
     pytest.skip("this Ray has no local mode", allow_module_level=True)
 SCALING = ScalingConfig(num_workers=0)  # in this process: the loop, its context and wrappers are real
