@@ -71,6 +71,7 @@ def test_one_worker_fits_exactly_what_one_process_fits(local_ray, make_store, tm
     assert relative_distance(alone, together) == 0
 
 
+@pytest.mark.slow
 def test_a_fit_reads_its_store_from_a_bucket_and_writes_into_one(local_ray, make_store, tmp_path):
     store = make_store()
     bucket = f"file://{tmp_path}"  # goes through fsspec like any other, and workers see it
