@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,20 +35,24 @@ Split = tuple[Tensor, Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="+", choices=["w1", "w2", "w3"])
+    parser.add_argument("workloads", nargs="*", default=["w1", "w2", "w3"], help="w1, w2, w3; all unless given")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10")
     parser.add_argument("--out", type=Path, default=Path("pdiff-workloads"), help="folder for stores, fits, tables")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="synthetic images, everything but brief")
     options = parser.parse_args()
+    makers = {"w1": whole_mlp, "w2": last_norms, "w3": five_runs}
+    if unknown := set(options.workloads) - set(makers):
+        parser.error(f"no workload {', '.join(sorted(unknown))}; there are {', '.join(makers)}")
     if options.data is None and not options.smoke:
         parser.error("--data or --smoke is needed")
+    if options.smoke and options.out == parser.get_default("out"):
+        options.out = Path(tempfile.mkdtemp(prefix="pdiff-workloads-"))
     train, test = synthetic() if options.smoke else cifar10(options.data)
     for name in options.workloads:
         folder = options.out / f"{name}-seed{options.seed}"
         started = time.perf_counter()
-        make = {"w1": whole_mlp, "w2": last_norms, "w3": five_runs}[name]
-        task = make(train, test, folder / "store", options.seed, options.smoke)
+        task = makers[name](train, test, folder / "store", options.seed, options.smoke)
         print(f"\n== {name}: snapshots recorded in {time.perf_counter() - started:.0f} s", flush=True)
         judge(task, folder, options.seed, options.smoke)
 
@@ -71,7 +76,7 @@ def last_norms(train: Split, test: Split, store: Path, seed: int, smoke: bool) -
     """W2: train a small ResNet, then only its last two BatchNorms (2,048 weights and biases) at a high rate."""
     torch.manual_seed(seed)
     model, num_epochs = SmallResNet(), 1 if smoke else 3
-    batches = loader(train, 128, shuffle=True)
+    batches = loader(train, 16 if smoke else 128, shuffle=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=5e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=num_epochs * len(batches))
     for _ in range(num_epochs):
@@ -80,7 +85,7 @@ def last_norms(train: Split, test: Split, store: Path, seed: int, smoke: bool) -
             F.cross_entropy(model(augmented(x)), y).backward()
             optimizer.step()
             schedule.step()
-    count = 60 if smoke else 300
+    count = 40 if smoke else 300
     if not store.exists():
         collect(model, batches, F.cross_entropy, store=store, layers="last-norms:2", num_snapshots=count, lr=3e-2)
     return Task(model.eval(), loader(test, 500))
@@ -220,12 +225,12 @@ def read_parquet(path: Path) -> Split:
 
 
 def synthetic() -> tuple[Split, Split]:
-    """Ten blurred patterns under noise, 600 images to train on and 300 to test."""
+    """Ten blurred patterns under noise, 300 images to train on and 200 to test."""
     rng = torch.Generator().manual_seed(0)
     patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=rng), size=32, mode="bilinear")
-    labels = torch.randint(10, (900,), generator=rng)
-    images = patterns[labels] + 3.0 * torch.randn(900, 3, 32, 32, generator=rng)
-    return (images[:600], labels[:600]), (images[600:], labels[600:])
+    labels = torch.randint(10, (500,), generator=rng)
+    images = patterns[labels] + 3.0 * torch.randn(500, 3, 32, 32, generator=rng)
+    return (images[:300], labels[:300]), (images[300:], labels[300:])
 
 
 if __name__ == "__main__":
