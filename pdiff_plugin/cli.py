@@ -6,6 +6,7 @@ Nothing heavy is imported before a subcommand runs, so that ``pdiff --help`` is 
 
 from __future__ import annotations
 
+import dataclasses
 import json as _json
 import os
 import sys
@@ -182,6 +183,7 @@ def fit(
     out: str,
     fresh: bool = False,
     json: bool = False,
+    preset: Literal["default", "paper"] = "default",
     config: Annotated[FitConfig, _Inline] = FitConfig(),  # noqa: B008 (frozen)
     distributed: Annotated[DistributedConfig, _Inline] = DistributedConfig(),  # noqa: B008 (frozen)
 ) -> None:
@@ -192,12 +194,20 @@ def fit(
         out: Run folder for generator.safetensors and fit.json; may be a URL too.
         fresh: Start anew and replace the fit in the run folder.
         json: Print what the fit measured as one JSON document on stdout.
+        preset: `paper` is the published configuration of p-diff; with it only --seed, --device and --memory-gb apply.
         config: Settings of the fit.
         distributed: Where it runs.
     """
     from pdiff_plugin import console
     from pdiff_plugin.snapshots.remote import is_remote
 
+    if preset == "paper":
+        if config != FitConfig(seed=config.seed, device=config.device, memory_gb=config.memory_gb):
+            raise ConfigError(
+                "--preset", preset, "cannot be combined with other settings; in Python, change FitConfig.paper()"
+            )
+        published = FitConfig.paper(seed=config.seed, device=config.device)
+        config = dataclasses.replace(published, memory_gb=config.memory_gb)
     with console.progress() as on_progress:
         if _runs_on_ray(distributed) or is_remote(store) or is_remote(out):
             from pdiff_plugin.fitting.distributed import fit_distributed
@@ -275,9 +285,11 @@ def generate(
     seed: int = 0,
     num_sampling_steps: int | None = None,
     temperature: float = 1.0,
+    diversity: float = 1.0,
     sampler: Sampler | None = None,
     trajectory: str | None = None,
     keep_above: float | None = None,
+    sweep: bool = False,
     task: str | None = None,
     overwrite: bool = False,
     num_workers: int = 1,
@@ -293,11 +305,13 @@ def generate(
         seed: Seed of the draw.
         num_sampling_steps: Questions asked of the denoiser; the sampler's usual number unless given.
         temperature: Factor on the initial noise; below 1 members move toward the centre of the snapshots.
-        sampler: ddpm, ddim or flow; the one that fits the generator unless given.
+        diversity: Spread of the members over that of the snapshots, in (0, 2], by the curve that the fit measured.
+        sampler: The one that fits the generator unless given.
         trajectory: Make members of this run only.
         keep_above: Drop members whose accuracy on the task's evaluation data is below this share; needs --task. Judge
             what is left on other data, for it was chosen on these.
-        task: `package.module:function` returning a pdiff_plugin.Task, for --keep-above.
+        sweep: Make no files but a table of accuracy against diversity, also in sweep.json; needs --task.
+        task: `package.module:function` returning a pdiff_plugin.Task, for --keep-above and --sweep.
         overwrite: Replace members that are in the folder already.
         num_workers: Processes that share the work; with more than one, or an address, it runs on Ray.
         address: host:port of a running Ray cluster; RAY_ADDRESS unless given.
@@ -312,6 +326,12 @@ def generate(
     from pdiff_plugin.progress import Progress
 
     fitted = WeightGenerator.load(generator)
+    for flag, given in (("--keep-above", keep_above), ("--sweep", sweep or None)):
+        if given is not None and task is None:
+            raise ConfigError(flag, given, "must be given together with --task package.module:function")
+    if sweep:
+        _sweep(fitted, str(task), out, num_members, seed, json)
+        return
     earlier = sorted(out.glob("member-*.safetensors"))
     if earlier and not overwrite:
         raise FitExistsError(str(out), f"{len(earlier)} members; pass --overwrite to replace them")
@@ -319,6 +339,7 @@ def generate(
         num_members,
         num_sampling_steps=num_sampling_steps,
         temperature=temperature,
+        diversity=diversity,
         sampler=sampler,
         trajectory=trajectory,
         rng=torch.Generator().manual_seed(seed),
@@ -328,10 +349,8 @@ def generate(
         from pdiff_plugin.evaluation.gate import keep_accurate
         from pdiff_plugin.evaluation.task import Task
 
-        if task is None:
-            raise ConfigError("--keep-above", keep_above, "must be given together with --task package.module:function")
         made = WeightSet.from_flat(fitted.autoencoder.decode(latents), fitted.layout)
-        kept = keep_accurate(_call("--task", task, Task), made, keep_above)
+        kept = keep_accurate(_call("--task", str(task), Task), made, keep_above)
         latents, num_dropped = latents[list(kept.indices)], kept.num_dropped
     out.mkdir(parents=True, exist_ok=True)
     for path in earlier:
@@ -356,6 +375,26 @@ def generate(
         if num_dropped:
             console.say(f"{num_dropped} of {num_members} members dropped: accuracy below {keep_above}")
         console.say(f"{len(files)} members of {fitted.layout.num_values:,} values each in {out}")
+
+
+def _sweep(fitted: WeightGenerator, task: str, out: Path, num_members: int, seed: int, json: bool) -> None:
+    from pdiff_plugin import console
+    from pdiff_plugin.evaluation.sweep import sweep
+    from pdiff_plugin.evaluation.task import Task
+    from pdiff_plugin.snapshots.files import write_json
+
+    made, store = _call("--task", task, Task), _store_of(fitted.provenance["store"], None)
+    with console.progress() as on_progress:
+        curve = sweep(made, store, fitted, num_members=num_members, seed=seed, on_progress=on_progress)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "sweep.json", {"task": made.name, "num_members": num_members, "seed": seed, "curve": curve})
+    if json:
+        _print_json(curve)
+        return
+    keys = ("accuracy_mean", "ensemble_accuracy", "ensemble_nll", "wrong_iou_mean", "nearest_snapshot_distance")
+    rows = [[f"{p['diversity']:g}", *(f"{p[k]:.4f}" for k in keys)] for p in curve]
+    headers = ["diversity", "acc mean", "ens acc", "ens NLL", "IoU", "nearest"]
+    console.table(f"{made.name}: accuracy against diversity, {num_members} members each", headers, rows)
 
 
 def evaluate(

@@ -225,6 +225,29 @@ def test_generate_drops_members_that_are_not_good_enough(
     assert len(list((tmp_path / "members").iterdir())) == len(document["members"])
 
 
+def test_generate_sweeps_the_diversity(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_swept_task.py").write_text(TASK.replace("CLASS", "0"))
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    command = ["generate", str(fitted), "--sweep", "--num-members", "4", "--out", str(tmp_path / "sweep")]
+    assert main([*command, "--task", "my_swept_task:task"]) == 0
+    assert "accuracy against diversity" in capsys.readouterr().out
+    curve = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["curve"]
+    assert [point["diversity"] for point in curve] == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
+    assert main(command) == 1
+    assert "must be given together with --task" in error_text(capsys)
+
+
+def test_the_published_preset_takes_no_other_settings(
+    walk_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["fit", str(walk_store), "--out", str(tmp_path / "fit"), "--preset", "paper"]
+    assert main([*command, "--diffusion.lr", "0.1"]) == 1
+    assert "in Python, change FitConfig.paper()" in error_text(capsys)
+
+
 def test_generate_without_a_generator_says_where_one_comes_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
