@@ -60,6 +60,8 @@ _NUM_REPORT_MEMBERS = 256
 _NUM_REPORT_MEMBERS_PLAIN = 64
 _NUM_REPORT_STEPS = 20
 _NUM_REPORT_AXES = 16
+# Two clouds whose centres are this many spreads apart do not touch.
+_FAR_APART = 3.0
 _TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
@@ -368,8 +370,36 @@ def _report(
         own = nearest_of_own_run(local[heldout], trajectory[heldout], local[train], trajectory[train])
         report["nearest_distance_heldout"] = float(own.median())
         report["copy_ratio"] = report["nearest_distance_samples"] / max(float(own.median()), 1e-12)
+    if len(generator.trajectories) > 1:
+        report["trajectory_separation"] = _separation(subspace.latents[train], trajectory[train])
+        _warn_of_trajectories(report)
     report["diversity_curve"] = curve
     return report
+
+
+def _separation(latents: Tensor, trajectory: Tensor) -> float:
+    """Median distance between the means of two trajectories over the spread of snapshots about their own mean."""
+    means = torch.stack([latents[trajectory == run].mean(dim=0) for run in sorted(set(trajectory.tolist()))])
+    between = torch.nn.functional.pdist(means.double()).median()
+    return round(float(between) / max(spread_about_means(latents, trajectory), 1e-12), 3)
+
+
+def _warn_of_trajectories(report: dict[str, Any]) -> None:
+    coverage = report["trajectory_coverage"]
+    if report["trajectory_separation"] > _FAR_APART:
+        logger.warning(
+            "the %d trajectories lie far apart (%.1f times the spread within one): members are made for each by "
+            "itself. An average or a Gaussian across them would be no model; compare with those taken per run.",
+            len(coverage),
+            report["trajectory_separation"],
+        )
+    missed = [name for name, share in coverage.items() if not 0.5 <= share * len(coverage) <= 2.0]
+    if missed:
+        logger.warning(
+            "samples cover some trajectories less than half or more than twice as often as asked (%s): those runs "
+            "overlap with others.",
+            ", ".join(missed),
+        )
 
 
 def _samples(generator: WeightGenerator, labels: Tensor, temperature: float) -> Tensor:

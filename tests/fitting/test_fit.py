@@ -5,6 +5,7 @@ import logging
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -323,3 +324,51 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(make_store, tmp_path, 
     assert len(steps) == 60
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert file_of(tmp_path / "cut") == file_of(tmp_path / "whole")
+
+
+def test_a_distilled_map_makes_in_one_step_what_the_sampler_makes(make_store, tmp_path):
+    store = make_store()
+    settings = DiffusionConfig(width=32, num_blocks=1, max_steps=60, batch_size=16, distill_steps=200)
+
+    generator = fit(store, FitConfig(diffusion=settings), out=tmp_path / "fit")
+    slow, fast = (
+        generator.sample_latents(200, sampler=sampler, rng=torch.Generator().manual_seed(0))
+        for sampler in ("flow", "one-step")
+    )
+
+    assert (fast - slow).norm() < 0.2 * slow.norm()
+    again = WeightGenerator.load(tmp_path / "fit").sample_latents(
+        200, sampler="one-step", rng=torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(again, fast)
+
+
+def test_diversity_is_the_spread_of_members_over_that_of_snapshots(make_store):
+    store = make_store(num_snapshots=100)
+    generator = fit(store, QUICK)
+    snapshots = store.rows().var(dim=0).sum().sqrt()
+
+    for diversity in (0.5, 1.0, 1.5):
+        latents = generator.sample_latents(400, diversity=diversity, rng=torch.Generator().manual_seed(0))
+        spread = generator.autoencoder.decode(latents).var(dim=0).sum().sqrt()
+        assert float(spread / snapshots) == pytest.approx(diversity, rel=0.25)
+
+
+def test_training_goes_on_only_while_samples_are_novel(make_store):
+    store = make_store(num_snapshots=100)
+    long = DiffusionConfig(width=64, max_steps=800, patience=1000)
+
+    free = fit(store, FitConfig(diffusion=replace(long, min_novelty=0.0), heldout_fraction=0.0))
+    held = fit(store, FitConfig(diffusion=replace(long, min_novelty=0.95), heldout_fraction=0.0))
+
+    assert held.report["novelty"] > free.report["novelty"]
+    assert held.report["diffusion_steps"] < free.report["diffusion_steps"]
+
+
+def test_runs_far_apart_are_reported_and_named_in_a_warning(make_store, caplog):
+    with caplog.at_level(logging.WARNING):
+        generator = fit(make_store(trajectories=3), QUICK)
+
+    assert generator.report["trajectory_separation"] > 3
+    assert "3 trajectories lie far apart" in caplog.text
+    assert "trajectory_separation" not in fit(make_store(name="one"), QUICK).report
