@@ -124,6 +124,7 @@ PACKAGES = {
     "fastai": "fastai",
     "keras": "keras",
     "ray_train": "ray.train",
+    "composer": "composer",
 }
 
 

@@ -5,10 +5,10 @@ import sys
 
 SCRIPT = """
 import sys
-for name in ("lightning", "pytorch_lightning", "transformers", "accelerate", "ignite", "fastai", "keras"):
+for name in ("lightning", "pytorch_lightning", "transformers", "accelerate", "ignite", "fastai", "keras", "composer"):
     sys.modules[name] = None
 from importlib import import_module
-for adapter in ("lightning", "huggingface", "accelerate", "ignite", "fastai", "keras"):
+for adapter in ("lightning", "huggingface", "accelerate", "ignite", "fastai", "keras", "composer"):
     module = import_module(f"pdiff_plugin.integrations.{adapter}")
     try:
         module.PDiffRecorder()
@@ -29,5 +29,6 @@ def test_adapters_import_without_their_trainers_and_name_the_install_line_on_use
             ("pytorch-ignite", "ignite"),
             ("fastai", "fastai"),
             ("keras", "keras"),
+            ("mosaicml", "composer"),
         )
     ]

@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The 'mode.chained_assignment' option is deprecated"),
     pytest.mark.filterwarnings("ignore:.*(is deprecated|will be deprecated).*:DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore:Cannot split tensor of length:UserWarning"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
 ]
 
@@ -46,6 +47,7 @@ def run(section, tmp_path, monkeypatch):
         ("Ignite", "ignite", "pdiff-snapshots", STEPS),
         ("fastai", "fastai", "pdiff-snapshots", STEPS),
         ("Keras", "keras", "pdiff-snapshots", STEPS),
+        pytest.param("Composer", "composer", "pdiff-snapshots", STEPS, id="composer"),
         ("timm, and loops of your own", "torch", "pdiff-snapshots", list(range(1, 59))),
     ],
 )
