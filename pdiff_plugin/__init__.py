@@ -18,6 +18,7 @@ if not _os.path.isdir(_os.path.join(_here, "integrations")) and _os.path.isfile(
     __path__.append(_os.path.dirname(_here))
 
 if _TYPE_CHECKING:
+    from pdiff_plugin.config import ConvConfig as ConvConfig
     from pdiff_plugin.config import DiffusionConfig as DiffusionConfig
     from pdiff_plugin.config import FitConfig as FitConfig
     from pdiff_plugin.config import SubspaceConfig as SubspaceConfig
@@ -44,6 +45,7 @@ if _TYPE_CHECKING:
     from pdiff_plugin.snapshots.store import SnapshotStore as SnapshotStore
 
 _HOME = {
+    "ConvConfig": "config",
     "DiffusionConfig": "config",
     "DiffusionEnsemble": "ensemble.ensemble",
     "Evaluation": "evaluation.result",
@@ -78,6 +80,7 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "Layout",
     "FitConfig",
     "SubspaceConfig",
+    "ConvConfig",
     "DiffusionConfig",
     "fit",
     "WeightGenerator",
