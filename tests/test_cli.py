@@ -278,7 +278,10 @@ def test_ctrl_c_in_fit_exits_with_130_and_the_same_command_goes_on(walk_store: P
     out = tmp_path / "fit"
     command = [sys.executable, "-m", "pdiff_plugin.cli", "fit", str(walk_store), "--out", str(out)]
     command += ["--diffusion.max-steps", "400", "--diffusion.eval-every-n-steps", "10", "--diffusion.patience", "1000"]
+    # A background job starts with Ctrl-C ignored, and so would its children.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, handler)
     while not (out / "fit.json").exists() or not json.loads((out / "fit.json").read_text())["history"]:
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.01)

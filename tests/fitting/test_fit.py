@@ -304,6 +304,15 @@ def test_nothing_is_held_out_when_asked(make_store):
     assert "copy_ratio" not in fit(make_store(), config).report
 
 
+@pytest.fixture
+def ctrl_c_interrupts():
+    """Python's own handler, which other libraries replace and background jobs start without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(make_store, tmp_path, monkeypatch):
     store = make_store()
     fit(store, QUICK, out=tmp_path / "whole")
