@@ -48,6 +48,15 @@ def arguments_of(
     return (tuple(found), {}) if isinstance(found, tuple | list) else ((found,), {})
 
 
+def find_logits(output: Any) -> Any:
+    """``logits`` of a mapping or an object that has them, the first of a tuple, else ``output`` itself."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    if hasattr(output, "logits"):
+        return output.logits
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
 def num_batches_in(loader: Iterable[Any]) -> int:
     """Length of ``loader``, 0 when it has none."""
     try:

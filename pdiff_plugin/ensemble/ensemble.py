@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from pdiff_plugin.ensemble.batches import Inputs, arguments_of, num_batches_in
+from pdiff_plugin.ensemble.batches import Inputs, arguments_of, find_logits, num_batches_in
 from pdiff_plugin.ensemble.prediction import Prediction, PredictionSums, RegressionPrediction, join, member_axis
 from pdiff_plugin.ensemble.soup import uniform_soup
 from pdiff_plugin.ensemble.swap import swap_
@@ -426,13 +426,7 @@ def _has_conv_weights(model: nn.Module, names: Iterable[str]) -> bool:
 
 def _as_logits(output: Any) -> Tensor:
     """The logits in what a model returned: a tensor, a mapping or object with ``logits``, or the first of a tuple."""
-    found = output
-    if isinstance(output, Mapping) and "logits" in output:
-        found = output["logits"]
-    elif hasattr(output, "logits"):
-        found = output.logits
-    elif isinstance(output, tuple | list) and output:
-        found = output[0]
+    found = find_logits(output)
     if not isinstance(found, Tensor):
         raise ConfigError("output of the model", type(output).__name__, "must be logits or hold them as `logits`")
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdiff_plugin.ensemble.batches import arguments_of
+from pdiff_plugin.ensemble.batches import arguments_of, find_logits
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.snapshots.layout import unwrap
 
@@ -96,13 +96,7 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         ConfigError: there are none of shape (B, C).
     """
-    found = output
-    if isinstance(output, Mapping) and "logits" in output:
-        found = output["logits"]
-    elif hasattr(output, "logits"):
-        found = output.logits
-    elif isinstance(output, tuple | list) and output:
-        found = output[0]
+    found = find_logits(output)
     if not isinstance(found, Tensor) or found.ndim != 2:
         text = str(tuple(found.shape)) if isinstance(found, Tensor) else type(output).__name__
         raise ConfigError("output of the model", text, "must be logits of shape (B, C), or hold them as `logits`")
