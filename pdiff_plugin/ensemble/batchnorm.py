@@ -18,10 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pdiff_plugin.ensemble.batches import Inputs, arguments_of, num_batches_in
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
 from pdiff_plugin.ensemble.swap import swap_
-from pdiff_plugin.ensemble.trunk_cache import exclusive
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.progress import OnProgress, Progress
+from pdiff_plugin.recording.trunk_cache import exclusive
 from pdiff_plugin.snapshots.layout import named_modules, named_tensors, unwrap, wrapped_names
 
 

@@ -27,10 +27,10 @@ from pdiff_plugin.ensemble.batches import Inputs, arguments_of, find_logits, num
 from pdiff_plugin.ensemble.prediction import Prediction, PredictionSums, RegressionPrediction, join, member_axis
 from pdiff_plugin.ensemble.soup import uniform_soup
 from pdiff_plugin.ensemble.swap import swap_
-from pdiff_plugin.ensemble.trunk_cache import Run, Trunk, TrunkCache, copied_inputs, exclusive
 from pdiff_plugin.errors import ConfigError, FormatError, LayoutMismatchError, TrainingModeError
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.progress import OnProgress, Progress
+from pdiff_plugin.recording.trunk_cache import Run, Trunk, TrunkCache, copied_inputs, exclusive
 from pdiff_plugin.snapshots.files import check_format, replacing
 from pdiff_plugin.snapshots.layout import named_tensors, unwrap, wrapped_names
 
