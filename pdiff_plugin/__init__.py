@@ -34,6 +34,8 @@ if _TYPE_CHECKING:
     from pdiff_plugin.evaluation.evaluate import evaluate as evaluate
     from pdiff_plugin.evaluation.report import write_report as write_report
     from pdiff_plugin.evaluation.result import Evaluation as Evaluation
+    from pdiff_plugin.evaluation.sweep import Sweep as Sweep
+    from pdiff_plugin.evaluation.sweep import sweep as sweep
     from pdiff_plugin.evaluation.task import Task as Task
     from pdiff_plugin.fitting.fit import fit as fit
     from pdiff_plugin.generator.generator import WeightGenerator as WeightGenerator
@@ -55,6 +57,7 @@ _HOME = {
     "PDiffRecorder": "recording.recorder",
     "SnapshotStore": "snapshots.store",
     "SubspaceConfig": "config",
+    "Sweep": "evaluation.sweep",
     "Task": "evaluation.task",
     "WeightGenerator": "generator.generator",
     "WeightSet": "generator.weights",
@@ -66,6 +69,7 @@ _HOME = {
     "greedy_soup": "ensemble.soup",
     "import_checkpoints": "recording.checkpoints",
     "recalibrate_batchnorm": "ensemble.batchnorm",
+    "sweep": "evaluation.sweep",
     "swap_": "ensemble.swap",
     "swapped": "ensemble.swap",
     "uniform_soup": "ensemble.soup",
@@ -96,6 +100,8 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "Task",
     "evaluate",
     "Evaluation",
+    "sweep",
+    "Sweep",
     "write_report",
     "PDiffError",
 ]

@@ -310,7 +310,8 @@ def generate(
         trajectory: Make members of this run only.
         keep_above: Drop members whose accuracy on the task's evaluation data is below this share; needs --task. Judge
             what is left on other data, for it was chosen on these.
-        sweep: Make no files but a table of accuracy against diversity, also in sweep.json; needs --task.
+        sweep: Make no members, but a table and a picture (sweep.json, sweep.png) of accuracy against novelty over a
+            range of diversities, beside those of the cheap alternatives; needs --task.
         task: `package.module:function` returning a pdiff_plugin.Task, for --keep-above and --sweep.
         overwrite: Replace members that are in the folder already.
         num_workers: Processes that share the work; with more than one, or an address, it runs on Ray.
@@ -385,16 +386,18 @@ def _sweep(fitted: WeightGenerator, task: str, out: Path, num_members: int, seed
 
     made, store = _call("--task", task, Task), _store_of(fitted.provenance["store"], None)
     with console.progress() as on_progress:
-        curve = sweep(made, store, fitted, num_members=num_members, seed=seed, on_progress=on_progress)
+        found = sweep(made, store, fitted, num_members=num_members, seed=seed, on_progress=on_progress)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "sweep.json", {"task": made.name, "num_members": num_members, "seed": seed, "curve": curve})
+    write_json(out / "sweep.json", found.to_json())
+    try:
+        found.save_picture(out / "sweep.png")
+    except MissingDependencyError as error:
+        console.tell(f"no picture is drawn: {error}")
     if json:
-        _print_json(curve)
+        _print_json(found.to_json())
         return
-    keys = ("accuracy_mean", "ensemble_accuracy", "ensemble_nll", "wrong_iou_mean", "nearest_snapshot_distance")
-    rows = [[f"{p['diversity']:g}", *(f"{p[k]:.4f}" for k in keys)] for p in curve]
-    headers = ["diversity", "acc mean", "ens acc", "ens NLL", "IoU", "nearest"]
-    console.table(f"{made.name}: accuracy against diversity, {num_members} members each", headers, rows)
+    console.table(f"{made.name}: accuracy against novelty, {num_members} members each", *found.table())
+    console.say(found.sentence)
 
 
 def evaluate(

@@ -225,7 +225,7 @@ def test_generate_drops_members_that_are_not_good_enough(
     assert len(list((tmp_path / "members").iterdir())) == len(document["members"])
 
 
-def test_generate_sweeps_the_diversity(
+def test_generate_sweeps_the_diversity_beside_the_alternatives(
     fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_swept_task.py").write_text(TASK.replace("CLASS", "0"))
@@ -233,9 +233,14 @@ def test_generate_sweeps_the_diversity(
     capsys.readouterr()
     command = ["generate", str(fitted), "--sweep", "--num-members", "4", "--out", str(tmp_path / "sweep")]
     assert main([*command, "--task", "my_swept_task:task"]) == 0
-    assert "accuracy against diversity" in capsys.readouterr().out
-    curve = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["curve"]
-    assert [point["diversity"] for point in curve] == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
+    shown = capsys.readouterr().out
+    assert "accuracy against novelty" in shown
+    assert "At equal novelty" in shown
+    curve = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
+    generated = [point["setting"] for point in curve if point["set"] == "generated"]
+    assert generated == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
+    assert {point["set"] for point in curve} == {"snapshots", "generated", "average", "gaussian", "swag", "noise"}
+    assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert main(command) == 1
     assert "must be given together with --task" in error_text(capsys)
 

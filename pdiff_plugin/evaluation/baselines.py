@@ -84,14 +84,19 @@ def noise(rows: SnapshotRows, num_members: int, rng: torch.Generator, size: floa
     return WeightSet(noisy)
 
 
-def gaussian(rows: SnapshotRows, num_members: int, rng: torch.Generator, *, per_run: bool = False) -> WeightSet:
-    """Normal draws with the mean and standard deviation of each coordinate, over all snapshots or over a run's."""
+def gaussian(
+    rows: SnapshotRows, num_members: int, rng: torch.Generator, *, scale: float = 1.0, per_run: bool = False
+) -> WeightSet:
+    """Normal draws with the mean and ``scale`` times the standard deviation of each coordinate.
+
+    Both over all snapshots, or with ``per_run`` over those of a run.
+    """
     groups = _groups(rows, per_run)
     owner = torch.arange(num_members) % len(groups)
 
     def draw(values: Tensor) -> Tensor:
         mean, std = _moments(values, groups)  # (number of groups, b)
-        return mean[owner] + std[owner] * _normal(num_members, values.shape[1], rng)
+        return mean[owner] + scale * std[owner] * _normal(num_members, values.shape[1], rng)
 
     return _by_block(rows, num_members, draw)
 

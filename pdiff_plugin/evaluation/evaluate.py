@@ -115,7 +115,7 @@ def evaluate(
     seconds: dict[str, float] = {}
     with _timed(seconds, "read"):
         rows = SnapshotRows(store)
-    work = _Work(task, rows, seed, num_members, recalibrate, seconds, on_progress, score)
+    work = Work(task, rows, seed, num_members, recalibrate, seconds, on_progress, score)
     runs_in_turn: Strata = len(generator.trajectories) if isinstance(generator, WeightGenerator) else "none"
     for name in wanted:
         if name != "generated":
@@ -148,7 +148,7 @@ def evaluate(
     return work.result(generator)
 
 
-class _Work:
+class Work:
     """The sets of one evaluation, drawn and scored in as few passes over the data as memory allows."""
 
     def __init__(

@@ -8,7 +8,7 @@ Shapes: M members of a set, N snapshots, P coordinates, S ensemble sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -174,6 +174,34 @@ def accuracy_against_novelty(evaluation: Evaluation) -> Figure | None:
     if below:
         axes.set_title("below the axis: " + _wrapped(below), fontsize=8, loc="left", color="#444444")
     _legend_below(figure, axes)
+    return figure
+
+
+def accuracy_novelty_curves(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """What :func:`~pdiff_plugin.evaluation.sweep.sweep` found: one line for each way of making members.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    with style():
+        figure, axes = _figure(3.9)
+        curves: dict[str, Array] = {}
+        for name in dict.fromkeys(point["set"] for point in points):
+            own = [point for point in points if point["set"] == name]
+            curves[name] = np.array([(1 - p["wrong_iou_max_to_snapshots"], 100 * p["accuracy_mean"]) for p in own])
+        low, high = _range_of([curves[n][:, 1] for n in curves if n in ("snapshots", "generated")], share=0.5)
+        for name, curve in curves.items():
+            look = LOOKS[name]
+            size = 10 if name == "generated" else 5
+            axes.plot(*curve.T, color=look.colour, marker=look.marker, linestyle=look.line, markersize=size, label=name)
+        for point in points:
+            if point["set"] == "generated":
+                place = (1 - point["wrong_iou_max_to_snapshots"], 100 * point["accuracy_mean"])
+                axes.annotate(f"{point['setting']:g}", place, xytext=(4, 5), textcoords="offset points", fontsize=7.5)
+        axes.set_ylim(low, high)
+        axes.set_xlabel("novelty: 1 − share of errors in common\nwith the likest snapshot")
+        axes.set_ylabel("mean accuracy of members, %")
+        _legend_below(figure, axes)
     return figure
 
 

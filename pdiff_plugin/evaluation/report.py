@@ -54,11 +54,16 @@ def write_report(source: Evaluation | str | os.PathLike[str], out: str | os.Path
     html = render_html(evaluation, drawn)
     (folder / FIGURES_DIR).mkdir(parents=True, exist_ok=True)
     for picture in drawn:
-        with replacing(folder / FIGURES_DIR / f"{picture.name}.png") as temp, style():
-            picture.figure.savefig(temp, format="png", dpi=_PNG_DPI, metadata={"Software": None})
+        write_figure(picture.figure, folder / FIGURES_DIR / f"{picture.name}.png")
     with replacing(folder / HTML_NAME) as temp:
         temp.write_text(html, encoding="utf-8")
     return folder / HTML_NAME
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    with replacing(path) as temp, style():
+        figure.savefig(temp, format="png", dpi=_PNG_DPI, metadata={"Software": None})
 
 
 def render_html(evaluation: Evaluation, drawn: list[Picture] | None = None) -> str:

@@ -155,21 +155,24 @@ class Evaluation:
 
     def table_text(self) -> str:
         """The table and the verdict as plain text."""
-        headers, rows = self.table()
-        widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
-
-        def line(cells: Sequence[str]) -> str:
-            padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-            return "  ".join(padded).rstrip()
-
-        lines = [line(headers), "  ".join("-" * w for w in widths), *(line(row) for row in rows)]
-        return "\n".join([*lines, "", FOOTNOTE, "", self.verdict.sentence])
+        return "\n".join([text_table(*self.table()), "", FOOTNOTE, "", self.verdict.sentence])
 
     def __str__(self) -> str:
         return self.table_text()
 
     def _passes(self, name: str) -> str:
         return format_figure(self.cost.get(name, {}).get("forward_passes"), ".2f")
+
+
+def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of plain text, the first one flush left."""
+    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(headers), "  ".join("-" * w for w in widths), *(line(row) for row in rows)])
 
 
 def format_figure(value: Any, kind: str) -> str:
