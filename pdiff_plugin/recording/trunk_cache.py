@@ -1,19 +1,21 @@
-"""Computing once per batch what all members of an ensemble share.
+"""Computing once per batch what all members of an ensemble, or all branches of a training, share.
 
-A sub-module without a generated tensor is *clean*; the *trunk* is what runs before the first operation on a generated
-tensor, the *tail* the rest. The first member of a batch is recorded: outputs of outermost clean modules are kept until
-the trunk ends. For the other members those modules are replayed, and only the tail is computed.
+A sub-module without a member's own (generated) tensor is *clean*; the *trunk* is what runs before the first operation
+on a generated tensor, the *tail* the rest. The first member of a batch is recorded: outputs of outermost clean modules
+are kept until the trunk ends. For the other members those modules are replayed, and only the tail is computed. It may
+be differentiated: what is kept needs no gradient.
 
 Replaying is exact because the recording watches every operation (below autograd, so custom functions and tied or
-borrowed weights are seen too) for three things:
+borrowed weights are seen too) for four things:
 
 - the first use of a generated tensor: nothing is kept from there on;
+- a random draw (dropout in train mode): likewise, since every member would have drawn its own;
 - a write, by code that will run again, into an output that is kept (``x += shortcut``): a copy is made just before
   the write, and every later member gets its own copy of that;
 - a write by a kept module into an earlier output (an in-place ReLU): the written value is the one to replay, unless
   code that will run again has read the older one, or makes that memory itself; then the trunk ends there.
 
-What escapes: Python state that a clean module changes and the tail reads, and random numbers drawn in the trunk.
+What escapes: Python state that a clean module changes and the tail reads, and random numbers that are not torch's.
 """
 
 from __future__ import annotations
@@ -111,6 +113,7 @@ class Trunk:
     Attributes:
         is_recorded: a member has been recorded, others can be replayed.
         is_sound: False when replaying cannot be exact; members must then be computed whole.
+        draws: a random draw ended the trunk.
         largest_tail_bytes: size of the largest tensor that the recorded tail made.
     """
 
@@ -127,7 +130,7 @@ class Trunk:
 
     def forget(self) -> None:
         """Drop every kept output."""
-        self.is_recorded = self.is_sound = False
+        self.is_recorded = self.is_sound = self.draws = False
         self._kept: dict[tuple[str, int], _Kept] = {}
         self._memory: dict[int, _Memory] = {}
         self._calls: Counter[str] = Counter()
@@ -143,13 +146,20 @@ class Trunk:
         self._call_memory: set[_Memory] = set()
         self._made_in_call: set[int] = set()
 
-    def record(self, run: Run) -> Tensor:
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is kept: all would be computed again for every member."""
+        return not self._kept
+
+    def record(self, run: Run, before: Callable[[], object] = lambda: None) -> Tensor:
         """Compute one member with ``run(args, kwargs)`` and keep what its trunk gives.
 
         ``run`` must hold the member's tensors ready: a slice taken inside it would count as their first use.
+        ``before`` is called before each attempt; more than one is needed when a model shows what cannot be kept.
         """
         while True:
             self.forget()
+            before()
             self.is_sound = self._is_recording = True
             # The caller's own tensors stay out of reach: some models write into their inputs.
             args, kwargs = copied_inputs(self._inputs)
@@ -211,16 +221,17 @@ class Trunk:
 
         return routed
 
-    def watch(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
-        """Called before each operation while recording; returns the storages it uses.
-
-        A higher-order operator has no ``schema``.
-        """
-        if schema is None:
+    def watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
+        """Called before each operation ``func`` while recording; returns the storages it uses."""
+        schema = getattr(func, "_schema", None)
+        if schema is None:  # a higher-order operator
             self._end()
             return set()
         uses = list(_tensors_with_access(schema, args, kwargs))
         if not self._in_tail and any(key in self._generated for key, _ in uses):
+            self._end()
+        if not self._in_tail and _draws(func, args, kwargs):
+            self.draws = True
             self._end()
         for key, is_write in uses:
             memory = self._memory.get(key)
@@ -273,7 +284,9 @@ class Trunk:
             return
         leaves, spec = tree_flatten(output)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not all(_is_plain_tensor(leaf) if isinstance(leaf, Tensor) else _is_constant(leaf) for leaf in leaves):
+        if any(tensor.requires_grad for tensor in tensors):
+            self._end()  # its graph serves one member only
+        elif not all(_is_plain_tensor(leaf) if isinstance(leaf, Tensor) else _is_constant(leaf) for leaf in leaves):
             self._end()
             self._cache.clean.pop(key[0], None)
         elif all(k in self._memory or k in self._made_in_call for k in map(_storage_key, tensors)):
@@ -375,7 +388,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        used = self._trunk.watch(getattr(func, "_schema", None), args, kwargs)
+        used = self._trunk.watch(func, args, kwargs)
         output = func(*args, **kwargs)
         self._trunk.note_output(output, used)
         return output
@@ -395,6 +408,18 @@ def _tensors_with_access(schema: Any, args: tuple[Any, ...], kwargs: dict[str, A
         for tensor in value if isinstance(value, tuple | list) else (value,):
             if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                 yield _storage_key(tensor), is_write
+
+
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation draws random numbers: its like may also be called to draw none, as attention is."""
+    arguments = func._schema.arguments
+    if torch.Tag.nondeterministic_seeded not in func.tags and not any(a.name == "generator" for a in arguments):
+        return False
+    given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+    values = {argument.name: given.get(argument.name, argument.default_value) for argument in arguments}
+    return all(values.get(name, 1.0) != 0.0 for name in ("dropout_p", "dropout")) and all(
+        values.get(name) is not False for name in ("train", "training")
+    )
 
 
 def _storage_key(tensor: Tensor) -> int:

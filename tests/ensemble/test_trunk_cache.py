@@ -171,6 +171,33 @@ def test_a_model_that_cannot_be_replayed_is_run_whole(caplog):
     )
 
 
+class Dropping(nn.Module):
+    """Random numbers between two clean modules, drawn inside a third or by the model itself."""
+
+    def __init__(self, drop):
+        super().__init__()
+        self.before, self.drop, self.after = nn.Linear(6, 8), drop, nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.after(self.drop(self.before(x))))
+
+
+class AlwaysDrops(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5, training=True)
+
+
+@pytest.mark.parametrize("drop", [AlwaysDrops(), AlwaysDrops().forward], ids=["module", "function"])
+def test_members_draw_their_own_random_numbers_in_the_trunk(drop):
+    model = Dropping(drop).eval()
+    weights = {"head.weight": model.head.weight.detach().expand(M, 3, 8)}
+
+    members = DiffusionEnsemble(model, weights, strategy="trunk", vectorize=False).members(inputs(ROW))
+
+    assert len(torch.unique(members, dim=0)) == M
+
+
 def flops(function, *args, **kwargs):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         function(*args, **kwargs)
