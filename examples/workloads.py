@@ -1,47 +1,49 @@
-"""Fit generators to three standard workloads on CIFAR-10 and compare them with the cheap alternatives.
+"""Fit generators to standard workloads on CIFAR-10 and compare them with the cheap alternatives.
 
     w1   a whole network: an MLP of 66,970 parameters on grey images, one snapshot per step of its last epoch
     w2   the paper's procedure: the last two BatchNorms of a small ResNet, trained on at a high rate for 300 steps
     w3   w1 five times from different seeds, 100 snapshots each, in one store
+    w5   the LoRA matrices of a tiny vision transformer from transformers
+    w6   w2's network with its last block and head trained anew eight times from one trunk
 
-For each the evaluation table is printed, and the curve on which the `diversity` setting moves.
+For each the evaluation table is printed, then the accuracy-novelty curve of the `diversity` setting beside those of the
+alternatives; store, fit, table (result.json) and picture (curve.png) are left in a folder. A whole ResNet-18 is in
+whole_resnet.py.
 
-    python examples/workloads.py --data ~/data w1 w2 w3    # about 20 minutes on two CPU cores
+    python examples/workloads.py --data ~/data w1 w2 w3
     python examples/workloads.py --smoke w1 w2 w3          # synthetic images, a minute; figures mean nothing
 
 `--data` is a folder for torchvision's CIFAR10 (downloaded into it if need be), or one with train.parquet and
-test.parquet (columns `image` and `label`).
+test.parquet (columns `image` and `label`). A run that was interrupted goes on from what is in the folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
+from workload_data import Split, augmented, cifar10, grey, loader, synthetic
 
-from pdiff_plugin import DiffusionConfig, FitConfig, PDiffRecorder, SnapshotStore, Task, collect, evaluate, fit
-
-DIVERSITIES = (0.5, 0.75, 1.0, 1.25, 1.5)
-Split = tuple[Tensor, Tensor]
+from pdiff_plugin import DiffusionConfig, FitConfig, PDiffRecorder, SnapshotStore, Task, collect, evaluate, fit, sweep
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", default=["w1", "w2", "w3"], help="w1, w2, w3; all unless given")
+    parser.add_argument("workloads", nargs="*", default=["w1", "w2", "w3"], help="w1, w2, w3 unless given")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10")
     parser.add_argument("--out", type=Path, default=Path("pdiff-workloads"), help="folder for stores, fits, tables")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="synthetic images, everything but brief")
     options = parser.parse_args()
-    makers = {"w1": whole_mlp, "w2": last_norms, "w3": five_runs}
+    makers = {"w1": whole_mlp, "w2": last_norms, "w3": five_runs, "w5": lora, "w6": eight_branches}
     if unknown := set(options.workloads) - set(makers):
         parser.error(f"no workload {', '.join(sorted(unknown))}; there are {', '.join(makers)}")
     if options.data is None and not options.smoke:
@@ -75,20 +77,85 @@ def five_runs(train: Split, test: Split, store: Path, seed: int, smoke: bool) ->
 def last_norms(train: Split, test: Split, store: Path, seed: int, smoke: bool) -> Task:
     """W2: train a small ResNet, then only its last two BatchNorms (2,048 weights and biases) at a high rate."""
     torch.manual_seed(seed)
-    model, num_epochs = SmallResNet(), 1 if smoke else 3
-    batches = loader(train, 16 if smoke else 128, shuffle=True)
+    model, batches = SmallResNet(), loader(train, 16 if smoke else 128, shuffle=True)
+    if not restored(model, store):
+        train_all(model, batches, num_epochs=1 if smoke else 3)
+        count = 40 if smoke else 300
+        collect(model, batches, F.cross_entropy, store=store, layers="last-norms:2", num_snapshots=count, lr=3e-2)
+    return Task(model.eval(), loader(test, 500))
+
+
+def lora(train: Split, test: Split, store: Path, seed: int, smoke: bool) -> Task:
+    """W5: train a vision transformer of 0.2 M parameters, then only LoRA matrices on its queries and values."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+        image_size=32, patch_size=4, num_labels=10,
+    )  # fmt: skip
+    model, batches = ViTForImageClassification(config), loader(train, 16 if smoke else 128, shuffle=True)
+
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.logits, targets)
+
+    is_recorded = store.exists()
+    if not is_recorded:
+        train_all(model, batches, num_epochs=1 if smoke else 3, logits=lambda outputs: outputs.logits)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"]))
+    if not is_recorded:
+        # LoRA starts at zero: the first steps only leave it.
+        steps = 10 if smoke else 100
+        count = 40 if smoke else 300
+        collect(model, batches, loss, store=store, layers="lora", num_snapshots=count, warmup_steps=steps, lr=5e-3)
+    restored(model, store)
+    return Task(model.eval(), loader(test, 500))
+
+
+def eight_branches(train: Split, test: Split, store: Path, seed: int, smoke: bool) -> Task:
+    """W6: the last block and the head of W2's network, trained anew eight times on one trunk, 40 snapshots each."""
+    torch.manual_seed(seed)
+    model, batches = SmallResNet(), loader(train, 16 if smoke else 128, shuffle=True)
+    if not restored(model, store):
+        train_all(model, batches, num_epochs=1 if smoke else 3)
+        collect(
+            model,
+            batches,
+            F.cross_entropy,
+            store=store,
+            layers=["stages.3", "head"],
+            num_trajectories=2 if smoke else 8,
+            restart="reinit",
+            warmup_steps=10 if smoke else 200,
+            num_snapshots=20 if smoke else 40,
+            lr=1e-3,
+        )
+        restored(model, store)
+    # Each member computes a whole block: a quarter of the images will do.
+    return Task(model.eval(), loader((test[0][:2500], test[1][:2500]), 500))
+
+
+def restored(model: nn.Module, store: Path) -> bool:
+    """Load the whole model that was recorded with the last snapshot, if there is one."""
+    base = SnapshotStore.open(store).base() if store.exists() else None
+    if base:
+        model.load_state_dict(base)
+    return base is not None
+
+
+def train_all(
+    model: nn.Module, batches: DataLoader[Any], *, num_epochs: int, logits: Any = lambda outputs: outputs
+) -> None:
+    """Train a whole model in place, with one cycle of the learning rate."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=5e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=num_epochs * len(batches))
     for _ in range(num_epochs):
         for x, y in batches:
             optimizer.zero_grad()
-            F.cross_entropy(model(augmented(x)), y).backward()
+            F.cross_entropy(logits(model(augmented(x))), y).backward()
             optimizer.step()
             schedule.step()
-    count = 40 if smoke else 300
-    if not store.exists():
-        collect(model, batches, F.cross_entropy, store=store, layers="last-norms:2", num_snapshots=count, lr=3e-2)
-    return Task(model.eval(), loader(test, 500))
 
 
 def train_mlp(train: Split, store: Path, seed: int, *, num_epochs: int, num_snapshots: int) -> nn.Module:
@@ -117,7 +184,7 @@ def train_mlp(train: Split, store: Path, seed: int, *, num_epochs: int, num_snap
 
 
 def judge(task: Task, folder: Path, seed: int, smoke: bool) -> None:
-    """Fit, print the table and the diversity curve, and leave both in the folder."""
+    """Fit, print the table and the curves, and leave both in the folder."""
     brief = DiffusionConfig(max_steps=100) if smoke else DiffusionConfig()
     started = time.perf_counter()
     generator = fit(folder / "store", FitConfig(seed=seed, diffusion=brief), out=folder / "fit")
@@ -126,25 +193,19 @@ def judge(task: Task, folder: Path, seed: int, smoke: bool) -> None:
     keys = ("latent_dim", "fidelity", "spread_ratio", "novelty", "copy_ratio", "trajectory_coverage", "diffusion_steps")
     print({key: report[key] for key in keys if key in report}, flush=True)
 
-    num_members, sets = (8, "core") if smoke else (60, "all")
-    result = evaluate(task, folder / "store", generator, num_members=num_members, seed=seed, sets=sets)
-    print(result, flush=True)
-    curve = []
-    for diversity in DIVERSITIES[:: 2 if smoke else 1]:
-        rng = torch.Generator().manual_seed(seed)
-        weights = generator.sample(num_members, diversity=diversity, rng=rng)
-        figures = evaluate(task, folder / "store", weights=weights, sets=["snapshots", "generated"], seed=seed)
-        curve.append({"diversity": diversity, **figures.to_json()["sets"]["generated"]})
-    print(f"{'diversity':>9} {'accuracy':>9} {'ens. NLL':>9} {'own IoU':>8} {'max IoU to snapshots':>21}")
-    for point in curve:
-        print(
-            f"{point['diversity']:9.2f} {point['accuracy_mean']:9.4f} {point['ensemble_nll']:9.4f} "
-            f"{point['wrong_iou_mean']:8.4f} {point['wrong_iou_max_to_snapshots']:21.4f}",
-            flush=True,
-        )
-    document = {"report": report, "evaluation": result.to_json(), "diversity": curve}
+    started = time.perf_counter()
+    num_members = 4 if smoke else 32
+    result = evaluate(
+        task, folder / "store", generator, num_members=num_members, seed=seed, sets="core" if smoke else "all"
+    )
+    print(f"{result}\njudged in {time.perf_counter() - started:.0f} s\n", flush=True)
+    started = time.perf_counter()
+    curves = sweep(task, folder / "store", generator, num_members=4 if smoke else 16, seed=seed)
+    print(f"{curves}\nswept in {time.perf_counter() - started:.0f} s\n", flush=True)
+    curves.save_picture(folder / "curve.png")
+    document = {"report": report, "evaluation": result.to_json(), "curves": curves.to_json()}
     (folder / "result.json").write_text(json.dumps(document, indent=2) + "\n")
-    print(f"{len(SnapshotStore.open(folder / 'store'))} snapshots, fit and figures are in {folder}", flush=True)
+    print(f"store, fit, figures and picture are in {folder}", flush=True)
 
 
 class SmallResNet(nn.Module):
@@ -153,7 +214,9 @@ class SmallResNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
-        self.stages = nn.Sequential(Block(32, 32, 1), Block(32, 64, 2), Block(64, 128, 2), Block(128, 512, 2))
+        # The second convolution of the last block is 1 x 1: it is all that members of an ensemble compute one by one.
+        last = Block(128, 512, 2, kernel_size=1)
+        self.stages = nn.Sequential(Block(32, 32, 1), Block(32, 64, 2), Block(64, 128, 2), last)
         self.head = nn.Linear(512, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,75 +225,18 @@ class SmallResNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions with BatchNorm around a shortcut without a norm of its own."""
+    """Two convolutions with BatchNorm around a shortcut without a norm of its own."""
 
-    def __init__(self, inside: int, outside: int, stride: int) -> None:
+    def __init__(self, inside: int, outside: int, stride: int, kernel_size: int = 3) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.conv2 = nn.Conv2d(outside, outside, kernel_size, 1, kernel_size // 2, bias=False)
         self.shortcut = nn.Conv2d(inside, outside, 1, stride, bias=False) if inside != outside else nn.Identity()
         self.norm1, self.norm2 = nn.BatchNorm2d(outside), nn.BatchNorm2d(outside)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return F.relu(out + self.shortcut(x))
-
-
-def loader(split: Split, batch_size: int, *, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
-    return DataLoader(TensorDataset(*split), batch_size, shuffle=shuffle, drop_last=shuffle)
-
-
-def augmented(x: Tensor) -> Tensor:
-    """Mirror half of the batches, and shift each batch by up to two pixels."""
-    shift = torch.randint(-2, 3, (2,)).tolist()
-    return (x.flip(3) if torch.rand(()) < 0.5 else x).roll(shift, dims=(2, 3))
-
-
-def grey(split: Split) -> Split:
-    """Flat grey images, (N, 1024)."""
-    weights = torch.tensor([0.299, 0.587, 0.114])
-    return (split[0] * weights[:, None, None]).sum(dim=1).flatten(1), split[1]
-
-
-def normalised(images: Tensor) -> Tensor:
-    """Bytes (N, 32, 32, 3) as float32 (N, 3, 32, 32) of about unit variance."""
-    return ((images.float() / 255 - 0.47) / 0.25).permute(0, 3, 1, 2).contiguous()
-
-
-def cifar10(folder: Path) -> tuple[Split, Split]:
-    splits = []
-    for name in ("train", "test"):
-        if (folder / f"{name}.parquet").is_file():
-            images, labels = read_parquet(folder / f"{name}.parquet")
-        else:
-            from torchvision.datasets import CIFAR10
-
-            data = CIFAR10(str(folder), train=name == "train", download=True)
-            images, labels = torch.from_numpy(data.data), torch.tensor(data.targets)
-        splits.append((normalised(images), labels))
-    return splits[0], splits[1]
-
-
-def read_parquet(path: Path) -> Split:
-    import numpy as np
-    import pyarrow.parquet
-    from PIL import Image
-
-    table = pyarrow.parquet.read_table(path)
-    images = []
-    for cell in table["image"].to_pylist():
-        data = cell["bytes"] if isinstance(cell, dict) else cell
-        images.append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-    return torch.from_numpy(np.stack(images)), torch.tensor(table["label"].to_pylist())
-
-
-def synthetic() -> tuple[Split, Split]:
-    """Ten blurred patterns under noise, 300 images to train on and 200 to test."""
-    rng = torch.Generator().manual_seed(0)
-    patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=rng), size=32, mode="bilinear")
-    labels = torch.randint(10, (500,), generator=rng)
-    images = patterns[labels] + 3.0 * torch.randn(500, 3, 32, 32, generator=rng)
-    return (images[:300], labels[:300]), (images[300:], labels[300:])
 
 
 if __name__ == "__main__":

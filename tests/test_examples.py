@@ -26,4 +26,4 @@ def test_a_workload_prints_its_table_and_its_curve(tmp_path: Path) -> None:
     text = run(str(EXAMPLES / "workloads.py"), "--smoke", "w1", cwd=tmp_path)
     for name in ("snapshots", "generated", "average", "gaussian"):
         assert f"\n{name} " in text
-    assert "\ndiversity " in text
+    assert "At equal novelty" in text
