@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from pdiff_plugin.config import SubspaceConfig
 from pdiff_plugin.snapshots.files import TEMP_MARK
-from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.layout import DTYPES, Layout
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,12 @@ LOG_SUFFIX = "running_var"
 _TINY = 1e-12
 # Eigenvalues below this share of the largest are noise of the accumulation.
 _NOISE_SHARE = 1e-10
-# A basis of this size (in float32) is kept on disk while fitting, where there is a folder for it.
+# A basis of this size is kept on disk while fitting, where there is room for it.
 _MAPPED_BYTES = 256 << 20
+# Rows encoded or decoded at a time: with one number for every way of working, all of them give the same bits.
+ROWS_AT_A_TIME = 16
+# Columns encoded or decoded at a time: with 300 directions, 79 MB of the basis in float32.
+_BLOCK_VALUES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ def measure(
     """
     columns = columns or slice(0, layout.num_values)
     N = read(columns.start, columns.start).shape[0]
+    is_train = _indicator(train_rows, N)
     gram = torch.zeros(N, N, dtype=torch.float64)
     is_bad = torch.zeros(N, dtype=torch.float64)
     squares = torch.zeros(len(layout.tensors), dtype=torch.float64)
@@ -130,7 +136,7 @@ def measure(
                 is_bad[bad] = 1.0
                 break
         values = transform(rows, spec.name).double()
-        values -= values[train_rows].mean(dim=0)
+        values -= (is_train @ values) / len(train_rows)
         of_tensor.addmm_(values, values.T)
         if hi == min(place.stop, columns.stop):
             squares[number] = of_tensor.diagonal()[train_rows].sum()
@@ -171,7 +177,7 @@ class Autoencoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Flat vectors (B, D) float32 of latents (B, K)."""
 
-    def decode_blocks(self, latents: Tensor, block_values: int = 1 << 20) -> Iterator[tuple[str, slice, Tensor]]:
+    def decode_blocks(self, latents: Tensor, block_values: int = _BLOCK_VALUES) -> Iterator[tuple[str, slice, Tensor]]:
         """(tensor name, place in the flat vector, values (B, place)) of a few columns at a time."""
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -186,7 +192,7 @@ class SubspaceAutoencoder:
 
     Attributes:
         mean: (D,) float32, of the transformed training rows.
-        basis: (K, D) float32, orthonormal rows in standardised coordinates.
+        basis: (K, D) float32 or bfloat16, orthonormal rows in standardised coordinates; computed with in float32.
         scales: (number of tensors,) float32.
         latent_scale: standard deviation that latents were divided by.
     """
@@ -201,10 +207,9 @@ class SubspaceAutoencoder:
     def encode(self, flat: Tensor) -> Tensor:
         """Latents (B, K) float32 of flat vectors (B, D)."""
         latents = torch.zeros(len(flat), self.latent_dim, dtype=torch.float64)
-        for number, spec in enumerate(self.layout):
-            place = self.layout.slices[spec.name]
-            values = (transform(flat[:, place], spec.name) - self.mean[place]) / self.scales[number]
-            latents += (values @ self.basis[:, place].T).double()
+        for number, lo, hi in column_blocks(self.layout, _BLOCK_VALUES):
+            values = transform(flat[:, lo:hi], self.layout.tensors[number].name) - self.mean[lo:hi]
+            latents += (values.div_(self.scales[number]) @ self.basis[:, lo:hi].float().T).double()
         return (latents / self.latent_scale).float()
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -215,7 +220,7 @@ class SubspaceAutoencoder:
             out[:, place] = values
         return out
 
-    def decode_blocks(self, latents: Tensor, block_values: int = 1 << 20) -> Iterator[tuple[str, slice, Tensor]]:
+    def decode_blocks(self, latents: Tensor, block_values: int = _BLOCK_VALUES) -> Iterator[tuple[str, slice, Tensor]]:
         """Decode a few columns at a time.
 
         Args:
@@ -225,11 +230,12 @@ class SubspaceAutoencoder:
         Yields:
             (tensor name, place [lo, hi) in the flat vector, values (B, hi - lo)).
         """
-        scaled = latents.to(self.basis.dtype).cpu() * self.latent_scale
+        scaled = latents.to("cpu", torch.float32) * self.latent_scale
         for number, lo, hi in column_blocks(self.layout, block_values):
-            name = self.layout.tensors[number].name
-            values = torch.addmm(self.mean[lo:hi], scaled, self.basis[:, lo:hi], alpha=float(self.scales[number]))
-            yield name, slice(lo, hi), inverse_transform(values, name)
+            name, scale = self.layout.tensors[number].name, float(self.scales[number])
+            mean, basis = self.mean[lo:hi], self.basis[:, lo:hi].float()
+            rows = [torch.addmm(mean, part, basis, alpha=scale) for part in torch.split(scaled, ROWS_AT_A_TIME)]
+            yield name, slice(lo, hi), inverse_transform(torch.cat(rows), name)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that rebuild this autoencoder together with its layout."""
@@ -292,7 +298,7 @@ def fit_subspace(
         train_rows: (n,) int64 places of the training rows.
         heldout_rows: (m,) int64 places of the others.
         trajectory: (n,) int64, the run of each training row; one run unless given.
-        scratch: folder where a large basis is kept in a mapped file instead of in memory.
+        scratch: folder where a large basis is kept in a mapped file; a temporary one unless given.
         columns: those that this process reads, where several share the work; all unless given.
         join_columns: puts their columns side by side, given this process's (K, own columns) and what makes the result.
         on_columns: told after each block how many columns are done.
@@ -306,18 +312,24 @@ def fit_subspace(
     coordinates = of_train @ lift  # (N, K)
     latent_scale = float(coordinates[train_rows].std(correction=0)) or 1.0
 
-    basis = _empty_basis(K, columns.stop - columns.start, scratch)
+    dtype = DTYPES[config.basis_dtype]
+    basis = _empty_basis(K, columns.stop - columns.start, dtype, scratch)
     mean = torch.empty(1, columns.stop - columns.start)
+    # Zero for the rows held out, which saves copying the others.
+    is_train = _indicator(train_rows, len(of_train))
+    lift_all = torch.zeros(len(of_train), K, dtype=torch.float64)
+    lift_all[train_rows] = lift
     for number, lo, hi in column_blocks(layout, block_values, columns):
         own = slice(lo - columns.start, hi - columns.start)
-        values = transform(read(lo, hi)[train_rows], layout.tensors[number].name).double()
-        mean_here = values.mean(dim=0)
+        values = transform(read(lo, hi), layout.tensors[number].name).double()
+        mean_here = (is_train @ values) / len(train_rows)
         mean[0, own] = mean_here.float()
+        values -= mean_here
         # A float64 product: in float32 the small directions of a long trajectory lose four digits.
-        basis[:, own] = lift.T @ ((values - mean_here) / statistics.scales[number])
+        basis[:, own] = (lift_all.T @ values).div_(statistics.scales[number])
         if on_columns is not None:
             on_columns(own.stop)
-    basis = join_columns(basis, lambda D: _empty_basis(K, D, scratch))
+    basis = join_columns(basis, lambda D: _empty_basis(K, D, dtype, scratch))
     mean = join_columns(mean, lambda D: torch.empty(1, D))[0]
 
     judged = heldout_rows if len(heldout_rows) else train_rows
@@ -378,11 +390,28 @@ def _fix_signs(directions: Tensor) -> Tensor:
     return directions * directions.gather(0, directions.abs().argmax(dim=0, keepdim=True)).sign()
 
 
-def _empty_basis(K: int, D: int, scratch: Path | None) -> Tensor:
-    """(K, D) float32; from _MAPPED_BYTES on in a file of ``scratch`` that is gone with the tensor."""
-    if scratch is None or 4 * K * D < _MAPPED_BYTES or os.name != "posix":
-        return torch.empty(K, D)
-    path = scratch / f"{TEMP_MARK}{os.getpid()}-basis"
-    basis = torch.from_file(str(path), shared=True, size=K * D, dtype=torch.float32).view(K, D)
-    path.unlink()  # the mapping keeps it alive; nothing is left behind by a kill
-    return basis
+def _indicator(places: Tensor, size: int) -> Tensor:
+    """(size,) float64: one at ``places``, else zero. A sum of equal values stays exact, one of n-ths would not."""
+    return torch.zeros(size, dtype=torch.float64).index_fill_(0, places, 1.0)
+
+
+def _empty_basis(K: int, D: int, dtype: torch.dtype, scratch: Path | None) -> Tensor:
+    """(K, D); from _MAPPED_BYTES on in a file of ``scratch`` that is gone with the tensor, if there is room for it."""
+    size_bytes = K * D * dtype.itemsize
+    if size_bytes < _MAPPED_BYTES or os.name != "posix":
+        return torch.empty(K, D, dtype=dtype)
+    try:
+        # Unlinked at once: the mapping keeps it alive, and nothing is left behind by a kill.
+        with tempfile.NamedTemporaryFile(prefix=f"{TEMP_MARK}basis-", dir=scratch or _disk_folder()) as file:
+            if hasattr(os, "posix_fallocate"):  # else a full disk would show as a SIGBUS in the middle of the pass
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+            return torch.from_file(file.name, shared=True, size=K * D, dtype=dtype).view(K, D)
+    except OSError as error:
+        logger.warning("no room on disk for %.1f GB of basis (%s): it is kept in memory", size_bytes / 1e9, error)
+        return torch.empty(K, D, dtype=dtype)
+
+
+def _disk_folder() -> str:
+    """The folder for temporary files; ``/var/tmp`` instead of ``/tmp``, which is memory on many systems."""
+    folder = tempfile.gettempdir()
+    return "/var/tmp" if folder == "/tmp" and os.access("/var/tmp", os.W_OK | os.X_OK) else folder

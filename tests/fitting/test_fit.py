@@ -9,10 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from pdiff_plugin import DiffusionConfig, FitConfig, SubspaceConfig, WeightGenerator, fit
+from pdiff_plugin import DiffusionConfig, FitConfig, Layout, SubspaceConfig, WeightGenerator, fit
 from pdiff_plugin.errors import FitExistsError, FormatVersionError, StoreNotFoundError, UnusableSnapshotsError
 from pdiff_plugin.fitting.fit import heldout_blocks
+from pdiff_plugin.generator.streaming import save_tensors
+from pdiff_plugin.snapshots.layout import TensorSpec
 
 QUICK = FitConfig(
     autoencoder=SubspaceConfig(latent_dim=6),
@@ -45,6 +49,44 @@ def test_a_fit_leaves_a_generator_and_its_history(make_store, tmp_path):
     assert document["report"] == generator.report
     assert {"statistics", "autoencoder", "diffusion", "report"} <= document["seconds"].keys()
     assert generator.sample(3)["head.weight"].shape == (3, 3, 8)
+
+
+def test_a_bfloat16_basis_halves_the_file_and_survives_it(make_store, tmp_path):
+    layout = Layout((TensorSpec("w", (4, 5000), "float32", "parameter"),))
+    rows = torch.randn(40, layout.num_values, generator=torch.Generator().manual_seed(0)).cumsum(0)
+    store = make_store(rows, layout=layout)
+    settings = replace(QUICK, autoencoder=SubspaceConfig(latent_dim=30, explained_variance=1.0))
+    whole = fit(store, settings, out=tmp_path / "whole")
+    half = fit(
+        store, replace(settings, autoencoder=replace(settings.autoencoder, basis_dtype="bfloat16")), out=tmp_path
+    )
+
+    sizes = [len(file_of(folder)) for folder in (tmp_path, tmp_path / "whole")]
+    found = WeightGenerator.load(tmp_path)
+    assert found.config.autoencoder.basis_dtype == "bfloat16"
+    assert found.autoencoder.basis.dtype == torch.bfloat16
+    assert 0.5 < sizes[0] / sizes[1] < 0.55
+    one, two, exact = (g.sample(5, rng=torch.Generator().manual_seed(0))["w"] for g in (half, found, whole))
+    assert torch.equal(one, two)
+    assert 0 < (one - exact).norm() < 2**-8 * (exact - exact.mean(0)).norm()
+
+
+def test_a_fit_from_before_a_setting_existed_counts_as_one_with_its_default(make_store, tmp_path):
+    store = make_store()
+    fit(store, QUICK, out=tmp_path / "fit")
+    before = file_of(tmp_path / "fit")
+    document = json.loads((tmp_path / "fit" / "fit.json").read_text())
+    del document["config"]["autoencoder"]["basis_dtype"]
+    (tmp_path / "fit" / "fit.json").write_text(json.dumps(document))
+    tensors = load_file(tmp_path / "fit" / "generator.safetensors")
+    with safe_open(tmp_path / "fit" / "generator.safetensors", framework="pt") as file:
+        header = {**file.metadata(), "config": json.dumps(document["config"])}
+    save_tensors(tmp_path / "fit" / "generator.safetensors", tensors, header)
+
+    found = fit(store, QUICK, out=tmp_path / "fit")
+
+    assert found.config == QUICK
+    assert len(file_of(tmp_path / "fit")) < len(before)  # it was taken as it is
 
 
 def test_a_longer_fit_returns_the_mean_and_spread_of_the_snapshots(make_store):

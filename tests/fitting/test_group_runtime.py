@@ -28,8 +28,8 @@ weight.grad = torch.full((2, 2), 1.0 + rank)
 found["loss"] = float(runtime.sum_gradients([weight], torch.tensor(0.5)))
 found["gradient"] = weight.grad.tolist()
 
-whole = torch.arange(14.0).reshape(2, 7)
-joined = runtime.join_columns(whole[:, runtime.share(7)], lambda width: torch.empty(2, width))
+whole = torch.arange(14.0).bfloat16().reshape(2, 7)
+joined = runtime.join_columns(whole[:, runtime.share(7)], lambda width: torch.empty(2, width, dtype=whole.dtype))
 found["joined"] = joined.tolist()
 
 runtime.save_checkpoint("stage", {"a": torch.full((3,), float(rank))}, {"step": 4 + rank})

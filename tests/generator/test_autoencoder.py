@@ -1,12 +1,15 @@
 """The subspace autoencoder against numpy's SVD and scikit-learn's PCA."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
 
 from pdiff_plugin.config import SubspaceConfig
-from pdiff_plugin.generator.autoencoder import NonFiniteRowsError, column_blocks, fit_subspace, measure
+from pdiff_plugin.generator.autoencoder import NonFiniteRowsError, _empty_basis, column_blocks, fit_subspace, measure
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 
 N = 24
@@ -53,6 +56,14 @@ def standardised(rows):
         values = values - values.mean(axis=0)
         parts.append(values / (values.std() or 1.0))
     return np.concatenate(parts, axis=1)
+
+
+def standardised_by(autoencoder, flat):
+    """As :func:`standardised`, in torch and by the statistics of an autoencoder."""
+    flat = flat.clone()
+    flat[:, LAYOUT.slices["bn.running_var"]] = flat[:, LAYOUT.slices["bn.running_var"]].log()
+    scales = torch.cat([autoencoder.scales[i].expand(spec.numel) for i, spec in enumerate(LAYOUT)])
+    return (flat - autoencoder.mean) / scales
 
 
 def test_every_snapshot_decodes_to_itself_at_full_rank(rows):
@@ -158,14 +169,8 @@ def test_fidelity_is_the_share_of_heldout_variance_that_survives(rows):
     held = list(range(8, 12))
     subspace = fitted(rows, SubspaceConfig(latent_dim=3), heldout=held)
     autoencoder = subspace.autoencoder
-    scales = torch.cat([autoencoder.scales[i].expand(spec.numel) for i, spec in enumerate(LAYOUT)])
-
-    def seen(flat):
-        flat = flat.clone()
-        flat[:, LAYOUT.slices["bn.running_var"]] = flat[:, LAYOUT.slices["bn.running_var"]].log()
-        return (flat - autoencoder.mean) / scales
-
-    truth, decoded = seen(rows[held]), seen(autoencoder.decode(autoencoder.encode(rows[held])))
+    truth = standardised_by(autoencoder, rows[held])
+    decoded = standardised_by(autoencoder, autoencoder.decode(autoencoder.encode(rows[held])))
 
     expected = 1 - float((truth - decoded).square().sum() / truth.square().sum())
     assert subspace.fidelity == pytest.approx(expected, abs=1e-4)
@@ -185,6 +190,78 @@ def test_large_finite_values_whose_sum_overflows_are_not_taken_for_infinite(rows
     rows[:, LAYOUT.slices["bias"]] = 3e38 * rows[:, LAYOUT.slices["bias"]].sign()
 
     assert fitted(rows).autoencoder.latent_dim > 0
+
+
+def test_a_bfloat16_basis_decodes_and_encodes_within_half_a_percent_of_the_movement(rows):
+    exact = fitted(rows)
+    coarse = fitted(rows, replace(FULL, basis_dtype="bfloat16"))
+
+    assert (exact.autoencoder.basis.dtype, coarse.autoencoder.basis.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(coarse.latents, exact.latents)
+    # Rounding to 8 bits is off by 2^-8 of each entry at most.
+    decoded = coarse.autoencoder.decode(coarse.latents)
+    error = standardised_by(exact.autoencoder, decoded) - standardised_by(exact.autoencoder, rows)
+    movement = standardised_by(exact.autoencoder, rows).norm()
+    assert 0 < error.norm() < 2**-8 * movement
+    torch.testing.assert_close(coarse.autoencoder.encode(rows), coarse.latents, rtol=0, atol=0.02)
+
+
+def test_a_basis_is_never_converted_whole(rows, monkeypatch):
+    monkeypatch.setattr("pdiff_plugin.generator.autoencoder._BLOCK_VALUES", 8)
+    autoencoder = fitted(rows, replace(FULL, basis_dtype="bfloat16")).autoencoder
+    widths, convert = [], torch.Tensor.float
+
+    def watched(tensor):
+        if tensor.dtype == torch.bfloat16:
+            widths.append(tensor.shape[1])
+        return convert(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "float", watched)
+    autoencoder.encode(rows)
+    for _ in autoencoder.decode_blocks(torch.zeros(2, autoencoder.latent_dim), 8):
+        pass
+
+    assert sum(widths) == 2 * LAYOUT.num_values
+    assert max(widths) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_basis_lies_in_a_file_that_is_gone_with_it(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("pdiff_plugin.generator.autoencoder._MAPPED_BYTES", 100)
+
+    basis = _empty_basis(5, 30, dtype, tmp_path)
+    basis[:] = 1.5
+
+    assert mapped_file(basis).parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    assert (basis.shape, basis.dtype, float(basis.sum())) == ((5, 30), dtype, 225.0)
+
+
+def test_without_a_folder_a_large_basis_lies_in_the_system_s_one_for_temporary_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("pdiff_plugin.generator.autoencoder._MAPPED_BYTES", 100)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    assert mapped_file(_empty_basis(5, 30, torch.float32, None)).parent == tmp_path
+
+
+def test_a_basis_for_which_the_disk_has_no_room_is_kept_in_memory_and_that_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("pdiff_plugin.generator.autoencoder._MAPPED_BYTES", 100)
+
+    basis = _empty_basis(5, 30, torch.float32, tmp_path / "missing")
+
+    assert basis.shape == (5, 30)
+    assert mapped_file(basis) is None
+    assert "kept in memory" in caplog.text
+
+
+def mapped_file(tensor):
+    """The (deleted) file in which a tensor lies, by the kernel's own list of mappings."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, *_, path = line.split(maxsplit=5)
+        first, last = (int(end, 16) for end in place.split("-"))
+        if first <= tensor.data_ptr() < last:
+            return Path(path.removesuffix(" (deleted)")) if path.startswith("/") else None
+    return None
 
 
 def test_column_blocks_cover_every_column_once_and_cross_no_tensor_border():
