@@ -323,7 +323,6 @@ def generate(
     from pdiff_plugin import console
     from pdiff_plugin.generator.generator import WeightGenerator
     from pdiff_plugin.generator.members import write_members
-    from pdiff_plugin.generator.weights import WeightSet
     from pdiff_plugin.progress import Progress
 
     fitted = WeightGenerator.load(generator)
@@ -350,8 +349,7 @@ def generate(
         from pdiff_plugin.evaluation.gate import keep_accurate
         from pdiff_plugin.evaluation.task import Task
 
-        made = WeightSet.from_flat(fitted.autoencoder.decode(latents), fitted.layout)
-        kept = keep_accurate(_call("--task", str(task), Task), made, keep_above)
+        kept = keep_accurate(_call("--task", str(task), Task), fitted.decode(latents), keep_above)
         latents, num_dropped = latents[list(kept.indices)], kept.num_dropped
     out.mkdir(parents=True, exist_ok=True)
     for path in earlier:

@@ -17,11 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdiff_plugin.config import ConvConfig
-from pdiff_plugin.generator.autoencoder import column_blocks, inverse_transform, transform
+from pdiff_plugin.generator.autoencoder import ROWS_AT_A_TIME, column_blocks, inverse_transform, transform
 from pdiff_plugin.generator.denoiser import time_features
 from pdiff_plugin.snapshots.layout import Layout
-
-_ROWS_AT_A_TIME = 16
 
 
 class ConvNetwork(nn.Module):
@@ -105,7 +103,7 @@ class ConvAutoencoder:
     @torch.no_grad()
     def encode(self, flat: Tensor) -> Tensor:
         """Latents (B, K) of flat vectors (B, D)."""
-        pieces = [slice(start, start + _ROWS_AT_A_TIME) for start in range(0, len(flat), _ROWS_AT_A_TIME)]
+        pieces = [slice(start, start + ROWS_AT_A_TIME) for start in range(0, len(flat), ROWS_AT_A_TIME)]
         return torch.cat([self.network.encode(self.standardise(flat[piece]))[0] for piece in pieces])
 
     @torch.no_grad()
@@ -114,7 +112,7 @@ class ConvAutoencoder:
         # The published script never leaves train mode and decodes one sample at a time: BatchNorm then normalises each
         # by itself.
         slip = self.config.decode_in_train_mode
-        size = 1 if slip else _ROWS_AT_A_TIME
+        size = 1 if slip else ROWS_AT_A_TIME
         out = torch.empty(len(latents), self.layout.num_values)
         statistics = [buffer.clone() for buffer in self.network.buffers()]
         self.network.train(slip)

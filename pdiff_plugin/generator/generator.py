@@ -39,7 +39,7 @@ from pdiff_plugin.generator.samplers import (
 from pdiff_plugin.generator.streaming import save_tensors
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.files import check_format, replacing
-from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.layout import DTYPES, Layout
 
 FORMAT = "pdiff-generator"
 FORMAT_VERSION = 1
@@ -122,7 +122,17 @@ class WeightGenerator:
             sampler=sampler,
             trajectory=trajectory,
         )
-        return WeightSet.from_flat(self.autoencoder.decode(latents), self.layout)
+        return self.decode(latents)
+
+    def decode(self, latents: Tensor) -> WeightSet:
+        """The members that ``latents`` (M, K) stand for: name -> (M, *shape), in the dtypes that were recorded."""
+        M = len(latents)
+        tensors = {spec.name: torch.empty(M, *spec.shape, dtype=DTYPES[spec.dtype]) for spec in self.layout}
+        # Block by block into place: a flat vector in between would be a second copy of all members.
+        for name, columns, values in self.autoencoder.decode_blocks(latents):
+            start = self.layout.slices[name].start
+            tensors[name].view(M, -1)[:, columns.start - start : columns.stop - start] = values
+        return WeightSet(tensors)
 
     def sample_members(
         self, num_members: int, *, member_chunk: int = 16, **options: Any
@@ -130,8 +140,7 @@ class WeightGenerator:
         """As :meth:`sample`, but decode ``member_chunk`` members at a time and yield their state dicts in order."""
         latents = self.sample_latents(num_members, **options)
         for start in range(0, num_members, member_chunk):
-            flat = self.autoencoder.decode(latents[start : start + member_chunk])
-            yield from WeightSet.from_flat(flat, self.layout).members()
+            yield from self.decode(latents[start : start + member_chunk]).members()
 
     @torch.no_grad()
     def sample_latents(
