@@ -31,6 +31,7 @@ if _TYPE_CHECKING:
     from pdiff_plugin.ensemble.swap import swap_ as swap_
     from pdiff_plugin.ensemble.swap import swapped as swapped
     from pdiff_plugin.errors import PDiffError as PDiffError
+    from pdiff_plugin.evaluation.alignment import check_alignment as check_alignment
     from pdiff_plugin.evaluation.evaluate import evaluate as evaluate
     from pdiff_plugin.evaluation.report import write_report as write_report
     from pdiff_plugin.evaluation.result import Evaluation as Evaluation
@@ -62,6 +63,7 @@ _HOME = {
     "WeightGenerator": "generator.generator",
     "WeightSet": "generator.weights",
     "best_member": "ensemble.soup",
+    "check_alignment": "evaluation.alignment",
     "collect": "recording.collect",
     "ensemble_from_diffusion": "ensemble.ensemble",
     "evaluate": "evaluation.evaluate",
@@ -98,6 +100,7 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "best_member",
     "recalibrate_batchnorm",
     "Task",
+    "check_alignment",
     "evaluate",
     "Evaluation",
     "sweep",

@@ -162,6 +162,10 @@ class FitConfig:
 
     autoencoder: SubspaceConfig | ConvConfig = field(default_factory=SubspaceConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    align: Literal["none", "rebasin"] = "none"
+    """`rebasin` reads later trajectories with their hidden units in the order of the first (weight matching). For plain
+    stacks of linear layers and convolutions, recorded whole; `pdiff_plugin.check_alignment` tells whether a model is
+    one."""
     heldout_fraction: float = 0.1
     """Share of each trajectory held out, in contiguous blocks, to measure fidelity and to stop on."""
     memory_gb: float = 0.5

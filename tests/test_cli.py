@@ -312,3 +312,13 @@ def test_a_closed_pipe_is_no_traceback(walk_store: Path) -> None:
     command = f"{sys.executable} -m pdiff_plugin.cli inspect {walk_store} --json | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ)
     assert "Traceback" not in done.stderr
+
+
+def test_fit_offers_alignment_and_refuses_it_for_a_single_norm(
+    walk_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert "--align {none,rebasin}" in capsys.readouterr().out
+    assert main(["fit", str(walk_store), "--out", str(tmp_path / "fit"), "--align", "rebasin", *QUICK]) == 1
+    assert "Tensor 'norm.weight' of shape (8, 5)" in error_text(capsys)

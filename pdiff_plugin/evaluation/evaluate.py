@@ -24,6 +24,7 @@ from pdiff_plugin.ensemble.batchnorm import recalibrate_batchnorm
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation import metrics
+from pdiff_plugin.evaluation.alignment import aligned_rows
 from pdiff_plugin.evaluation.baselines import BASELINES, CORE, rng_for
 from pdiff_plugin.evaluation.result import COLUMNS as COLUMNS
 from pdiff_plugin.evaluation.result import FOOTNOTE as FOOTNOTE
@@ -79,6 +80,10 @@ def evaluate(
 ) -> Evaluation:
     """Compare generated members with the snapshots and with cheap alternatives from the same snapshots.
 
+    With a generator that was fitted with ``align="rebasin"`` the snapshots are read in the same order of hidden units:
+    distances are measured, and averages and Gaussians made, in the coordinates that it works in. ``weights`` alone do
+    not tell of an alignment: their distances to snapshots of later runs mean nothing then.
+
     Args:
         task: the model and held-out data.
         store: the snapshots, or the folder they are in.
@@ -99,7 +104,8 @@ def evaluate(
     Raises:
         LayoutMismatchError: the model, the generator or the weights do not fit the store; the first tensor is named.
         UnusableSnapshotsError: fewer than two snapshots, or all equal.
-        ConfigError: an unknown set, or data of another kind than classification.
+        ConfigError: an unknown set, data of another kind than classification, or a generator of an alignment that
+            changes what the model computes.
     """
     for name, count in (("num_members", num_members), ("num_draws", num_draws), ("num_retrained", num_retrained)):
         if count < 1:
@@ -114,7 +120,7 @@ def evaluate(
 
     seconds: dict[str, float] = {}
     with _timed(seconds, "read"):
-        rows = SnapshotRows(store)
+        rows = aligned_rows(task, store, generator if isinstance(generator, WeightGenerator) else None)
     work = Work(task, rows, seed, num_members, recalibrate, seconds, on_progress, score)
     runs_in_turn: Strata = len(generator.trajectories) if isinstance(generator, WeightGenerator) else "none"
     for name in wanted:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.errors import LayoutMismatchError, UnusableSnapshotsError
+from pdiff_plugin.generator.alignment import Alignment, reader
 from pdiff_plugin.generator.autoencoder import NonFiniteRowsError, Statistics, column_blocks, measure, transform
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.layout import Layout
@@ -34,7 +35,7 @@ _DUPLICATE_DISTANCE = 1e-6
 
 
 class SnapshotRows:
-    """Snapshots without NaN or Inf, read by columns.
+    """Snapshots without NaN or Inf, read by columns; aligned as a generator was, where an alignment is given.
 
     Attributes:
         store: where they are.
@@ -45,8 +46,9 @@ class SnapshotRows:
         statistics: Gram matrix (N, N) and scales of the standardised rows.
     """
 
-    def __init__(self, store: SnapshotStore) -> None:
+    def __init__(self, store: SnapshotStore, alignment: Alignment | None = None) -> None:
         self.store, self.layout = store, store.layout
+        self._read = reader(store, alignment)
         self.indices = torch.arange(len(store))
         if len(store) < 2:
             raise UnusableSnapshotsError(
@@ -54,7 +56,7 @@ class SnapshotRows:
             )
         element = 8 if store.row_dtype == torch.float64 else 4
         keep = len(store) * self.layout.num_values * element <= _KEEP_BYTES
-        self._kept = store.rows() if keep else None
+        self._kept = self._read() if keep else None
         self.statistics = self._measure()
         self.num_skipped = len(store) - len(self.indices)
         self.trajectory = store.trajectory_index[self.indices]
@@ -73,12 +75,12 @@ class SnapshotRows:
     def read(self, lo: int, hi: int) -> Tensor:
         """Columns [lo, hi), (N, hi - lo)."""
         if self._kept is None:
-            return self.store.rows(lo, hi, indices=self.indices)
+            return self._read(lo, hi, indices=self.indices)
         return self._kept[:, lo:hi]
 
     def members(self, positions: Tensor) -> WeightSet:
         """The snapshots at ``positions`` (M,) among the N."""
-        return WeightSet.from_flat(self.store.rows(indices=self.indices[positions]), self.layout)
+        return WeightSet.from_flat(self._read(indices=self.indices[positions]), self.layout)
 
     @cached_property
     def squared_distances(self) -> Tensor:

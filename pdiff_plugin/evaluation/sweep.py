@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from pdiff_plugin.evaluation.alignment import aligned_rows
 from pdiff_plugin.evaluation.baselines import average, gaussian, noise, rng_for, snapshots, swag
 from pdiff_plugin.evaluation.evaluate import Work
 from pdiff_plugin.evaluation.result import format_figure, text_table
-from pdiff_plugin.evaluation.rows import SnapshotRows
 from pdiff_plugin.evaluation.scores import Scores, score_sets
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.generator.generator import WeightGenerator
@@ -143,7 +143,7 @@ def sweep(
     """
     store = store if isinstance(store, SnapshotStore) else SnapshotStore.open(store)
     store.layout.check_model(task.model, f"the store {store.path}")
-    rows = SnapshotRows(store)
+    rows = aligned_rows(task, store, generator)
     work = Work(task, rows, seed, num_members, False, {}, on_progress, score_sets)
     points: list[dict[str, Any]] = []
 

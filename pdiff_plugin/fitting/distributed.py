@@ -241,8 +241,8 @@ def _work(settings: dict[str, Any]) -> None:
             scratch: AbstractContextManager[Any] = tempfile.TemporaryDirectory(prefix="pdiff-")
             folder = Path(stack.enter_context(job.run_folder() if rank == 0 else scratch))
             runtime = GroupRuntime(folder, _Teller(board))
-            # What is trained on whole rows needs all of a store's columns.
-            is_shared_out = isinstance(job.config.autoencoder, SubspaceConfig)
+            # What is trained on whole rows needs all of a store's columns, and what is aligned mixes them.
+            is_shared_out = isinstance(job.config.autoencoder, SubspaceConfig) and job.config.align == "none"
             store = job.open_store(stack, runtime.share if is_shared_out else lambda D: slice(0, D))
             run = Run.open(store, job.config, folder if rank == 0 else None, fresh=False, source=job.store)
             run.document.setdefault("attempts", []).append(

@@ -38,6 +38,7 @@ from pdiff_plugin.errors import FitExistsError, PDiffError, WorkersFailedError
 from pdiff_plugin.fitting.cluster import check_shared, connected, wait_for_room
 from pdiff_plugin.fitting.fit import check_num_snapshots, choose_heldout, fit, measure_store
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX, Runtime
+from pdiff_plugin.generator.alignment import reader
 from pdiff_plugin.generator.autoencoder import transform
 from pdiff_plugin.generator.generator import FILE_NAME, WeightGenerator
 from pdiff_plugin.progress import OnProgress, Progress
@@ -315,9 +316,10 @@ class HeldoutScore:
         """Between samples and snapshots at ``rows``, standardised per tensor, (M + H, M + H) float64."""
         place = {spec.name: number for number, spec in enumerate(store.layout)}
         scales = generator.autoencoder.scales
+        read = reader(store, generator.alignment)
         total = torch.zeros(len(latents) + len(rows), len(latents) + len(rows), dtype=torch.float64)
         for name, columns, values in generator.autoencoder.decode_blocks(latents):
-            both = torch.cat([values, store.rows(columns.start, columns.stop, rows).to(values)])
+            both = torch.cat([values, read(columns.start, columns.stop, rows).to(values)])
             points = transform(both, name).double() / scales[place[name]]
             total += torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").square()
         return total

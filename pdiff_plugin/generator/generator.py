@@ -1,8 +1,8 @@
 """The fitted model that makes weights, and the one file that holds it.
 
-    generator.safetensors    tensors ``autoencoder.*``, ``frames.*``, ``denoiser.*`` and, if distilled, ``one_step.*``;
-                             the header holds, as JSON text, ``config``, ``layout``, ``trajectories``, ``report`` (what
-                             the fit measured) and ``provenance``
+    generator.safetensors    tensors ``autoencoder.*``, ``frames.*``, ``denoiser.*`` and, if distilled, ``one_step.*``,
+                             if aligned, ``alignment.*``; the header holds, as JSON text, ``config``, ``layout``,
+                             ``trajectories``, ``report`` (what the fit measured) and ``provenance``
 
 Shapes: M members, K latent width, k width of a trajectory's own coordinates, D values in a flat vector, ``*shape`` one
 tensor's own shape.
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pdiff_plugin.config import ConvConfig, FitConfig, Sampler
 from pdiff_plugin.errors import ConfigError, FormatError, GeneratorNotFoundError
+from pdiff_plugin.generator.alignment import Alignment
 from pdiff_plugin.generator.autoencoder import Autoencoder, SubspaceAutoencoder
 from pdiff_plugin.generator.conv import ConvAutoencoder, ConvDenoiser
 from pdiff_plugin.generator.denoiser import Denoiser, GaussianPreconditioned, OneStepMap
@@ -64,6 +65,8 @@ class WeightGenerator:
         trajectories: ids of the runs it was fitted on, in the order of its condition.
         report: what the fit measured, plain numbers by name.
         provenance: store, counts and versions.
+        alignment: orders of hidden units in which its trajectories were read, or None. Members have them in the order
+            of the first trajectory.
     """
 
     layout: Layout
@@ -75,6 +78,7 @@ class WeightGenerator:
     report: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     one_step: nn.Module | None = None
+    alignment: Alignment | None = None
 
     def __repr__(self) -> str:
         return (
@@ -241,6 +245,8 @@ class WeightGenerator:
         tensors |= {f"denoiser.{k}": v for k, v in self.denoiser.state_dict().items()}
         if self.one_step is not None:
             tensors |= {f"one_step.{k}": v for k, v in self.one_step.state_dict().items()}
+        if self.alignment is not None:
+            tensors |= self.alignment.state_dict()
         header = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
@@ -296,6 +302,9 @@ class WeightGenerator:
             one_step = new_one_step(config, frames)
             one_step.load_state_dict(part["one_step."])
             one_step.eval()
+        report, alignment = json.loads(header["report"]), None
+        if config.align != "none":
+            alignment = Alignment.from_state(layout, tensors, report.get("alignment", {}))
         return cls(
             layout,
             config,
@@ -303,9 +312,10 @@ class WeightGenerator:
             frames,
             denoiser.eval(),
             trajectories,
-            json.loads(header["report"]),
+            report,
             json.loads(header["provenance"]),
             one_step,
+            alignment,
         )
 
     def _labels(self, num_members: int, trajectory: str | None) -> Tensor:

@@ -157,6 +157,23 @@ class SnapshotStore:
             start = stop
         return out
 
+    def gather(self, columns: Tensor, indices: Tensor) -> Tensor:
+        """Values at any ``columns`` (c,) of the snapshots at ``indices`` (m,), both int64 and in the order wanted.
+
+        Returns:
+            (m, c), in the dtype of :meth:`rows`. They are picked from the memory maps: only this much is held.
+        """
+        out = torch.empty(len(indices), len(columns), dtype=self.rows(0, 0).dtype)
+        start = 0
+        for _, chunk in self._chunks:
+            stop = start + len(chunk.steps)
+            here = ((indices >= start) & (indices < stop)).nonzero().squeeze(1)
+            if len(here):
+                rows = chunk.handle.get_tensor("rows").index_select(1, columns)
+                out[here] = rows[indices[here] - start].to(out.dtype)
+            start = stop
+        return out
+
     def state_dict(self, index: int) -> dict[str, Tensor]:
         """Snapshot ``index`` as name -> tensor (*shape), in the dtypes of the recorded model."""
         if not -len(self) <= index < len(self):
