@@ -8,6 +8,9 @@ one linear assignment per hidden layer, with all others held fixed, until nothin
 Which tensors share their units is read off a layout alone: a plain stack of linear layers and convolutions, each
 followed by norms of its own width. Names and shapes cannot show everything (see :func:`recognise`).
 
+What a fit measures, and what ``evaluate()`` does with its generator, is then in the order of the first trajectory, and so
+are sampled members: other weights than were recorded, of networks that compute the same.
+
 Shapes: D values in a row, n training rows, R trajectories, U hidden units of all layers, w of one.
 """
 
@@ -79,8 +82,9 @@ def recognise(layout: Layout) -> Stack:
     """Read a plain stack off names and shapes.
 
     Taken for one although it is not, and for the caller to rule out (:func:`pdiff_plugin.check_alignment` does): a
-    shortcut between layers of one width, a transposed convolution or an embedding that is square, modules that run in
-    another order than they are defined in, channels flattened in another order than PyTorch's.
+    shortcut between layers of one width, a transposed convolution or an embedding that is square, a GroupNorm after a
+    linear layer, modules that run in another order than they are defined in, channels flattened in another order than
+    ``nn.Flatten``'s.
 
     Raises:
         ConfigError: it is none; the first tensor that does not fit is named.
