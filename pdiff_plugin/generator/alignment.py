@@ -8,8 +8,8 @@ one linear assignment per hidden layer, with all others held fixed, until nothin
 Which tensors share their units is read off a layout alone: a plain stack of linear layers and convolutions, each
 followed by norms of its own width. Names and shapes cannot show everything (see :func:`recognise`).
 
-What a fit measures, and what ``evaluate()`` does with its generator, is then in the order of the first trajectory, and so
-are sampled members: other weights than were recorded, of networks that compute the same.
+What a fit measures, and what ``evaluate()`` does with its generator, is then in the order of the first trajectory, and
+so are sampled members: other weights than were recorded, of networks that compute the same.
 
 Shapes: D values in a row, n training rows, R trajectories, U hidden units of all layers, w of one.
 """
