@@ -60,13 +60,14 @@ class ConvConfig:
     """Weight of the Kullback-Leibler term; above 0 the autoencoder is variational and its own noise replaces
     `latent_noise`."""
     chunk_values: int = 0
-    """Cut vectors into chunks of this many values that share the weights; 0 takes them whole."""
+    """Cut vectors into chunks of this many values that share the weights, for vectors too long to be taken whole (0).
+    Memory then depends on `batch_size` times this, not on their length."""
     standardise: Literal["tensor", "coordinate"] = "tensor"
     """Subtract one mean per tensor, as published, or one per coordinate."""
     max_steps: int = 500
     """Training steps."""
     batch_size: int = 50
-    """Snapshots in a training batch."""
+    """Snapshots in a training batch; of each, one chunk at random if there are several."""
     lr: float = 2e-5
     """Learning rate of AdamW, along a half cosine to zero."""
     min_fidelity: float = 0.9

@@ -1,12 +1,17 @@
 """The `conv` autoencoder's stage: train it on standardised snapshots, with noise on inputs and latents.
 
-Shapes: N snapshots, D values in a row, K latent width, B rows in a batch.
+Rows that are taken whole are held in memory. Of rows that are cut into chunks, each step reads one chunk at random of
+every snapshot in its batch, so that neither a step's time nor its memory grows with their length.
+
+Shapes: N snapshots, D values in a row, K latent width, B rows in a batch, W values of a row or chunk.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,15 +27,21 @@ from pdiff_plugin.fitting.training import (
     set_lr,
     strip,
 )
-from pdiff_plugin.generator.autoencoder import Encoded, transform
+from pdiff_plugin.generator.autoencoder import BLOCK_VALUES, ColumnReader, Encoded, column_blocks, transform
 from pdiff_plugin.generator.conv import ConvAutoencoder, ConvNetwork
 from pdiff_plugin.snapshots.layout import Layout
 
 _REPORT_EVERY = 10
 
 
+class RowReader(Protocol):
+    """Reads columns [lo, hi) of the snapshots at ``places``: (len(places), hi - lo) float32."""
+
+    def __call__(self, lo: int, hi: int, places: Tensor) -> Tensor: ...
+
+
 def train_conv(
-    flat: Tensor,
+    read: RowReader,
     layout: Layout,
     config: ConvConfig,
     *,
@@ -43,7 +54,7 @@ def train_conv(
     """Train the autoencoder for its whole number of steps.
 
     Args:
-        flat: snapshots, (N, D).
+        read: gives columns of some of the N snapshots.
         layout: of a row.
         config: of the autoencoder.
         train_rows: (n,) int64 places of the training rows among the N.
@@ -55,8 +66,11 @@ def train_conv(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # for the initial weights; the caller's state comes back
         network = ConvNetwork(layout.num_values, config)
-    autoencoder = ConvAutoencoder(layout, config, network, *_standards(flat[train_rows], layout, config))
-    rows = autoencoder.standardise(flat).to(device)
+    read_train = partial(read, places=train_rows)
+    autoencoder = ConvAutoencoder(layout, config, network, *_standards(read_train, layout, config))
+    everything = torch.arange(len(train_rows) + len(heldout_rows))
+    is_whole = network.num_chunks == 1
+    rows = autoencoder.standardise(read(0, layout.num_values, everything)).to(device) if is_whole else None
     network.to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, fused=device.type in ("cpu", "cuda"))
     rng = torch.Generator().manual_seed(seed)
@@ -81,8 +95,12 @@ def train_conv(
         with interrupts_held() as interrupt:
             while step < config.max_steps:
                 is_between_steps = False
-                chosen = train_rows[torch.randperm(len(train_rows), generator=rng)[: config.batch_size]].to(device)
-                value = _loss(network, rows[chosen], rng, config)
+                chosen = train_rows[torch.randperm(len(train_rows), generator=rng)[: config.batch_size]]
+                if rows is not None:
+                    batch = rows[chosen.to(device)]
+                else:
+                    batch = _random_chunks(read, autoencoder, chosen, rng).to(device)
+                value = _loss(network, batch, rng, config)
                 optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(value)
                 set_lr(optimizer, config.lr * lr_factor(step, config.max_steps, "cosine"))
@@ -101,14 +119,26 @@ def train_conv(
         raise
     checkpoint()
     network.cpu().eval().requires_grad_(False)
-    latents = autoencoder.encode(flat)
+    del rows
+    latents = autoencoder.encode_columns(partial(read, places=everything))
     judged = heldout_rows if len(heldout_rows) else train_rows
     return Encoded(
         autoencoder,
         latents,
         latents[train_rows].double().var(dim=0) / latents[train_rows].double().var(dim=0).sum().clamp_min(1e-300),
-        _fidelity(autoencoder, flat, latents, train_rows, judged),
+        _fidelity(autoencoder, read, latents, train_rows, judged),
     )
+
+
+def _random_chunks(read: RowReader, autoencoder: ConvAutoencoder, chosen: Tensor, rng: torch.Generator) -> Tensor:
+    """One chunk of each of the snapshots ``chosen`` (B,), standardised, (B, W); zeros fill the last chunk up."""
+    W, D = autoencoder.network.chunk_values, autoencoder.layout.num_values
+    numbers = torch.randint(autoencoder.network.num_chunks, chosen.shape, generator=rng)
+    out = torch.zeros(len(chosen), W)
+    for row, place, number in zip(out, chosen[:, None], numbers.tolist(), strict=True):
+        lo, hi = number * W, min((number + 1) * W, D)
+        row[: hi - lo] = autoencoder.standardise(read(lo, hi, place), lo)[0]
+    return out
 
 
 def _loss(network: ConvNetwork, rows: Tensor, rng: torch.Generator, config: ConvConfig) -> Tensor:
@@ -116,28 +146,51 @@ def _loss(network: ConvNetwork, rows: Tensor, rng: torch.Generator, config: Conv
     draw = partial(torch.randn, generator=rng)
     mean, log_variance = network.encode(rows + config.input_noise * draw(rows.shape).to(rows))
     noise = draw(mean.shape).to(rows)
+
+    def error_of(latents: Tensor) -> Tensor:
+        difference: Tensor = network.decode(latents)[:, : rows.shape[1]] - rows
+        return difference.square().mean()
+
     if config.kl_weight == 0:
-        return (network.decode(mean + config.latent_noise * noise) - rows).square().mean()
-    # Kingma & Welling 2014, appendix B, with the reparametrised sample.
-    divergence = -0.5 * (1.0 + log_variance - mean.square() - log_variance.exp()).sum(dim=1).mean()
-    reconstruction = (network.decode(mean + (0.5 * log_variance).exp() * noise) - rows).square().mean()
-    return reconstruction + config.kl_weight * divergence
+        return error_of(mean + config.latent_noise * noise)
+    # Kingma & Welling 2014, appendix B, with the reparametrised sample; of all chunks of a row.
+    of_each = -0.5 * (1.0 + log_variance - mean.square() - log_variance.exp()).sum(dim=1)
+    divergence: Tensor = network.num_chunks * of_each.mean()
+    return error_of(mean + (0.5 * log_variance).exp() * noise) + config.kl_weight * divergence
 
 
-def _standards(flat: Tensor, layout: Layout, config: ConvConfig) -> tuple[Tensor, Tensor]:
-    """What is subtracted, (D,), and what is divided by, (number of tensors,)."""
-    mean, scales = torch.empty(layout.num_values), torch.ones(len(layout.tensors))
-    for number, spec in enumerate(layout):
-        values = transform(flat[:, layout.slices[spec.name]], spec.name).double()
-        centre = values.mean() if config.standardise == "tensor" else values.mean(dim=0)
-        mean[layout.slices[spec.name]] = centre.float()
-        scales[number] = float((values - centre).square().mean().sqrt()) or 1.0
-    return mean, scales
+def _standards(read: ColumnReader, layout: Layout, config: ConvConfig) -> tuple[Tensor, Tensor]:
+    """What is subtracted, (D,), and what is divided by, (number of tensors,), from the training rows that are read."""
+    mean = torch.empty(layout.num_values)
+    counts, sums, squares = (torch.zeros(len(layout.tensors), dtype=torch.float64) for _ in range(3))
+
+    def blocks() -> Iterator[tuple[int, slice, Tensor]]:
+        for number, lo, hi in column_blocks(layout, BLOCK_VALUES):
+            yield number, slice(lo, hi), transform(read(lo, hi), layout.tensors[number].name).double()
+
+    for number, place, values in blocks():
+        mean[place] = values.mean(dim=0).float()
+        sums[number] += values.sum()
+        counts[number] += values.numel()
+    for number, place, values in blocks():
+        if config.standardise == "tensor":
+            mean[place] = (sums[number] / counts[number]).float()
+            values -= sums[number] / counts[number]
+        else:
+            values -= values.mean(dim=0)
+        squares[number] += values.square().sum()
+    return mean, torch.where(squares > 0, (squares / counts.clamp_min(1)).sqrt(), 1.0).float()
 
 
-def _fidelity(autoencoder: ConvAutoencoder, flat: Tensor, latents: Tensor, train_rows: Tensor, judged: Tensor) -> float:
+def _fidelity(
+    autoencoder: ConvAutoencoder, read: RowReader, latents: Tensor, train_rows: Tensor, judged: Tensor
+) -> float:
     """Share of the variance of the judged rows about the training mean that survives encoding and decoding."""
-    truth = autoencoder.standardise(flat[judged]).double()
-    decoded = autoencoder.standardise(autoencoder.decode(latents[judged])).double()
-    movement = (truth - autoencoder.standardise(flat[train_rows]).double().mean(dim=0)).square().sum()
-    return float(1.0 - (truth - decoded).square().sum() / movement) if movement > 0 else 1.0
+    lost, movement = 0.0, 0.0
+    for _, place, values in autoencoder.decode_blocks(latents[judged]):
+        lo, hi = place.start, place.stop
+        truth = autoencoder.standardise(read(lo, hi, judged), lo).double()
+        centre = autoencoder.standardise(read(lo, hi, train_rows), lo).double().mean(dim=0)
+        lost += float((truth - autoencoder.standardise(values, lo).double()).square().sum())
+        movement += float((truth - centre).square().sum())
+    return 1.0 - lost / movement if movement > 0 else 1.0

@@ -296,7 +296,7 @@ def _autoencoder(
 
         def train() -> Encoded:
             return train_conv(
-                read(indices=rows),
+                lambda lo, hi, places: read(lo, hi, rows[places]),
                 store.layout,
                 settings,
                 train_rows=train_rows,

@@ -42,7 +42,7 @@ _MAPPED_BYTES = 256 << 20
 # Rows encoded or decoded at a time: with one number for every way of working, all of them give the same bits.
 ROWS_AT_A_TIME = 16
 # Columns encoded or decoded at a time: with 300 directions, 79 MB of the basis in float32.
-_BLOCK_VALUES = 1 << 16
+BLOCK_VALUES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Autoencoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Flat vectors (B, D) float32 of latents (B, K)."""
 
-    def decode_blocks(self, latents: Tensor, block_values: int = _BLOCK_VALUES) -> Iterator[tuple[str, slice, Tensor]]:
+    def decode_blocks(self, latents: Tensor, block_values: int = BLOCK_VALUES) -> Iterator[tuple[str, slice, Tensor]]:
         """(tensor name, place in the flat vector, values (B, place)) of a few columns at a time."""
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -207,7 +207,7 @@ class SubspaceAutoencoder:
     def encode(self, flat: Tensor) -> Tensor:
         """Latents (B, K) float32 of flat vectors (B, D)."""
         latents = torch.zeros(len(flat), self.latent_dim, dtype=torch.float64)
-        for number, lo, hi in column_blocks(self.layout, _BLOCK_VALUES):
+        for number, lo, hi in column_blocks(self.layout, BLOCK_VALUES):
             values = transform(flat[:, lo:hi], self.layout.tensors[number].name) - self.mean[lo:hi]
             latents += (values.div_(self.scales[number]) @ self.basis[:, lo:hi].float().T).double()
         return (latents / self.latent_scale).float()
@@ -220,7 +220,7 @@ class SubspaceAutoencoder:
             out[:, place] = values
         return out
 
-    def decode_blocks(self, latents: Tensor, block_values: int = _BLOCK_VALUES) -> Iterator[tuple[str, slice, Tensor]]:
+    def decode_blocks(self, latents: Tensor, block_values: int = BLOCK_VALUES) -> Iterator[tuple[str, slice, Tensor]]:
         """Decode a few columns at a time.
 
         Args:

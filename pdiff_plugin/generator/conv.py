@@ -1,10 +1,10 @@
 """The networks of the p-diff paper (arXiv 2402.13144): a 1-D convolutional autoencoder, and its denoiser.
 
 Vectors may have any length: they are padded with zeros to what the strides need, and cropped again. Long ones can be
-cut into chunks that share one set of weights, so that memory does not grow with length times latent width.
+cut into chunks that share one set of weights: the networks then see chunks of any vectors, a few at a time.
 
-Shapes: B vectors in a batch, D values in a flat vector, C chunks of L values (C L >= D), K latent width in all, C times
-that of one chunk.
+Shapes: B vectors in a batch, D values in a flat vector, C chunks of L values (C L >= D), P chunks in a batch, k latent
+width of one chunk, K = C k latent width in all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdiff_plugin.config import ConvConfig
-from pdiff_plugin.generator.autoencoder import ROWS_AT_A_TIME, column_blocks, inverse_transform, transform
+from pdiff_plugin.generator.autoencoder import (
+    BLOCK_VALUES,
+    ROWS_AT_A_TIME,
+    ColumnReader,
+    column_blocks,
+    inverse_transform,
+    transform,
+)
 from pdiff_plugin.generator.denoiser import time_features
 from pdiff_plugin.snapshots.layout import Layout
 
@@ -60,18 +67,16 @@ class ConvNetwork(nn.Module):
             before = after
         self.up = nn.Sequential(*up, nn.Conv1d(before, 1, kernel, 1, pad))
 
-    def encode(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latents, (B, D) -> (B, K) each."""
-        padded = F.pad(values, (0, self.num_chunks * self.chunk_values - self.num_values))
-        chunks = padded.reshape(-1, 1, self.chunk_values)  # (B C, 1, L)
-        hidden = self.to_latent(self.down(chunks).flatten(1))
-        return self.to_mean(hidden).reshape(len(values), -1), self.to_log_variance(hidden).reshape(len(values), -1)
+    def encode(self, chunks: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents, (P, L or less) -> (P, k) each; what is missing counts as zeros."""
+        padded = F.pad(chunks, (0, self.chunk_values - chunks.shape[1]))
+        hidden = self.to_latent(self.down(padded[:, None, :]).flatten(1))
+        return self.to_mean(hidden), self.to_log_variance(hidden)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Values of latents, (B, K) -> (B, D)."""
-        chunks = latents.reshape(len(latents) * self.num_chunks, -1)
-        values: Tensor = self.up(self.from_latent(chunks).reshape(-1, *self.inner))  # (B C, 1, L)
-        return values.reshape(len(latents), -1)[:, : self.num_values]
+        """Chunks of latents, (P, k) -> (P, L)."""
+        chunks: Tensor = self.up(self.from_latent(latents).reshape(-1, *self.inner))  # (P, 1, L)
+        return chunks[:, 0]
 
 
 class ConvAutoencoder:
@@ -92,45 +97,77 @@ class ConvAutoencoder:
     def latent_dim(self) -> int:
         return int(self.network.latent_dim)
 
-    def standardise(self, flat: Tensor) -> Tensor:
-        """Values as the network sees them, (B, D) float32."""
-        out = torch.empty(flat.shape, dtype=torch.float32)
-        for number, spec in enumerate(self.layout):
-            place = self.layout.slices[spec.name]
-            out[:, place] = (transform(flat[:, place], spec.name) - self.mean[place]) / self.scales[number]
+    def standardise(self, values: Tensor, first: int = 0) -> Tensor:
+        """Columns of flat vectors from number ``first`` on as the network sees them, (B, any) float32."""
+        out = torch.empty(values.shape, dtype=torch.float32)
+        for name, scale, place in self._pieces(first, first + values.shape[1]):
+            own = slice(place.start - first, place.stop - first)
+            out[:, own] = (transform(values[:, own], name) - self.mean[place]) / scale
         return out
 
-    @torch.no_grad()
     def encode(self, flat: Tensor) -> Tensor:
         """Latents (B, K) of flat vectors (B, D)."""
-        pieces = [slice(start, start + ROWS_AT_A_TIME) for start in range(0, len(flat), ROWS_AT_A_TIME)]
-        return torch.cat([self.network.encode(self.standardise(flat[piece]))[0] for piece in pieces])
+        return self.encode_columns(lambda lo, hi: flat[:, lo:hi])
 
     @torch.no_grad()
+    def encode_columns(self, read: ColumnReader) -> Tensor:
+        """Latents (B, K) of vectors that ``read`` gives a few columns at a time."""
+        parts = []
+        for lo, hi in self._groups():
+            values = self.standardise(read(lo, hi), lo)
+            missing = -values.shape[1] % self.network.chunk_values
+            chunks = F.pad(values, (0, missing)).reshape(-1, self.network.chunk_values)
+            means = [self.network.encode(part)[0] for part in torch.split(chunks, ROWS_AT_A_TIME)]
+            parts.append(torch.cat(means).reshape(len(values), -1))
+        return torch.cat(parts, dim=1)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Flat vectors (B, D) of latents (B, K)."""
+        out = torch.empty(len(latents), self.layout.num_values)
+        for _, place, values in self.decode_blocks(latents):
+            out[:, place] = values
+        return out
+
+    def decode_blocks(self, latents: Tensor, block_values: int = BLOCK_VALUES) -> Iterator[tuple[str, slice, Tensor]]:
+        """As :meth:`SubspaceAutoencoder.decode_blocks`; one chunk is decoded at a time, or as many as fill a block."""
+        latents = latents.to("cpu", torch.float32)
+        width = self.config.latent_dim
+        for lo, hi in self._groups():
+            first = lo // self.network.chunk_values
+            own = latents[:, first * width : -(-hi // self.network.chunk_values) * width]
+            rows = [
+                self._decode(part.reshape(-1, width)).reshape(len(part), -1)
+                for part in torch.split(own, ROWS_AT_A_TIME)
+            ]
+            values = torch.cat(rows)  # (B, hi - lo or more)
+            for name, scale, place in self._pieces(lo, hi, block_values):
+                block = values[:, place.start - lo : place.stop - lo] * scale + self.mean[place]
+                yield name, place, inverse_transform(block, name)
+
+    def _groups(self) -> Iterator[tuple[int, int]]:
+        """Columns [lo, hi) of as many whole chunks as fill a block."""
+        size = self.network.chunk_values * max(1, BLOCK_VALUES // self.network.chunk_values)
+        D = self.layout.num_values
+        return ((lo, min(lo + size, D)) for lo in range(0, D, size))
+
+    def _pieces(self, lo: int, hi: int, block_values: int = BLOCK_VALUES) -> Iterator[tuple[str, Tensor, slice]]:
+        """Name, scale and place of columns [lo, hi), tensor by tensor."""
+        for number, first, last in column_blocks(self.layout, block_values, slice(lo, hi)):
+            yield self.layout.tensors[number].name, self.scales[number], slice(first, last)
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Chunks (P, L) of latents (P, k)."""
         # The published script never leaves train mode and decodes one sample at a time: BatchNorm then normalises each
         # by itself.
         slip = self.config.decode_in_train_mode
-        size = 1 if slip else ROWS_AT_A_TIME
-        out = torch.empty(len(latents), self.layout.num_values)
         statistics = [buffer.clone() for buffer in self.network.buffers()]
         self.network.train(slip)
-        for start in range(0, len(latents), size):
-            out[start : start + size] = self.network.decode(latents[start : start + size].cpu().float())
+        chunks = [self.network.decode(part) for part in torch.split(latents, 1 if slip else ROWS_AT_A_TIME)]
         self.network.eval()
         for buffer, kept in zip(self.network.buffers(), statistics, strict=True):
             buffer.copy_(kept)
-        for number, spec in enumerate(self.layout):
-            place = self.layout.slices[spec.name]
-            out[:, place] = inverse_transform(out[:, place] * self.scales[number] + self.mean[place], spec.name)
-        return out
-
-    def decode_blocks(self, latents: Tensor, block_values: int = 1 << 20) -> Iterator[tuple[str, slice, Tensor]]:
-        """As :meth:`SubspaceAutoencoder.decode_blocks`, but every value is decoded before the first is handed out."""
-        flat = self.decode(latents)
-        for number, lo, hi in column_blocks(self.layout, block_values):
-            yield self.layout.tensors[number].name, slice(lo, hi), flat[:, lo:hi]
+        return torch.cat(chunks)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that rebuild this autoencoder together with its layout and config."""

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pdiff_plugin import FitConfig, WeightGenerator, fit
+from pdiff_plugin import FitConfig, Layout, SnapshotStore, WeightGenerator, fit
 from pdiff_plugin.config import ConvConfig
+from pdiff_plugin.generator.conv import ConvNetwork
+from pdiff_plugin.snapshots.layout import TensorSpec
 
 PAPER = FitConfig.paper()
 SMALL = replace(
@@ -85,6 +87,78 @@ def test_an_interrupted_fit_of_the_published_networks_goes_on_to_the_same_genera
 
     one, two = ((tmp_path / name / "generator.safetensors").read_bytes() for name in ("whole", "cut"))
     assert one == two
+
+
+CHUNKED = ConvConfig(latent_dim=4, channels=(8, 16), chunk_values=64, max_steps=20, batch_size=10)
+LONG = Layout(
+    (TensorSpec("w", (1000,), "float32", "parameter"), TensorSpec("norm.running_var", (450,), "float32", "buffer"))
+)
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """Block size made small, and the number of values in every read and in what every network call was given."""
+    for module in ("generator.autoencoder", "generator.conv", "fitting.conv_stage"):
+        monkeypatch.setattr(f"pdiff_plugin.{module}.BLOCK_VALUES", 128)
+    monkeypatch.setattr("pdiff_plugin.fitting.fit._block_values", lambda num_rows, memory_gb: 128)
+    found = {"read": [], "encode": [], "decode": []}
+
+    def watch(owner, name, kind, size):
+        original = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            result = original(*args, **kwargs)
+            found[kind].append(size(args, result))
+            return result
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(SnapshotStore, "rows", "read", lambda args, result: result.numel())
+    watch(ConvNetwork, "encode", "encode", lambda args, result: args[1].numel())
+    watch(ConvNetwork, "decode", "decode", lambda args, result: result.numel())
+    return found
+
+
+def test_rows_in_chunks_are_never_whole_in_memory(make_store, sizes):
+    store = make_store(layout=LONG)
+    brief = replace(SMALL.diffusion, max_steps=5)
+
+    generator = fit(store, replace(SMALL, autoencoder=CHUNKED, diffusion=brief))
+    flat = generator.autoencoder.decode(generator.autoencoder.encode(store.rows(indices=[0, 1])))
+
+    assert flat.shape == (2, 1450)
+    sizes["read"].pop()  # the two rows just asked for
+    assert max(sizes["read"]) == 40 * 128
+    assert max(sizes["encode"]) == max(sizes["decode"]) == 16 * 64
+    assert generator.autoencoder.latent_dim == 23 * 4
+
+
+def test_blocks_of_any_size_encode_and_decode_alike(make_store, monkeypatch):
+    store = make_store(layout=LONG)
+    brief = replace(SMALL.diffusion, max_steps=5)
+    autoencoder = fit(store, replace(SMALL, autoencoder=CHUNKED, diffusion=brief)).autoencoder
+    rows = store.rows()
+    latents = autoencoder.encode(rows)
+    decoded = autoencoder.decode(latents)
+
+    monkeypatch.setattr("pdiff_plugin.generator.conv.BLOCK_VALUES", 1)
+
+    torch.testing.assert_close(autoencoder.encode(rows), latents)
+    torch.testing.assert_close(autoencoder.decode(latents), decoded)
+    blocks = list(autoencoder.decode_blocks(latents, 50))
+    assert torch.cat([values for *_, values in blocks], dim=1).shape == rows.shape
+    assert max(values.shape[1] for *_, values in blocks) == 50
+
+
+def test_training_on_random_chunks_reconstructs_all_of_them(make_store):
+    store = make_store(layout=LONG, num_snapshots=80)
+    config = replace(
+        CHUNKED, latent_dim=8, max_steps=400, batch_size=60, lr=5e-3, standardise="coordinate", latent_noise=0.01
+    )
+
+    generator = fit(store, replace(SMALL, autoencoder=config, diffusion=replace(SMALL.diffusion, max_steps=5)))
+
+    assert generator.report["fidelity"] > 0.5
 
 
 def test_a_longer_training_reconstructs_and_a_short_one_says_that_it_does_not(make_store, caplog):

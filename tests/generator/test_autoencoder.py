@@ -207,7 +207,7 @@ def test_a_bfloat16_basis_decodes_and_encodes_within_half_a_percent_of_the_movem
 
 
 def test_a_basis_is_never_converted_whole(rows, monkeypatch):
-    monkeypatch.setattr("pdiff_plugin.generator.autoencoder._BLOCK_VALUES", 8)
+    monkeypatch.setattr("pdiff_plugin.generator.autoencoder.BLOCK_VALUES", 8)
     autoencoder = fitted(rows, replace(FULL, basis_dtype="bfloat16")).autoencoder
     widths, convert = [], torch.Tensor.float
 
