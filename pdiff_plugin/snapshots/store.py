@@ -49,10 +49,11 @@ class Chunk:
     epochs: list[float | None]
     metrics: list[dict[str, float]]
 
-    @property
-    def rows(self) -> Any:
-        """Sliceable (n, D) view; slicing reads only what it returns."""
-        return self.handle.get_slice("rows")
+    @cached_property
+    def rows(self) -> Tensor:
+        """(n, D), mapped: only what is copied out of it is read."""
+        rows: Tensor = self.handle.get_tensor("rows")
+        return rows
 
 
 class SnapshotStore:
@@ -122,6 +123,11 @@ class SnapshotStore:
         return torch.tensor([t for t, chunk in self._chunks for _ in chunk.steps], dtype=torch.int64)
 
     @cached_property
+    def _chunk_starts(self) -> Tensor:
+        """Place of the first row of each chunk, and N."""
+        return torch.tensor([0, *(len(chunk.steps) for _, chunk in self._chunks)]).cumsum(0)
+
+    @cached_property
     def epochs(self) -> list[float | None]:
         """Epoch of each snapshot, as far as its trainer knew."""
         return [e for _, chunk in self._chunks for e in chunk.epochs]
@@ -146,15 +152,16 @@ class SnapshotStore:
         dtype = torch.float64 if self.row_dtype == torch.float64 else torch.float32
         wanted = torch.arange(len(self)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
         out = torch.empty(len(wanted), hi - lo, dtype=dtype)
-        start = 0
-        for _, chunk in self._chunks:
-            stop = start + len(chunk.steps)
-            here = ((wanted >= start) & (wanted < stop)).nonzero().squeeze(1)
-            if len(here) == len(chunk.steps) and torch.equal(wanted[here], torch.arange(start, stop)):
-                out[here[0] : here[0] + len(here)] = chunk.rows[:, lo:hi]
-            elif len(here):
-                out[here] = chunk.rows[:, lo:hi][wanted[here] - start].to(dtype)
-            start = stop
+        # A snapshot of a large model is a chunk of its own: what is done for each of them counts.
+        ordered, order = wanted.sort()
+        are_rising = torch.equal(order, torch.arange(len(wanted))) and bool((ordered.diff() > 0).all())
+        starts = self._chunk_starts
+        places = torch.searchsorted(ordered, starts).tolist()
+        for (_, chunk), start, first, last in zip(self._chunks, starts.tolist(), places, places[1:], strict=False):
+            if are_rising and last - first == len(chunk.steps):
+                out[first:last] = chunk.rows[:, lo:hi]
+            elif last > first:
+                out[order[first:last]] = chunk.rows[:, lo:hi][ordered[first:last] - start].to(dtype)
         return out
 
     def gather(self, columns: Tensor, indices: Tensor) -> Tensor:
@@ -169,7 +176,7 @@ class SnapshotStore:
             stop = start + len(chunk.steps)
             here = ((indices >= start) & (indices < stop)).nonzero().squeeze(1)
             if len(here):
-                rows = chunk.handle.get_tensor("rows").index_select(1, columns)
+                rows = chunk.rows.index_select(1, columns)
                 out[here] = rows[indices[here] - start].to(out.dtype)
             start = stop
         return out
@@ -305,7 +312,7 @@ class TrajectoryWriter:
                 chunk = read_chunk(path, self.layout)
                 save_chunk(
                     path,
-                    chunk.rows[:, :][rows],
+                    chunk.rows[rows],
                     [steps[i] for i in rows],
                     [chunk.epochs[i] for i in rows],
                     [chunk.metrics[i] for i in rows],
