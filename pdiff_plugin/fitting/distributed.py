@@ -34,7 +34,8 @@ from pdiff_plugin.fitting.cluster import (
     room_for,
     wait_for_room,
 )
-from pdiff_plugin.fitting.fit import Run, check_num_snapshots, run_stages
+from pdiff_plugin.fitting.fit import check_num_snapshots, run_stages
+from pdiff_plugin.fitting.run import Run
 from pdiff_plugin.fitting.runtime import GroupRuntime
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress, Progress

@@ -8,15 +8,8 @@ Shapes: N snapshots, n of them for training, D values in a row, K latent width.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import math
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,16 +19,15 @@ from torch import Tensor
 
 import pdiff_plugin
 from pdiff_plugin.config import ConvConfig, FitConfig, SubspaceConfig
-from pdiff_plugin.errors import ConfigError, FitExistsError, UnusableSnapshotsError
+from pdiff_plugin.errors import UnusableSnapshotsError
 from pdiff_plugin.fitting.conv_stage import train_conv
 from pdiff_plugin.fitting.diffusion_stage import (
-    nearest_at_another_time,
-    nearest_of_own_run,
-    spread_about_means,
     train_diffusion,
 )
 from pdiff_plugin.fitting.distill_stage import distill
-from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX, Runtime, pick_device
+from pdiff_plugin.fitting.report import FAR_APART, measure_generator, suggest_alignment
+from pdiff_plugin.fitting.run import Run
+from pdiff_plugin.fitting.runtime import Runtime, pick_device
 from pdiff_plugin.generator.alignment import Alignment, align, reader
 from pdiff_plugin.generator.autoencoder import (
     ColumnReader,
@@ -46,30 +38,14 @@ from pdiff_plugin.generator.autoencoder import (
     measure,
 )
 from pdiff_plugin.generator.frames import Frames, fit_frames, plain_frames
-from pdiff_plugin.generator.generator import FILE_NAME, WeightGenerator, walk
+from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress
-from pdiff_plugin.snapshots.files import read_json, write_json
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "pdiff-fit"
-FORMAT_VERSION = 1
-STAGES = ("statistics", "autoencoder", "diffusion")
 MIN_SNAPSHOTS = 10
 MAX_NONFINITE = 0.05
-_NUM_REPORT_MEMBERS = 256
-_NUM_REPORT_MEMBERS_PLAIN = 64
-_NUM_REPORT_STEPS = 20
-_NUM_REPORT_AXES = 16
-# Two clouds whose centres are this many spreads apart do not touch.
-_FAR_APART = 3.0
-# Aligning is recommended where it brings trajectories this much closer: 1.05 for networks with random weights, 1.26 for
-# three runs of a CIFAR-10 MLP, whose pooled averages it lifts from 20 to 38 %. It is tried in stores up to this many
-# values, for a second or two.
-_WORTH_ALIGNING = 1.2
-_MAX_TRIED_VALUES = 10**8
-_TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 def fit(
@@ -157,11 +133,11 @@ def run_stages(store: SnapshotStore, config: FitConfig, run: Run, runtime: Runti
         alignment,
     )
     with run.timed("report"):
-        generator.report = _report(generator, subspace, local, trajectory, heldout, history)
+        generator.report = measure_generator(generator, subspace, local, trajectory, heldout, history)
         if alignment is not None:
             generator.report["alignment"] = alignment.report
-        elif generator.report.get("trajectory_separation", 0.0) > _FAR_APART and runtime.world_size == 1:
-            _suggest_alignment(store, config, rows[~heldout])
+        elif generator.report.get("trajectory_separation", 0.0) > FAR_APART and runtime.world_size == 1:
+            suggest_alignment(store, config, rows[~heldout])
     generator.to("cpu")
     run.finish(generator, history)
     runtime.drop_checkpoints()
@@ -235,23 +211,6 @@ def _align(store: SnapshotStore, config: FitConfig, rows: Tensor) -> Alignment:
     blocks = _block_values(len(rows), config.memory_gb)
     heldout = choose_heldout(store, rows, config.heldout_fraction)
     return align(store, rows, ~heldout, block_values=blocks, seed=config.seed)
-
-
-def _suggest_alignment(store: SnapshotStore, config: FitConfig, rows: Tensor) -> None:
-    """Say that trajectories would lie closer together if they were aligned, where that is cheap to know and true."""
-    if len(rows) * store.layout.num_values > _MAX_TRIED_VALUES:
-        return
-    try:
-        found = align(store, rows, torch.ones(len(rows), dtype=torch.bool), block_values=16384, seed=config.seed).report
-    except ConfigError:
-        return
-    gain = found["separation_before"] / max(found["separation_after"], 1e-12)
-    if gain >= _WORTH_ALIGNING:
-        logger.warning(
-            "with their hidden units matched (--align rebasin) the trajectories would lie %.1f times closer together, "
-            "if this network is a plain stack without shortcuts, as it seems.",
-            gain,
-        )
 
 
 def _block_values(num_rows: int, memory_gb: float) -> int:
@@ -369,126 +328,6 @@ def _frames(latents: Tensor, trajectory: Tensor, store: SnapshotStore, config: F
     return plain_frames(latents, R, scaled=config.diffusion.scale_latents)
 
 
-@torch.no_grad()
-def _report(
-    generator: WeightGenerator,
-    subspace: Encoded,
-    local: Tensor,
-    trajectory: Tensor,
-    heldout: Tensor,
-    history: list[dict[str, float]],
-) -> dict[str, Any]:
-    """Measure the generator in the coordinates it works in, against the snapshots.
-
-    ``copy_ratio`` is the median distance of a sample to its nearest training snapshot over that of held-out snapshots,
-    whose neighbours in time are at the edge of their block; ``novelty`` the same over that of snapshots to their
-    nearest one at another time. Far below 1, samples copy. ``diversity_curve`` gives both the spread and the novelty of
-    samples over a range of temperatures; ``diversity`` is turned into a temperature by it.
-    """
-    config, train = generator.config, ~heldout
-    report: dict[str, Any] = {
-        "fidelity": subspace.fidelity,
-        "fidelity_is_ok": subspace.fidelity >= config.autoencoder.min_fidelity,
-        "latent_dim": generator.autoencoder.latent_dim,
-        "diffusion_steps": int(history[-1]["best_step"]) if history else 0,
-        "heldout_loss": _number(history[-1]["best_loss"]) if history else None,
-        # What a normal distribution per trajectory reaches: the network has to be below.
-        "heldout_loss_gaussian": _number(history[0]["heldout_loss"]) if config.diffusion.precondition else None,
-    }
-    num_members = _NUM_REPORT_MEMBERS if config.diffusion.precondition else _NUM_REPORT_MEMBERS_PLAIN
-    labels = torch.arange(num_members) % len(generator.trajectories)
-    reference = float(nearest_at_another_time(local, trajectory).nanmedian())
-    spread = spread_about_means(local[train], trajectory[train])
-    temperatures = _TEMPERATURES if config.diffusion.precondition else (1.0,)
-    curve = []
-    for temperature in temperatures:
-        samples = _samples(generator, labels, temperature)
-        nearest = nearest_of_own_run(samples, labels, local[train], trajectory[train])
-        curve.append(
-            {
-                "temperature": temperature,
-                "spread_ratio": round(spread_about_means(samples, labels) / max(spread, 1e-12), 4),
-                "novelty": _number(float(nearest.median()) / reference),
-            }
-        )
-        if temperature == 1.0:
-            report |= {
-                "spread_ratio": curve[-1]["spread_ratio"],
-                "spread_ratio_per_direction": _spread_per_direction(samples, labels, local[train], trajectory[train]),
-                "nearest_distance_samples": float(nearest.median()),
-                "novelty": curve[-1]["novelty"],
-                "trajectory_coverage": _coverage(generator, subspace, samples, labels, trajectory, train),
-            }
-    if bool(heldout.any()):
-        own = nearest_of_own_run(local[heldout], trajectory[heldout], local[train], trajectory[train])
-        report["nearest_distance_heldout"] = float(own.median())
-        report["copy_ratio"] = report["nearest_distance_samples"] / max(float(own.median()), 1e-12)
-    if len(generator.trajectories) > 1:
-        report["trajectory_separation"] = _separation(subspace.latents[train], trajectory[train])
-        _warn_of_trajectories(report, is_aligned=config.align != "none")
-    report["diversity_curve"] = curve
-    return report
-
-
-def _separation(latents: Tensor, trajectory: Tensor) -> float:
-    """Median distance between the means of two trajectories over the spread of snapshots about their own mean."""
-    means = torch.stack([latents[trajectory == run].mean(dim=0) for run in sorted(set(trajectory.tolist()))])
-    between = torch.nn.functional.pdist(means.double()).median()
-    return round(float(between) / max(spread_about_means(latents, trajectory), 1e-12), 3)
-
-
-def _warn_of_trajectories(report: dict[str, Any], *, is_aligned: bool) -> None:
-    coverage = report["trajectory_coverage"]
-    if report["trajectory_separation"] > _FAR_APART:
-        logger.warning(
-            "the %d trajectories lie far apart (%.1f times the spread within one): members are made for each by "
-            "itself. An average or a Gaussian across them would be %s; compare with those taken per run.",
-            len(coverage),
-            report["trajectory_separation"],
-            "of different models" if is_aligned else "no model",
-        )
-    missed = [name for name, share in coverage.items() if not 0.5 <= share * len(coverage) <= 2.0]
-    if missed:
-        logger.warning(
-            "samples cover some trajectories less than half or more than twice as often as asked (%s): those runs "
-            "overlap with others.",
-            ", ".join(missed),
-        )
-
-
-def _samples(generator: WeightGenerator, labels: Tensor, temperature: float) -> Tensor:
-    """Samples in local coordinates, on the CPU, the same noise at every temperature."""
-    rng = torch.Generator().manual_seed(generator.config.seed + 1)
-    noise = temperature * torch.randn(len(labels), generator.frames.width, generator=rng)
-    device = next(generator.denoiser.parameters()).device
-    return walk(generator.denoiser, noise.to(device), labels.to(device), generator.config, _NUM_REPORT_STEPS).cpu()
-
-
-def _spread_per_direction(samples: Tensor, labels: Tensor, local: Tensor, trajectory: Tensor) -> list[float]:
-    """Spread of samples over that of snapshots along the first axes of the trajectories."""
-    ratios = [
-        spread_about_means(samples[:, [axis]], labels) / max(spread_about_means(local[:, [axis]], trajectory), 1e-12)
-        for axis in range(min(_NUM_REPORT_AXES, local.shape[1]))
-    ]
-    return [round(ratio, 4) for ratio in ratios]
-
-
-def _coverage(
-    generator: WeightGenerator, subspace: Encoded, samples: Tensor, labels: Tensor, trajectory: Tensor, train: Tensor
-) -> dict[str, float]:
-    """Share of the samples whose nearest snapshot of all is of each trajectory."""
-    nearest = torch.cdist(generator.frames.to_latents(samples, labels), subspace.latents[train]).argmin(dim=1)
-    owner = trajectory[train][nearest]
-    return {
-        name: round(float((owner == number).double().mean()), 4) for number, name in enumerate(generator.trajectories)
-    }
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return round(value, 6) if math.isfinite(value) else None
-
-
 def _labels(store: SnapshotStore) -> list[str]:
     """``trajectory step S`` of every snapshot."""
     names = [store.trajectories[t] for t in store.trajectory_index.tolist()]
@@ -504,91 +343,3 @@ def _provenance(store: SnapshotStore, rows: Tensor, source: str) -> dict[str, An
         "pdiff_plugin": pdiff_plugin.__version__,
         "torch": torch.__version__,
     }
-
-
-@dataclass
-class Run:
-    """The run folder's ``fit.json``."""
-
-    folder: Path | None
-    document: dict[str, Any]
-
-    @classmethod
-    def open(
-        cls, store: SnapshotStore, config: FitConfig, folder: Path | None, *, fresh: bool, source: str | None = None
-    ) -> Run:
-        """Open or begin a run; ``source`` is where the store came from, if not from its own folder.
-
-        Raises:
-            FitExistsError: the folder holds a fit of other settings or other snapshots.
-        """
-        mine = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "status": "running",
-            "store": source or str(store.path.resolve()),
-            "config": config.to_json(),
-            "snapshots": _fingerprint(store),
-            "seconds": {},
-            "history": [],
-        }
-        run = cls(folder, mine)
-        if folder is None:
-            return run
-        path = folder / "fit.json"
-        if path.exists() and not fresh:
-            found = read_json(path, FORMAT, FORMAT_VERSION)
-            # By way of the dataclass, so that a setting which came later has its default.
-            if FitConfig.from_json(found["config"]) != config:
-                raise FitExistsError(str(folder), "other settings")
-            if found["snapshots"] != mine["snapshots"]:
-                raise FitExistsError(str(folder), "other snapshots")
-            run.document = found
-        elif fresh:
-            for name in ("fit.json", FILE_NAME, *(f"{stage}{CHECKPOINT_SUFFIX}" for stage in STAGES)):
-                (folder / name).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        run.write()
-        return run
-
-    @property
-    def is_finished(self) -> bool:
-        done = self.document["status"] == "finished"
-        return done and self.folder is not None and (self.folder / FILE_NAME).is_file()
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds spent inside to ``document["seconds"][stage]``, over all attempts."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            seconds = self.document["seconds"]
-            seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
-            self.write()
-
-    def write_history(self, history: list[dict[str, float]]) -> None:
-        self.document["history"] = _plain(history)
-        self.write()
-
-    def finish(self, generator: WeightGenerator, history: list[dict[str, float]]) -> None:
-        self.document |= {"status": "finished", "history": _plain(history), "report": generator.report}
-        if self.folder is not None:
-            generator.save(self.folder)
-        self.write()
-
-    def write(self) -> None:
-        if self.folder is not None:
-            write_json(self.folder / "fit.json", self.document)
-
-
-def _plain(history: list[dict[str, float]]) -> list[dict[str, float | None]]:
-    return [
-        {key: value if isinstance(value, int) else _number(value) for key, value in entry.items()} for entry in history
-    ]
-
-
-def _fingerprint(store: SnapshotStore) -> str:
-    """Hex digest of the layout and of which snapshots there are; sizes and steps stand for their values."""
-    text = json.dumps([store.layout.digest, store.trajectories, store.trajectory_index.tolist(), store.steps.tolist()])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -29,7 +29,8 @@ import json, sys
 from pathlib import Path
 from torch import distributed
 from pdiff_plugin import FitConfig, SnapshotStore
-from pdiff_plugin.fitting.fit import Run, run_stages
+from pdiff_plugin.fitting.fit import run_stages
+from pdiff_plugin.fitting.run import Run
 from pdiff_plugin.fitting.runtime import GroupRuntime
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
