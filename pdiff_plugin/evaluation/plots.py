@@ -189,10 +189,10 @@ def accuracy_novelty_curves(points: Sequence[Mapping[str, Any]]) -> Figure:
         for name in dict.fromkeys(point["set"] for point in points):
             own = [point for point in points if point["set"] == name]
             curves[name] = np.array([(1 - p["wrong_iou_max_to_snapshots"], 100 * p["accuracy_mean"]) for p in own])
-        low, high = _range_of([curves[n][:, 1] for n in curves if n in ("snapshots", "generated")], share=0.5)
+        low, high = _range_of([curves[n][:, 1] for n in curves if n in ("snapshots", "generated")], share=0.15)
         for name, curve in curves.items():
             look = LOOKS[name]
-            size = 10 if name == "generated" else 5
+            size = 8 if name == "generated" else 4.5
             axes.plot(*curve.T, color=look.colour, marker=look.marker, linestyle=look.line, markersize=size, label=name)
         for point in points:
             if point["set"] == "generated":
