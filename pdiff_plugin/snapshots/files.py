@@ -8,10 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pdiff_plugin.errors import FormatError, FormatVersionError
 
 TEMP_MARK = ".tmp-"
+
+
+def temporary(path: Path) -> Path:
+    """A name beside ``path`` that no other writer uses, be it a thread or a process on another machine."""
+    return path.with_name(f"{TEMP_MARK}{uuid4().hex}-{path.name}")
 
 
 @contextmanager
@@ -20,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     On any exception the temporary file is removed and ``path`` is as it was.
     """
-    temp = path.with_name(f"{TEMP_MARK}{os.getpid()}-{path.name}")
+    temp = temporary(path)
     try:
         # safetensors makes its file readable by its owner alone; others who share the folder must read it too.
         temp.touch()

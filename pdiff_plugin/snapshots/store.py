@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdiff_plugin.errors import FormatError, StoreNotFoundError, TrajectoryExistsError
-from pdiff_plugin.snapshots.files import TEMP_MARK, check_format, read_json, replacing
+from pdiff_plugin.snapshots.files import TEMP_MARK, check_format, read_json, replacing, temporary
 from pdiff_plugin.snapshots.layout import DTYPE_NAMES, DTYPES, Layout
 
 logger = logging.getLogger(__name__)
@@ -386,7 +386,7 @@ def _create_layout(path: Path, layout: Layout, row_dtype: torch.dtype) -> torch.
         "tensors": layout.to_json(),
     }
     if not target.exists():
-        temp = path / f"{TEMP_MARK}{os.getpid()}-layout.json"
+        temp = temporary(target)
         temp.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         try:
             # A hard link appears whole and fails if another writer was first; os.replace would overwrite its file.
