@@ -27,3 +27,11 @@ def test_a_workload_prints_its_table_and_its_curve(tmp_path: Path) -> None:
     for name in ("snapshots", "generated", "average", "gaussian"):
         assert f"\n{name} " in text
     assert "At equal novelty" in text
+
+
+def test_a_whole_resnet_is_fitted_and_its_member_judged_beside_snapshots(tmp_path: Path) -> None:
+    text = run(str(EXAMPLES / "whole_resnet.py"), "--smoke", cwd=tmp_path)
+    assert "18 snapshots of 191,594 values" in text
+    assert "generator file: " in text
+    assert "accuracy of generated member 3: " in text
+    assert "\ngenerated " in text
