@@ -48,6 +48,9 @@ Evaluation = Literal["vmap tail", "cached loop", "plain loop"]
 
 # Beyond this a larger chunk of members is no faster (measured on a ResNet-18: 8 members take as long as 32, each).
 _MAX_CHUNK_BYTES = 2 * 2**30
+# On a CPU, glibc gives large tensors back to the system at once, and faulting their pages in again takes as long as the
+# arithmetic (last two norms of a small ResNet, 32 members: 2.1 s of CPU time in one chunk, 1.5 s with this bound).
+_MAX_CPU_TENSOR_BYTES = 8 * 2**20
 
 
 class DiffusionEnsemble(nn.Module):
@@ -68,8 +71,8 @@ class DiffusionEnsemble(nn.Module):
             ``trunk``, but checks one member of the first batch against the loop, and falls back to it if they differ.
         vectorize: run the tail of several members under ``torch.func.vmap``. By default, unless convolution weights
             are among the members' (they become grouped convolutions, slower than a loop on most CPUs).
-        member_chunk: members computed at once; by default as many as fit into a quarter of the free memory. Results
-            may differ by rounding between chunk sizes.
+        member_chunk: members computed at once; by default as many as fit into a quarter of the free memory, on a CPU
+            fewer where their tensors are large. Results may differ by rounding between chunk sizes.
         task: ``regression`` averages outputs instead of probabilities.
         class_axis: axis of the classes in the model's output; 1 suits (B, C) and dense (B, C, H, W) logits.
         select: picks the logits out of the model's output; by default the output itself, its ``logits``, or the first
@@ -334,7 +337,10 @@ class DiffusionEnsemble(nn.Module):
             return self.member_chunk
         # About four of the largest activations live at once: input, output, shortcut and the kernel's workspace.
         member_bytes = 4 * trunk.largest_tail_bytes + 1
-        return max(1, min(_MAX_CHUNK_BYTES, _free_bytes(self._device) // 4) // member_bytes)
+        most = min(_MAX_CHUNK_BYTES, _free_bytes(self._device) // 4) // member_bytes
+        if self._device.type == "cpu":
+            most = min(most, _MAX_CPU_TENSOR_BYTES // (trunk.largest_tail_bytes + 1))
+        return max(1, most)
 
     def _whole(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """One member, (1, B, C, ...), that shares nothing with others."""
