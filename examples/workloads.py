@@ -103,7 +103,8 @@ def lora(train: Split, test: Split, store: Path, seed: int, smoke: bool) -> Task
     is_recorded = store.exists()
     if not is_recorded:
         train_all(model, batches, num_epochs=1 if smoke else 3, logits=lambda outputs: outputs.logits)
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"]))
+    queries_and_values = r".*\.(q_proj|v_proj|query|value)"  # the latter two before transformers 5
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=queries_and_values))
     if not is_recorded:
         # LoRA starts at zero: the first steps only leave it.
         steps = 10 if smoke else 100

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -35,3 +37,11 @@ def test_a_whole_resnet_is_fitted_and_its_member_judged_beside_snapshots(tmp_pat
     assert "generator file: " in text
     assert "accuracy of generated member 3: " in text
     assert "\ngenerated " in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["w2", "w3", "w5", "w6"])
+def test_every_other_workload_runs_too(tmp_path: Path, name: str) -> None:
+    text = run(str(EXAMPLES / "workloads.py"), "--smoke", name, cwd=tmp_path)
+    assert "\ngenerated " in text
+    assert "At equal novelty" in text
