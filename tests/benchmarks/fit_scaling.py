@@ -34,7 +34,7 @@ from pdiff_plugin.snapshots.layout import TensorSpec
 from pdiff_plugin.snapshots.store import TrajectoryWriter
 
 FIGURES = Path(__file__).parent / "figures"
-SIZES = {"default": [1_000_000, 2_000_000, 4_000_000, 8_000_000], "paper": [2_048, 8_192, 32_768]}
+SIZES = {"default": [2_048, 65_536, 1_000_000, 2_000_000, 4_000_000, 8_000_000], "paper": [2_048, 8_192, 32_768]}
 NUM_SNAPSHOTS = 300
 # A training step's time does not depend on how many there are; the first is slower and left out.
 PAPER_STEPS = 6
