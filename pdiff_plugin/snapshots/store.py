@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -152,17 +152,27 @@ class SnapshotStore:
         dtype = torch.float64 if self.row_dtype == torch.float64 else torch.float32
         wanted = torch.arange(len(self)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
         out = torch.empty(len(wanted), hi - lo, dtype=dtype)
+        for chunk, places, own in self._pieces(wanted):
+            if isinstance(places, slice) and len(own) == len(chunk.steps):
+                out[places] = chunk.rows[:, lo:hi]
+            else:
+                out[places] = chunk.rows[:, lo:hi][own].to(dtype)
+        return out
+
+    def _pieces(self, wanted: Tensor) -> Iterator[tuple[Chunk, Tensor | slice, Tensor]]:
+        """Each chunk that holds some of the snapshots ``wanted`` (m,), where they are among these, and its rows.
+
+        Places are a slice where ``wanted`` rises throughout.
+        """
         # A snapshot of a large model is a chunk of its own: what is done for each of them counts.
         ordered, order = wanted.sort()
         are_rising = torch.equal(order, torch.arange(len(wanted))) and bool((ordered.diff() > 0).all())
         starts = self._chunk_starts
-        places = torch.searchsorted(ordered, starts).tolist()
-        for (_, chunk), start, first, last in zip(self._chunks, starts.tolist(), places, places[1:], strict=False):
-            if are_rising and last - first == len(chunk.steps):
-                out[first:last] = chunk.rows[:, lo:hi]
-            elif last > first:
-                out[order[first:last]] = chunk.rows[:, lo:hi][ordered[first:last] - start].to(dtype)
-        return out
+        borders = torch.searchsorted(ordered, starts).tolist()
+        for (_, chunk), start, first, last in zip(self._chunks, starts.tolist(), borders, borders[1:], strict=False):
+            if last > first:
+                places = slice(first, last) if are_rising else order[first:last]
+                yield chunk, places, ordered[first:last] - start
 
     def gather(self, columns: Tensor, indices: Tensor) -> Tensor:
         """Values at any ``columns`` (c,) of the snapshots at ``indices`` (m,), both int64 and in the order wanted.
@@ -171,14 +181,8 @@ class SnapshotStore:
             (m, c), in the dtype of :meth:`rows`. They are picked from the memory maps: only this much is held.
         """
         out = torch.empty(len(indices), len(columns), dtype=self.rows(0, 0).dtype)
-        start = 0
-        for _, chunk in self._chunks:
-            stop = start + len(chunk.steps)
-            here = ((indices >= start) & (indices < stop)).nonzero().squeeze(1)
-            if len(here):
-                rows = chunk.rows.index_select(1, columns)
-                out[here] = rows[indices[here] - start].to(out.dtype)
-            start = stop
+        for chunk, places, own in self._pieces(indices):
+            out[places] = chunk.rows.index_select(1, columns)[own].to(out.dtype)
         return out
 
     def state_dict(self, index: int) -> dict[str, Tensor]:
