@@ -1,8 +1,13 @@
 """Small stores, made without any training."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from pdiff_plugin import WeightGenerator
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 from pdiff_plugin.snapshots.store import SnapshotStore, TrajectoryWriter
 
@@ -13,6 +18,24 @@ LAYOUT = Layout(
         TensorSpec("head.weight", (3, 8), "float32", "parameter"),
     )
 )
+
+
+RANK_OF_A_FIT = """
+import json, sys
+from pathlib import Path
+from torch import distributed
+from pdiff_plugin import FitConfig, SnapshotStore
+from pdiff_plugin.fitting.fit import run_stages
+from pdiff_plugin.fitting.run import Run
+from pdiff_plugin.fitting.runtime import GroupRuntime
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+store, config = SnapshotStore.open(sys.argv[3]), FitConfig.from_json(json.loads(sys.argv[4]))
+run = Run.open(store, config, folder / "fit" if rank == 0 else None, fresh=False)
+run_stages(store, config, run, GroupRuntime(folder / "fit"))
+distributed.destroy_process_group()
+"""
 
 
 def wandering(num_snapshots, num_values, seed=0):
@@ -40,3 +63,17 @@ def make_store(tmp_path):
         return SnapshotStore.open(tmp_path / name)
 
     return make
+
+
+@pytest.fixture
+def fit_in_a_group(tmp_path):
+    """Fit in two processes without Ray: ``fit_in_a_group(store, config)`` is the generator of rank 0."""
+
+    def fit_with_two(store, config):
+        (tmp_path / "fit").mkdir()
+        arguments = [str(tmp_path), str(store.path), json.dumps(config.to_json())]
+        started = [subprocess.Popen([sys.executable, "-c", RANK_OF_A_FIT, str(rank), *arguments]) for rank in (0, 1)]
+        assert [process.wait(120) for process in started] == [0, 0]
+        return WeightGenerator.load(tmp_path / "fit")
+
+    return fit_with_two

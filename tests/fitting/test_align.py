@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -24,22 +22,6 @@ PLAIN = FitConfig(
     diffusion=DiffusionConfig(width=16, num_blocks=1, max_steps=60, batch_size=16, eval_every_n_steps=20),
 )
 ALIGNED = replace(PLAIN, align="rebasin")
-GROUP = """
-import json, sys
-from pathlib import Path
-from torch import distributed
-from pdiff_plugin import FitConfig, SnapshotStore
-from pdiff_plugin.fitting.fit import run_stages
-from pdiff_plugin.fitting.run import Run
-from pdiff_plugin.fitting.runtime import GroupRuntime
-
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-store, config = SnapshotStore.open(sys.argv[3]), FitConfig.from_json(json.loads(sys.argv[4]))
-run = Run.open(store, config, folder / "fit" if rank == 0 else None, fresh=False)
-run_stages(store, config, run, GroupRuntime(folder / "fit"))
-distributed.destroy_process_group()
-"""
 
 
 def rows_of_a_run(seed):
@@ -132,14 +114,10 @@ def test_the_trained_autoencoder_reads_aligned_rows_too(shuffled):
     torch.testing.assert_close(generator.alignment.rows(shuffled), expected)
 
 
-def test_two_processes_fit_what_one_fits(shuffled, tmp_path):
+def test_two_processes_fit_what_one_fits(shuffled, fit_in_a_group, tmp_path):
     alone = fit(shuffled, ALIGNED, out=tmp_path / "alone")
-    (tmp_path / "fit").mkdir()
-    arguments = [str(tmp_path), str(shuffled.path), json.dumps(ALIGNED.to_json())]
-    started = [subprocess.Popen([sys.executable, "-c", GROUP, str(rank), *arguments]) for rank in (0, 1)]
-    assert [process.wait(120) for process in started] == [0, 0]
 
-    together = WeightGenerator.load(tmp_path / "fit")
+    together = fit_in_a_group(shuffled, ALIGNED)
 
     assert together.report["alignment"] == alone.report["alignment"]
     for name, tensor in alone.autoencoder.state_dict().items():

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from pdiff_plugin import DiffusionConfig, FitConfig, WeightGenerator, fit
+from pdiff_plugin import DiffusionConfig, FitConfig, fit
 from pdiff_plugin.config import ConvConfig
 
 RANK = """
@@ -88,23 +88,6 @@ def test_an_error_on_rank_0_is_an_error_on_every_rank(ranks):
     assert [rank["error"] for rank in ranks] == ["division by zero"] * 2
 
 
-FIT = """
-import sys
-from pathlib import Path
-from torch import distributed
-from pdiff_plugin import FitConfig, SnapshotStore
-from pdiff_plugin.fitting.fit import run_stages
-from pdiff_plugin.fitting.run import Run
-from pdiff_plugin.fitting.runtime import GroupRuntime
-import json
-
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-store, config = SnapshotStore.open(sys.argv[3]), FitConfig.from_json(json.loads(sys.argv[4]))
-run = Run.open(store, config, folder / "fit" if rank == 0 else None, fresh=False)
-run_stages(store, config, run, GroupRuntime(folder / "fit"))
-distributed.destroy_process_group()
-"""
 CONV = FitConfig(
     autoencoder=ConvConfig(latent_dim=16, channels=(4, 4), max_steps=30, lr=1e-3),
     diffusion=DiffusionConfig(
@@ -113,16 +96,13 @@ CONV = FitConfig(
 )
 
 
-def test_a_trained_autoencoder_and_a_denoiser_with_batchnorm_are_those_of_one_process(make_store, tmp_path):
+def test_a_trained_autoencoder_and_a_denoiser_with_batchnorm_are_those_of_one_process(
+    make_store, fit_in_a_group, tmp_path
+):
     store = make_store()
     alone = fit(store, CONV, out=tmp_path / "alone")
-    (tmp_path / "fit").mkdir()
-    command = [sys.executable, "-c", FIT]
-    arguments = [str(tmp_path), str(store.path), json.dumps(CONV.to_json())]
-    started = [subprocess.Popen([*command, str(rank), *arguments]) for rank in (0, 1)]
-    assert [process.wait(120) for process in started] == [0, 0]
 
-    together = WeightGenerator.load(tmp_path / "fit")
+    together = fit_in_a_group(store, CONV)
 
     for name, tensor in alone.autoencoder.state_dict().items():
         torch.testing.assert_close(together.autoencoder.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
