@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pdiff_plugin.config import DiffusionConfig, PredictionType
 
-# (x_t (B, K), time (B,) in [0, 1]) -> prediction (B, K)
+# (x_t (B, K), time (B,) in [0, 1], or (1,) for all rows alike) -> prediction (B, K)
 Predictor = Callable[[Tensor, Tensor], Tensor]
 
 

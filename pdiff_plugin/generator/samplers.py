@@ -87,7 +87,7 @@ def _ancestral(
     for now, after in zip(timesteps, [*timesteps[1:], None], strict=True):
         alpha_bar = alpha_bars[now]
         alpha_bar_after = alpha_bars[after] if after is not None else torch.ones((), dtype=torch.float64)
-        time = timestep_to_time(torch.full((len(x),), now, device=x.device), config)
+        time = timestep_to_time(torch.full((1,), now, device=x.device), config)
         prediction = predict(x, time)
         x0, epsilon = split_prediction(prediction, x, alpha_bar.to(x), config.prediction_type)
         # Variance of q(x_after | x_now, x_0), times eta².
@@ -129,10 +129,10 @@ def sample_flow(
     """
     times = torch.linspace(1.0, 0.0, num_sampling_steps + 1, dtype=torch.float64).tolist()
     for now, after in pairwise(times):
-        velocity = predict(x, torch.full((len(x),), now, device=x.device))
+        velocity = predict(x, torch.full((1,), now, device=x.device))
         moved = x + (after - now) * velocity
         if heun:
-            ahead = predict(moved, torch.full((len(x),), after, device=x.device))
+            ahead = predict(moved, torch.full((1,), after, device=x.device))
             moved = x + (after - now) * 0.5 * (velocity + ahead)
         if on_step is not None:
             on_step(x - now * velocity)
@@ -155,7 +155,7 @@ def sample_turning(
     number of steps, and directions of small spread keep it, which steps in x lose. Heun's rule, two questions a step.
 
     Args:
-        turn: the network's answer for (y (B, K), time (B,)).
+        turn: the network's answer for (y (B, K), time (1,)).
         y: standard normal noise, (B, K).
         std: standard deviation of each clean coordinate, (B, K).
         num_sampling_steps: S.
@@ -168,9 +168,9 @@ def sample_turning(
     times = torch.linspace(1.0, 0.0, num_sampling_steps + 1, dtype=torch.float64).square().tolist()
     for now, after in pairwise(times):
         angle, angle_after = (torch.atan2(torch.full_like(std, t), (1.0 - t) * std) for t in (now, after))
-        speed = turn(y, torch.full((len(y),), now, device=y.device, dtype=y.dtype))
+        speed = turn(y, torch.full((1,), now, device=y.device, dtype=y.dtype))
         moved = y + (angle_after - angle) * speed
-        ahead = turn(moved, torch.full((len(y),), after, device=y.device, dtype=y.dtype))
+        ahead = turn(moved, torch.full((1,), after, device=y.device, dtype=y.dtype))
         if on_step is not None:
             on_step(std * (y - angle * speed))
         y = y + (angle_after - angle) * 0.5 * (speed + ahead)
@@ -203,7 +203,7 @@ def sample_dpm_solver(
     log_snr = (signals / sigmas).log()  # +inf at the end, where sigma is 0
     previous: Tensor | None = None
     for step in range(num_sampling_steps):
-        prediction = predict(x, torch.full((len(x),), float(times[step]), device=x.device, dtype=x.dtype))
+        prediction = predict(x, torch.full((1,), float(times[step]), device=x.device, dtype=x.dtype))
         if config.prediction_type == "flow":
             x0 = x - sigmas[step].to(x) * prediction
         else:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pdiff_plugin.config import DiffusionConfig
+from pdiff_plugin.generator.conv import ConvDenoiser
 from pdiff_plugin.generator.denoiser import Denoiser, GaussianPreconditioned, OneStepMap
 from pdiff_plugin.generator.diffusion import (
     gaussian_prediction,
@@ -78,3 +79,21 @@ def test_an_untrained_one_step_map_only_scales_noise_to_the_spread():
     noise = torch.randn(5, 3)
 
     torch.testing.assert_close(student(noise, torch.zeros(5, dtype=torch.int64)), STD.float() * noise)
+
+
+@pytest.mark.parametrize("num_trajectories", [1, 3, 12])
+@pytest.mark.parametrize("network", ["residual", "conv"])
+def test_one_time_for_all_rows_answers_like_one_time_per_row(network, num_trajectories):
+    torch.manual_seed(0)
+    if network == "conv":
+        denoiser = ConvDenoiser(6, (4, 8, 4), 3, num_trajectories).eval()
+    else:
+        denoiser = Denoiser(6, 16, 2, num_trajectories)
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # it starts as zero, which would hide the condition
+    x, labels = torch.randn(8, 6), torch.arange(8) % num_trajectories
+
+    found = denoiser(x, torch.tensor([0.3]), labels)
+
+    torch.testing.assert_close(found, denoiser(x, torch.full((8,), 0.3), labels), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, denoiser(x, torch.tensor([0.4]), labels))
