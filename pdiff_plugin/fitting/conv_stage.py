@@ -8,20 +8,20 @@ Shapes: N snapshots, D values in a row, K latent width, B rows in a batch, W val
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pdiff_plugin.config import ConvConfig
-from pdiff_plugin.fitting import training
+from pdiff_plugin.config import ConvConfig, FitConfig
 from pdiff_plugin.fitting.runtime import Runtime
 from pdiff_plugin.fitting.training import (
+    autocast,
+    checkpointed,
+    compiled,
     flat_optimizer,
-    interrupts_held,
     lr_factor,
     restore_optimizer,
     set_lr,
@@ -43,11 +43,10 @@ class RowReader(Protocol):
 def train_conv(
     read: RowReader,
     layout: Layout,
-    config: ConvConfig,
+    config: FitConfig,
     *,
     train_rows: Tensor,
     heldout_rows: Tensor,
-    seed: int,
     device: torch.device,
     runtime: Runtime,
 ) -> Encoded:
@@ -56,24 +55,25 @@ def train_conv(
     Args:
         read: gives columns of some of the N snapshots.
         layout: of a row.
-        config: of the autoencoder.
+        config: of the fit.
         train_rows: (n,) int64 places of the training rows among the N.
         heldout_rows: (m,) int64 places of the others.
-        seed: of the initial weights, the batches and the noise.
         device: to train on.
         runtime: checkpoints and progress.
     """
+    settings = config.autoencoder
+    assert isinstance(settings, ConvConfig), "the other kind is not trained"
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # for the initial weights; the caller's state comes back
-        network = ConvNetwork(layout.num_values, config)
+        torch.default_generator.manual_seed(config.seed)  # for the initial weights; the caller's state comes back
+        network = ConvNetwork(layout.num_values, settings)
     read_train = partial(read, places=train_rows)
-    autoencoder = ConvAutoencoder(layout, config, network, *_standards(read_train, layout, config))
+    autoencoder = ConvAutoencoder(layout, settings, network, *_standards(read_train, layout, settings))
     everything = torch.arange(len(train_rows) + len(heldout_rows))
     is_whole = network.num_chunks == 1
     rows = autoencoder.standardise(read(0, layout.num_values, everything)).to(device) if is_whole else None
     network.to(device).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, fused=device.type in ("cpu", "cuda"))
-    rng = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, fused=device.type in ("cpu", "cuda"))
+    rng = torch.Generator().manual_seed(config.seed)
     step = 0
     saved = runtime.load_checkpoint("autoencoder")
     if saved is not None:
@@ -89,35 +89,24 @@ def train_conv(
         tensors |= {"optimizer." + name: tensor for name, tensor in flat_optimizer(optimizer).items()}
         runtime.save_checkpoint("autoencoder", tensors, {"step": step})
 
-    last_checkpoint = time.perf_counter()
-    is_between_steps = True
-    try:
-        with interrupts_held() as interrupt:
-            while step < config.max_steps:
-                is_between_steps = False
-                chosen = train_rows[torch.randperm(len(train_rows), generator=rng)[: config.batch_size]]
+    encode, decode = compiled(network.encode, config), compiled(network.decode, config)
+    with checkpointed(checkpoint) as steps:
+        while step < settings.max_steps:
+            with steps.step():
+                chosen = train_rows[torch.randperm(len(train_rows), generator=rng)[: settings.batch_size]]
                 if rows is not None:
                     batch = rows[chosen.to(device)]
                 else:
                     batch = _random_chunks(read, autoencoder, chosen, rng).to(device)
-                value = _loss(network, batch, rng, config)
+                with autocast(config, device):
+                    value = _loss(encode, decode, batch, rng, settings, network.num_chunks)
                 optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(value)
-                set_lr(optimizer, config.lr * lr_factor(step, config.max_steps, "cosine"))
+                set_lr(optimizer, settings.lr * lr_factor(step, settings.max_steps, "cosine"))
                 optimizer.step()
                 step += 1
-                is_between_steps = True
-                if step % _REPORT_EVERY == 0 or step == config.max_steps:
-                    runtime.report("autoencoder", step, config.max_steps, train_loss=float(value.detach()))
-                if time.perf_counter() - last_checkpoint > training.CHECKPOINT_EVERY_S:
-                    checkpoint()
-                    last_checkpoint = time.perf_counter()
-                interrupt.raise_if_asked()
-    except KeyboardInterrupt:
-        if is_between_steps:
-            checkpoint()
-        raise
-    checkpoint()
+            if step % _REPORT_EVERY == 0 or step == settings.max_steps:
+                runtime.report("autoencoder", step, settings.max_steps, train_loss=float(value.detach()))
     network.cpu().eval().requires_grad_(False)
     del rows
     latents = autoencoder.encode_columns(partial(read, places=everything))
@@ -141,21 +130,28 @@ def _random_chunks(read: RowReader, autoencoder: ConvAutoencoder, chosen: Tensor
     return out
 
 
-def _loss(network: ConvNetwork, rows: Tensor, rng: torch.Generator, config: ConvConfig) -> Tensor:
+def _loss(
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    decode: Callable[[Tensor], Tensor],
+    rows: Tensor,
+    rng: torch.Generator,
+    config: ConvConfig,
+    num_chunks: int,
+) -> Tensor:
     """Reconstruction error of noisy rows through noisy latents (p-diff, section 2.2), plus the variational term."""
     draw = partial(torch.randn, generator=rng)
-    mean, log_variance = network.encode(rows + config.input_noise * draw(rows.shape).to(rows))
+    mean, log_variance = encode(rows + config.input_noise * draw(rows.shape).to(rows))
     noise = draw(mean.shape).to(rows)
 
     def error_of(latents: Tensor) -> Tensor:
-        difference: Tensor = network.decode(latents)[:, : rows.shape[1]] - rows
+        difference: Tensor = decode(latents)[:, : rows.shape[1]] - rows
         return difference.square().mean()
 
     if config.kl_weight == 0:
         return error_of(mean + config.latent_noise * noise)
     # Kingma & Welling 2014, appendix B, with the reparametrised sample; of all chunks of a row.
     of_each = -0.5 * (1.0 + log_variance - mean.square() - log_variance.exp()).sum(dim=1)
-    divergence: Tensor = network.num_chunks * of_each.mean()
+    divergence: Tensor = num_chunks * of_each.mean()
     return error_of(mean + (0.5 * log_variance).exp() * noise) + config.kl_weight * divergence
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pdiff_plugin.config import FitConfig
-from pdiff_plugin.fitting import training
 from pdiff_plugin.fitting.runtime import Runtime
 from pdiff_plugin.fitting.training import (
+    autocast,
+    checkpointed,
+    compiled,
     flat_optimizer,
-    interrupts_held,
     lr_factor,
     restore_optimizer,
     set_lr,
@@ -142,26 +143,27 @@ def train_diffusion(
         )
         running.zero_()
 
-    started = last_checkpoint = time.perf_counter()
+    started = time.perf_counter()
     B = settings.batch_size
     mine = runtime.share(B)
     share = (mine.stop - mine.start) / B
     if any(isinstance(module, nn.BatchNorm1d) for module in denoiser.modules()):
         # Its statistics are those of the whole batch: every rank answers for all of it, and equals are averaged.
         mine, share = slice(0, B), 1.0 / runtime.world_size
+    predict = compiled(denoiser, config)
     patience = settings.patience * settings.eval_every_n_steps
     if not history and settings.precondition:
         measure()  # before its first step the network already samples the normal distribution
-    is_between_steps = True
-    try:
-        with interrupts_held() as interrupt:
-            while step < settings.max_steps and step - best_step < patience:
-                is_between_steps = False
+    with checkpointed(checkpoint) as steps:
+        while step < settings.max_steps and step - best_step < patience:
+            is_measured = (step + 1) % settings.eval_every_n_steps == 0 or step + 1 == settings.max_steps
+            with steps.step():
                 batch, batch_labels = _draw(on_device, labels, train, shares, rng, config)
                 optimizer.zero_grad(set_to_none=True)
                 # Every rank draws the whole batch and answers for its share of it: the sum is the batch's own gradient.
                 own = NoisedBatch(batch.inputs[mine], batch.times[mine], batch.targets[mine])
-                value = share * loss(partial(denoiser, trajectory=batch_labels[mine]), own)
+                with autocast(config, device):
+                    value = share * loss(partial(predict, trajectory=batch_labels[mine]), own)
                 torch.autograd.backward(value)
                 value = runtime.sum_gradients(parameters, value.detach())
                 set_lr(optimizer, settings.lr * lr_factor(step, settings.max_steps, settings.lr_schedule))
@@ -171,25 +173,14 @@ def train_diffusion(
                 decay = min(settings.ema_decay, step / (step + 9.0))
                 torch._foreach_lerp_(averaged, parameters, 1.0 - decay)
                 running += value
-                if step % settings.eval_every_n_steps == 0 or step == settings.max_steps:
+                if is_measured:
                     if buffers:
                         torch._foreach_copy_(averaged_buffers, buffers)  # BatchNorm statistics are averages already
                     measure()
-                    is_between_steps = True
-                    now = {key: history[-1][key] for key in ("train_loss", "heldout_loss", "novelty")}
-                    runtime.report("diffusion", step, settings.max_steps, **now)
-                    on_history(history)
-                is_between_steps = True
-                if time.perf_counter() - last_checkpoint > training.CHECKPOINT_EVERY_S:
-                    checkpoint()
-                    last_checkpoint = time.perf_counter()
-                interrupt.raise_if_asked()
-    except KeyboardInterrupt:
-        # In the middle of a step the tensors do not belong together: then the last checkpoint stays the newest.
-        if is_between_steps:
-            checkpoint()
-        raise
-    checkpoint()
+            if is_measured:
+                now = {key: history[-1][key] for key in ("train_loss", "heldout_loss", "novelty")}
+                runtime.report("diffusion", step, settings.max_steps, **now)
+                on_history(history)
     if best_step == 0 and not settings.precondition:
         best.load_state_dict(average.state_dict())  # nothing was novel enough, and untrained weights are no generator
     return best, history

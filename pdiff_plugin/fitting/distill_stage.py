@@ -5,13 +5,12 @@ Shapes: P pairs of noise and sample, k width of a trajectory's own coordinates, 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from pdiff_plugin.config import FitConfig
 from pdiff_plugin.fitting.runtime import Runtime
+from pdiff_plugin.fitting.training import autocast, compiled, lr_factor, set_lr
 from pdiff_plugin.generator.frames import Frames
 from pdiff_plugin.generator.generator import new_one_step, walk
 
@@ -50,13 +49,14 @@ def distill(
     labels = (torch.arange(_NUM_PAIRS) % frames.num_trajectories).to(device)
     targets = _teach(denoiser, noise, labels, config)
     optimizer = torch.optim.AdamW(student.parameters(), lr=_LR, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+    student_map = compiled(student, config)
     for step in range(total):
         rows = torch.randint(_NUM_PAIRS, (_BATCH,), generator=rng).to(device)
-        value = (student(noise[rows], labels[rows]) - targets[rows]).square().mean()
+        with autocast(config, device):
+            value = (student_map(noise[rows], labels[rows]) - targets[rows]).square().mean()
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(value)
-        for group in optimizer.param_groups:
-            group["lr"] = _LR * 0.5 * (1.0 + math.cos(math.pi * step / total))
+        set_lr(optimizer, _LR * lr_factor(step, total, "cosine"))
         optimizer.step()
         if (step + 1) % _REPORT_EVERY == 0 or step + 1 == total:
             runtime.report("distill", step + 1, total, train_loss=float(value.detach()))

@@ -250,17 +250,15 @@ def _autoencoder(
     heldout = choose_heldout(store, rows, config.heldout_fraction)
     train_rows, heldout_rows = (~heldout).nonzero().squeeze(1), heldout.nonzero().squeeze(1)
     if isinstance(config.autoencoder, ConvConfig):
-        settings = config.autoencoder
         device = pick_device(config.device)
 
         def train() -> Encoded:
             return train_conv(
                 lambda lo, hi, places: read(lo, hi, rows[places]),
                 store.layout,
-                settings,
+                config,
                 train_rows=train_rows,
                 heldout_rows=heldout_rows,
-                seed=config.seed,
                 device=device,
                 runtime=runtime,
             )

@@ -1,16 +1,22 @@
-"""What the training loops of a fit share: interruptions, the learning rate, optimizer state as named tensors."""
+"""What the training loops of a fit share: checkpoints and interrupts between steps, precision, the learning rate."""
 
 from __future__ import annotations
 
 import math
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from pdiff_plugin.config import FitConfig
+
+F = TypeVar("F", bound=Callable[..., Tensor | tuple[Tensor, ...]])
 
 CHECKPOINT_EVERY_S = 5.0
 
@@ -48,6 +54,53 @@ def interrupts_held() -> Iterator[Interrupt]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Steps:
+    """The steps of a training loop; see :func:`checkpointed`."""
+
+    def __init__(self, checkpoint: Callable[[], None], interrupt: Interrupt) -> None:
+        self.is_within_one = False
+        self._checkpoint, self._interrupt = checkpoint, interrupt
+        self._last = time.perf_counter()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One step, after which a checkpoint is written if it is due, and a Ctrl-C that was held back is raised."""
+        self.is_within_one = True
+        yield
+        self.is_within_one = False
+        if time.perf_counter() - self._last > CHECKPOINT_EVERY_S:
+            self._checkpoint()
+            self._last = time.perf_counter()
+        self._interrupt.raise_if_asked()
+
+
+@contextmanager
+def checkpointed(checkpoint: Callable[[], None]) -> Iterator[Steps]:
+    """Call ``checkpoint`` every few seconds, when interrupted, and at the end, but never in the middle of a step.
+
+    There the tensors do not belong together: a loop interrupted inside a step leaves the last checkpoint as the newest.
+    """
+    with interrupts_held() as interrupt:
+        steps = Steps(checkpoint, interrupt)
+        try:
+            yield steps
+        except KeyboardInterrupt:
+            if not steps.is_within_one:
+                checkpoint()
+            raise
+    checkpoint()
+
+
+def autocast(config: FitConfig, device: torch.device) -> torch.autocast:
+    """Context in which a network computes in the precision asked for; its weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
+def compiled(call: F, config: FitConfig) -> F:
+    """``call``, compiled if asked for."""
+    return cast(F, torch.compile(call)) if config.compile else call
 
 
 def lr_factor(step: int, num_steps: int, schedule: str) -> float:

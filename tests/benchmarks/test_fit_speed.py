@@ -5,6 +5,8 @@ pytest tests/benchmarks/test_fit_speed.py --benchmark-enable
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -45,3 +47,15 @@ def test_a_thousand_members(benchmark, store: SnapshotStore, config: FitConfig, 
     generator = fit(store, config)
     weights = benchmark(generator.sample, 1000, sampler=sampler, rng=torch.Generator().manual_seed(0))
     assert weights.num_members == 1000
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_ten_steps_of_each_published_network(benchmark, store: SnapshotStore, request, precision: str) -> None:
+    paper = FitConfig.paper()
+    autoencoder, diffusion = replace(paper.autoencoder, max_steps=10), replace(paper.diffusion, max_steps=10)
+    if not request.config.getoption("benchmark_enable"):
+        autoencoder = replace(autoencoder, channels=(4, 8), latent_dim=8)
+        diffusion = replace(diffusion, conv_channels=(4, 8, 4), num_sampling_steps=10)
+    config = replace(paper, autoencoder=autoencoder, diffusion=diffusion, precision=precision)
+    generator = benchmark.pedantic(fit, (store, config), rounds=1)
+    assert isinstance(generator, WeightGenerator)
