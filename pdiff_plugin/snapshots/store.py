@@ -143,14 +143,20 @@ class SnapshotStore:
         Args:
             lo: first column.
             hi: column after the last; D unless given.
-            indices: snapshots to read, in the order wanted; all unless given.
+            indices: snapshots to read, in the order wanted, or a mask (N,) of them; all unless given. Negative ones
+                count from the end.
 
         Returns:
             (N or len(indices), hi - lo), float32 (float64 if the rows are). Only this much is read and held.
+
+        Raises:
+            IndexError: a snapshot or a column that the store does not have.
         """
         hi = self.layout.num_values if hi is None else hi
+        if not 0 <= lo <= hi <= self.layout.num_values:
+            raise IndexError(f"columns {lo} to {hi} of a store whose rows have {self.layout.num_values}")
         dtype = torch.float64 if self.row_dtype == torch.float64 else torch.float32
-        wanted = torch.arange(len(self)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        wanted = self._numbers(indices)
         out = torch.empty(len(wanted), hi - lo, dtype=dtype)
         for chunk, places, own in self._pieces(wanted):
             if isinstance(places, slice) and len(own) == len(chunk.steps):
@@ -158,6 +164,21 @@ class SnapshotStore:
             else:
                 out[places] = chunk.rows[:, lo:hi][own].to(dtype)
         return out
+
+    def _numbers(self, indices: Sequence[int] | Tensor | None) -> Tensor:
+        """``indices`` as int64 from 0 to N - 1, as :meth:`_pieces` takes them."""
+        if indices is None:
+            return torch.arange(len(self))
+        numbers = torch.as_tensor(indices)
+        if numbers.dtype == torch.bool:
+            if numbers.shape != (len(self),):
+                raise IndexError(f"a mask of shape {tuple(numbers.shape)} for a store that holds {len(self)}")
+            return numbers.nonzero().squeeze(1)
+        numbers = numbers.to(torch.int64)
+        outside = numbers[(numbers < -len(self)) | (numbers >= len(self))]
+        if len(outside):
+            raise IndexError(f"snapshot {int(outside[0])} of a store that holds {len(self)}")
+        return torch.where(numbers < 0, numbers + len(self), numbers)
 
     def _pieces(self, wanted: Tensor) -> Iterator[tuple[Chunk, Tensor | slice, Tensor]]:
         """Each chunk that holds some of the snapshots ``wanted`` (m,), where they are among these, and its rows.
@@ -180,8 +201,9 @@ class SnapshotStore:
         Returns:
             (m, c), in the dtype of :meth:`rows`. They are picked from the memory maps: only this much is held.
         """
-        out = torch.empty(len(indices), len(columns), dtype=self.rows(0, 0).dtype)
-        for chunk, places, own in self._pieces(indices):
+        wanted = self._numbers(indices)
+        out = torch.empty(len(wanted), len(columns), dtype=self.rows(0, 0).dtype)
+        for chunk, places, own in self._pieces(wanted):
             out[places] = chunk.rows.index_select(1, columns)[own].to(out.dtype)
         return out
 

@@ -64,6 +64,41 @@ def test_columns_and_picked_rows_equal_those_of_the_full_rows(tmp_path):
             assert torch.equal(store.rows(lo, hi, indices), full[indices, lo:hi])
 
 
+def test_negative_indices_and_masks_pick_rows_as_they_do_in_a_tensor(tmp_path):
+    write(tmp_path)
+    store = SnapshotStore.open(tmp_path)
+    full = store.rows()
+    mask = torch.tensor([False, True, False, False, True])
+    assert torch.equal(store.rows(1, 4, [-1, 0, -5]), full[[-1, 0, -5], 1:4])
+    for given in (mask, mask.tolist(), mask.numpy()):
+        assert torch.equal(store.rows(indices=given), full[mask])
+    columns = torch.tensor([6, 2])
+    assert torch.equal(store.gather(columns, torch.tensor([-1, 0])), full[[-1, 0]][:, columns])
+    assert torch.equal(store.gather(columns, mask), full[mask][:, columns])
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"indices": [0, 5]}, "snapshot 5 of a store that holds 5"),
+        ({"indices": [-6]}, "snapshot -6 of a store that holds 5"),
+        ({"indices": torch.ones(4, dtype=torch.bool)}, "a mask of shape (4,) for a store that holds 5"),
+        ({"lo": 6, "hi": 8}, "columns 6 to 8 of a store whose rows have 7"),
+        ({"lo": -1}, "columns -1 to 7 of a store whose rows have 7"),
+        ({"lo": 3, "hi": 2}, "columns 3 to 2 of a store whose rows have 7"),
+    ],
+)
+def test_snapshots_and_columns_that_the_store_does_not_have_are_refused(tmp_path, given, text):
+    write(tmp_path)
+    store = SnapshotStore.open(tmp_path)
+    with pytest.raises(IndexError) as caught:
+        store.rows(**given)
+    assert str(caught.value) == text
+    if "indices" in given:
+        with pytest.raises(IndexError, match=r"store that holds 5"):
+            store.gather(torch.tensor([0]), torch.as_tensor(given["indices"]))
+
+
 def test_several_trajectories_are_told_apart(tmp_path):
     write(tmp_path, "b", chunks=((1, 2),))
     write(tmp_path, "a", chunks=((1,), (2, 3)))
