@@ -452,7 +452,8 @@ class _Run:
             Layout.from_json(document["tensors"]).check_same(layout, f"the store {self.store}")
 
     def _check_trajectory(self) -> None:
-        if self.trajectory is not None and self._resume_step is None:
+        # Other ranks come here when rank 0 may have written its first chunk.
+        if self.is_writer and self.trajectory is not None and self._resume_step is None:
             folder = self._folder / "trajectories" / self.trajectory
             if any(folder.glob("chunk-*.safetensors")):
                 raise TrajectoryExistsError(

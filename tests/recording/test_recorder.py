@@ -339,6 +339,18 @@ def test_a_named_trajectory_is_not_added_to_by_accident(net, train, tmp_path):
                     train(net, optimizer, 1)
 
 
+def test_a_rank_that_writes_nothing_does_not_take_the_chunks_of_rank_0_for_those_of_another_run(
+    net, tmp_path, monkeypatch
+):
+    with PDiffRecorder(tmp_path, trajectory="a").attach(net) as rank_0:
+        rank_0.step()
+        rank_0.state_dict()  # its first chunk is on disk
+        monkeypatch.setattr("pdiff_plugin.recording.recorder._rank", lambda: 1)
+        with PDiffRecorder(tmp_path, trajectory="a").attach(net) as rank_1:
+            rank_1.step()
+    assert SnapshotStore.open(tmp_path).steps.tolist() == [1]
+
+
 def test_a_store_of_other_tensors_is_refused_at_attach(net, tmp_path):
     with PDiffRecorder(tmp_path, layers="head").attach(net) as recorder:
         recorder.step()
