@@ -32,9 +32,9 @@ from pdiff_plugin.generator.generator import new_denoiser, walk
 
 # Draws of noise and time per held-out snapshot: fixed ones, so that two measurements differ by the weights alone.
 _EVAL_REPEATS = 32
-# Samples drawn at each measurement, and the steps they take: a tenth of a second in all.
+# Samples drawn at each measurement, and the steps a preconditioned flow takes to them: a tenth of a second in all.
 _EVAL_SAMPLES = 128
-_EVAL_SAMPLING_STEPS = 8
+_EVAL_TURNING_STEPS = 8
 # Share of a trajectory, to each side of a snapshot, that is too close in time to be a reference for it: +-20 of 300.
 BLOCK_SHARE = 1 / 15
 
@@ -234,7 +234,9 @@ class Judge:
         if self.has_heldout:
             found["heldout_loss"] = float(loss(lambda x, t: denoiser(x, t, self.batch_labels), self.batch))
         if self.config.diffusion.min_novelty > 0:
-            samples = walk(denoiser, self.noise, self.sample_labels, self.config, _EVAL_SAMPLING_STEPS)
+            turns = self.config.diffusion.precondition and self.config.diffusion.prediction_type == "flow"
+            steps = _EVAL_TURNING_STEPS if turns else None
+            samples = walk(denoiser, self.noise, self.sample_labels, self.config, steps)
             found["spread_ratio"] = spread_about_means(samples, self.sample_labels) / max(self.spread, 1e-12)
             if self.reference > 0:  # false for NaN too: a trajectory may be too short for a reference
                 nearest = nearest_of_own_run(samples, self.sample_labels, self.local, self.labels)

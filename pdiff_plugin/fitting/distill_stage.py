@@ -20,15 +20,12 @@ _PAIR_BATCH = 1024
 _BATCH = 256
 _LR = 2e-3
 _REPORT_EVERY = 100
-# Steps of the teacher: at 16 its samples are 2 % from where infinitely many steps would take them.
-_TEACHER_STEPS = 16
-_TEACHER_STEPS_PLAIN = 50
 
 
 def distill(
     denoiser: nn.Module, frames: Frames, config: FitConfig, *, device: torch.device, runtime: Runtime
 ) -> nn.Module:
-    """Train the one-step map on pairs of noise and what the natural, deterministic sampler makes of it.
+    """Train the one-step map on pairs of noise and what the natural sampler, which adds none, makes of it.
 
     Args:
         denoiser: the teacher, on ``device``.
@@ -65,6 +62,5 @@ def distill(
 
 @torch.no_grad()
 def _teach(denoiser: nn.Module, noise: Tensor, labels: Tensor, config: FitConfig) -> Tensor:
-    steps = _TEACHER_STEPS if config.diffusion.precondition else _TEACHER_STEPS_PLAIN
     pieces = [slice(start, start + _PAIR_BATCH) for start in range(0, len(noise), _PAIR_BATCH)]
-    return torch.cat([walk(denoiser, noise[piece], labels[piece], config, steps) for piece in pieces])
+    return torch.cat([walk(denoiser, noise[piece], labels[piece], config) for piece in pieces])

@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 _NUM_MEMBERS = 256
 _NUM_MEMBERS_PLAIN = 64
-_NUM_STEPS = 20
 _NUM_AXES = 16
 # Two clouds whose centres are this many spreads apart do not touch.
 FAR_APART = 3.0
@@ -50,7 +49,7 @@ def measure_generator(
     ``copy_ratio`` is the median distance of a sample to its nearest training snapshot over that of held-out snapshots,
     whose neighbours in time are at the edge of their block; ``novelty`` the same over that of snapshots to their
     nearest one at another time. Far below 1, samples copy. ``diversity_curve`` gives both the spread and the novelty of
-    samples over a range of temperatures; ``diversity`` is turned into a temperature by it.
+    samples of the natural sampler over a range of temperatures; ``diversity`` is turned into a temperature by it.
     """
     config, train = generator.config, ~heldout
     report: dict[str, Any] = {
@@ -128,7 +127,7 @@ def _samples(generator: WeightGenerator, labels: Tensor, temperature: float) -> 
     rng = torch.Generator().manual_seed(generator.config.seed + 1)
     noise = temperature * torch.randn(len(labels), generator.frames.width, generator=rng)
     device = next(generator.denoiser.parameters()).device
-    return walk(generator.denoiser, noise.to(device), labels.to(device), generator.config, _NUM_STEPS).cpu()
+    return walk(generator.denoiser, noise.to(device), labels.to(device), generator.config).cpu()
 
 
 def _spread_per_direction(samples: Tensor, labels: Tensor, local: Tensor, trajectory: Tensor) -> list[float]:

@@ -105,10 +105,12 @@ class WeightGenerator:
             temperature: factor on the noise that sampling starts from. Below 1 members move toward the centre of the
                 snapshots (higher mean accuracy, less diversity).
             diversity: spread of the members over that of the snapshots, in (0, 2]; it sets the temperature by what the
-                fit measured, on top of ``temperature``.
+                fit measured, on top of ``temperature``. The fit measures its natural sampler (see ``sampler``); with
+                another one ``diversity`` is a temperature itself.
             rng: source of all randomness; freshly seeded unless given. Global generators are not touched.
-            sampler: by default the one that fits what the denoiser predicts, ``flow`` or ``ddim``. ``dpm-solver++``
-                serves both, ``ddpm`` the latter, ``one-step`` a generator fitted with ``distill_steps``.
+            sampler: by default the one the generator was configured with, else the natural one: ``flow`` where the
+                denoiser predicts a flow, ``dpm-solver++`` where it predicts noise or v. The latter serves flows too,
+                ``ddim`` and ``ddpm`` do not; ``one-step`` needs a generator fitted with ``distill_steps``.
             trajectory: make members of this run only; all runs in equal numbers unless given.
 
         Returns:
@@ -171,13 +173,12 @@ class WeightGenerator:
             num_sampling_steps = config.num_sampling_steps
         sampler = sampler or config.sampler or natural_sampler(self.config)
         self._check_sampler(sampler)
-        turns = sampler == "flow" and config.precondition
-        steps = num_sampling_steps or _DEFAULT_STEPS["turning" if turns else sampler]
+        steps = num_sampling_steps or usual_steps(self.config, sampler)
         if rng is None:
             rng = torch.Generator()
             rng.seed()
         labels = self._labels(num_members, trajectory)
-        temperature = temperature * self._temperature(diversity)
+        temperature = temperature * self._temperature(diversity, sampler)
         # Drawn where the rng lives, so that one seed gives the same members on every device.
         noise = temperature * torch.randn(num_members, self.frames.width, generator=rng, device=rng.device)
         parts = []
@@ -212,8 +213,10 @@ class WeightGenerator:
             fitting = "'flow' or 'dpm-solver++'" if prediction_type == "flow" else "'ddim', 'ddpm' or 'dpm-solver++'"
             raise ConfigError("sampler", sampler, f"must be {fitting} for a denoiser that predicts {prediction_type}")
 
-    def _temperature(self, diversity: float) -> float:
+    def _temperature(self, diversity: float, sampler: Sampler) -> float:
         """Temperature at which samples spread ``diversity`` times as wide as snapshots, from the fit's own curve."""
+        if sampler not in (natural_sampler(self.config), "one-step"):
+            return diversity  # not the one that was measured, nor made to imitate it
         measured = self.report.get("diversity_curve", [])
         curve: list[tuple[float, float]] = [(0.0, 0.0), *((p["spread_ratio"], p["temperature"]) for p in measured)]
         for (low, low_temperature), (high, high_temperature) in pairwise(curve):
@@ -327,8 +330,16 @@ class WeightGenerator:
 
 
 def natural_sampler(config: FitConfig) -> Sampler:
-    """The sampler that fits what the denoiser predicts."""
-    return "flow" if config.diffusion.prediction_type == "flow" else "ddim"
+    """The sampler that fits what the denoiser predicts and is exact in few steps."""
+    return "flow" if config.diffusion.prediction_type == "flow" else "dpm-solver++"
+
+
+def usual_steps(config: FitConfig, sampler: Sampler) -> int:
+    """Steps a sampler takes unless others are asked for."""
+    if sampler == "flow":
+        return _DEFAULT_STEPS["turning" if config.diffusion.precondition else "flow"]
+    steps = _DEFAULT_STEPS[sampler]
+    return steps if config.diffusion.prediction_type == "flow" else min(steps, config.diffusion.num_timesteps)
 
 
 def walk(
@@ -336,7 +347,7 @@ def walk(
     noise: Tensor,
     labels: Tensor,
     config: FitConfig,
-    num_sampling_steps: int,
+    num_sampling_steps: int | None = None,
     *,
     sampler: Sampler | None = None,
     temperature: float = 1.0,
@@ -350,7 +361,7 @@ def walk(
         noise: standard normal times the temperature, (B, k).
         labels: trajectory of each, (B,).
         config: of the fit.
-        num_sampling_steps: S.
+        num_sampling_steps: S; the sampler's usual number unless given.
         sampler: the natural one unless given; must fit the prediction type.
         temperature: factor on the noise that ``ddpm`` adds.
         rng: source of that noise.
@@ -361,6 +372,7 @@ def walk(
     """
     settings = config.diffusion
     sampler = sampler or natural_sampler(config)
+    num_sampling_steps = num_sampling_steps or usual_steps(config, sampler)
 
     def predict(x: Tensor, time: Tensor) -> Tensor:
         out: Tensor = denoiser(x, time, labels)

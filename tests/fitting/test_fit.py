@@ -394,15 +394,31 @@ def test_a_distilled_map_makes_in_one_step_what_the_sampler_makes(make_store, tm
     assert torch.equal(again, fast)
 
 
-def test_diversity_is_the_spread_of_members_over_that_of_snapshots(make_store):
+@pytest.mark.parametrize("prediction_type", ["flow", "epsilon", "v_prediction"])
+def test_diversity_is_the_spread_of_members_over_that_of_snapshots(make_store, prediction_type):
     store = make_store(num_snapshots=100)
-    generator = fit(store, QUICK)
+    generator = fit(store, replace(QUICK, diffusion=replace(QUICK.diffusion, prediction_type=prediction_type)))
     snapshots = store.rows().var(dim=0).sum().sqrt()
 
     for diversity in (0.5, 1.0, 1.5):
         latents = generator.sample_latents(400, diversity=diversity, rng=torch.Generator().manual_seed(0))
         spread = generator.autoencoder.decode(latents).var(dim=0).sum().sqrt()
         assert float(spread / snapshots) == pytest.approx(diversity, rel=0.25)
+
+
+def test_another_sampler_than_the_measured_one_takes_diversity_as_the_temperature(make_store):
+    diffusion = replace(QUICK.diffusion, prediction_type="epsilon", num_timesteps=50, sampler="ddpm")
+    generator = fit(make_store(), replace(QUICK, diffusion=diffusion))
+
+    def members(**options):
+        return generator.sample_latents(4, rng=torch.Generator().manual_seed(0), **options)
+
+    plain, wider = members(), members(diversity=1.5)
+    generator.report["diversity_curve"] = [{"temperature": 1.0, "spread_ratio": 4.0}]
+
+    assert torch.equal(members(), plain)
+    assert torch.equal(members(diversity=1.5), wider)
+    assert torch.equal(members(temperature=1.5), wider)
 
 
 def test_training_goes_on_only_while_samples_are_novel(make_store):
