@@ -394,7 +394,7 @@ def _sweep(fitted: WeightGenerator, task: str, out: Path, num_members: int, seed
     if json:
         _print_json(found.to_json())
         return
-    console.table(f"{made.name}: accuracy against novelty, {num_members} members each", *found.table())
+    console.table(f"{made.name}: accuracy against novelty, {num_members} members each", *found.table(), keys=2)
     console.say(found.sentence)
 
 
@@ -666,8 +666,8 @@ def _show_evaluation(result: Any) -> None:
     from pdiff_plugin import console
     from pdiff_plugin.evaluation.evaluate import FOOTNOTE
 
-    headers, rows = result.table()
-    console.table(f"{result.details['task']}: {result.details['num_items']} items", headers, rows, note=FOOTNOTE)
+    title = f"{result.details['task']}: {result.details['num_items']} items"
+    console.table(title, *result.table(), note=FOOTNOTE, lead=("acc mean", "ens NLL", "IoU"))
     console.say(f"\n{result.verdict.sentence}")
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
@@ -22,25 +23,61 @@ from rich.text import Text
 from pdiff_plugin.progress import OnProgress, Progress
 
 _PLAIN_LINE_EVERY_S = 10.0
+_NO_LIMIT = 1_000_000  # characters in a line
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
 def table(
-    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "", numeric: bool = True
+    title: str,
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    note: str = "",
+    numeric: bool = True,
+    keys: int = 1,
+    lead: Sequence[str] = (),
 ) -> None:
-    """Print a table on stdout: the first column to the left, the others, if ``numeric``, to the right."""
-    grid = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
-    for number, header in enumerate(headers):
-        grid.add_column(header, justify="right" if numeric and number else "left", no_wrap=number == 0)
-    for row in rows:
-        grid.add_row(*(Text(cell) for cell in row))
-    if not out.is_terminal:
-        # In a file or a pipe there is no width to fit: print every column whole.
-        Console(file=out.file, width=max(out.width, 200), highlight=False).print(grid)
-    else:
-        out.print(grid)
+    """Print a table on stdout, whole: where a terminal is too narrow, as several blocks of columns.
+
+    Args:
+        title: printed once, above.
+        headers: one per column.
+        rows: cells as text.
+        note: printed below.
+        numeric: columns after the first hold figures, set to the right. Otherwise they hold text, which is wrapped.
+        keys: number of first columns that tell the rows apart; every block repeats them.
+        lead: headers of the columns that matter most, which come first where there are several blocks.
+    """
+
+    def grid(columns: Sequence[int]) -> Table:
+        made = Table(box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+        for number in columns:
+            made.add_column(headers[number], justify="right" if numeric and number else "left", overflow="fold")
+        for row in rows:
+            made.add_row(*(Text(row[number]) for number in columns))
+        return made
+
+    def width_of(columns: Sequence[int]) -> int:
+        return Measurement.get(out, out.options.update(max_width=_NO_LIMIT), grid(columns)).maximum
+
+    # In a file or a pipe there is no width to fit.
+    limit = out.width if out.is_terminal else _NO_LIMIT
+    blocks = [list(range(len(headers)))]
+    if numeric and width_of(blocks[0]) > limit:
+        shared = blocks[0][:keys]
+        blocks = [shared]
+        for number in sorted(range(keys, len(headers)), key=lambda number: headers[number] not in lead):
+            if blocks[-1] != shared and width_of([*blocks[-1], number]) > limit:
+                blocks.append(shared)
+            blocks[-1] = [*blocks[-1], number]
+    for block in blocks:
+        part = grid(block)
+        part.title = title if block is blocks[0] else None
+        # One column too wide for the terminal is left to the terminal to wrap: a figure cut short is a wrong figure.
+        part.width = width_of(block) if numeric else min(width_of(block), limit)
+        out.print(part, crop=False)
     if note:
         say(note)
 

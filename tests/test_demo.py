@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from pdiff_plugin import demo
+from pdiff_plugin import Evaluation, cli, console, demo
 from pdiff_plugin.cli import main
 
 FIGURES = {
@@ -79,6 +80,25 @@ def test_the_commands_that_it_prints_next_work(
     capsys.readouterr()
     assert main(["evaluate", "fit", "--task", "task:task", "--num-members", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sets"]["generated"]["members"] == 4
+
+
+def test_its_table_is_whole_in_a_terminal_of_80_columns(
+    finished: tuple[Path, Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = finished
+    monkeypatch.setattr(console, "out", Console(force_terminal=True, width=80, color_system=None, highlight=False))
+    evaluation = Evaluation.load(folder / "evaluation")
+    cli._show_evaluation(evaluation)
+    table = capsys.readouterr().out.partition("best*: chosen")[0]
+    lines = [" ".join(line.split()) for line in table.splitlines()]
+    assert max(map(len, table.splitlines())) <= 80
+    assert [line for line in lines if line.startswith("set ")] == [
+        "set acc mean ens NLL IoU members ± std best* worst",
+        "set ens acc ens ECE IoU to snap nearest passes",
+    ]
+    for name, *figures in evaluation.table()[1]:
+        shown = [line.split()[1:] for line in lines if line.split()[:1] == [name]]
+        assert sorted(cell for part in shown for cell in part) == sorted(figures)
 
 
 def test_a_second_demo_in_the_same_folder_is_refused(

@@ -1,0 +1,76 @@
+"""Tables as they look in terminals of several widths."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from pdiff_plugin import console
+
+HEADERS = ["set", "members", "acc mean", "± std", "best*", "worst", "ens acc", "ens NLL", "ens ECE", "IoU"]
+HEADERS += ["IoU to snap", "nearest", "passes"]
+ROWS = [
+    "snapshots 32 92.98 1.04 93.26 89.56 94.05 0.1947 0.0257 0.555 0.739 0.716 20.86".split(),
+    "generated 32 93.32 0.80 92.77 91.20 94.15 0.1841 0.0168 0.571 0.785 0.612 20.87".split(),
+    "deep-ensemble 5 92.05 0.00 92.06 92.07 92.08 0.2545 0.0213 - 0.742 0.714 5.00".split(),
+]
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, width: int, is_terminal: bool = True, **options: object) -> list[str]:
+    """The lines of the table, as a terminal of this width gets them."""
+    file = io.StringIO()
+    out = Console(file=file, force_terminal=is_terminal, width=width, color_system=None, highlight=False)
+    monkeypatch.setattr(console, "out", out)
+    console.table("digits", HEADERS, ROWS, **options)  # type: ignore[arg-type]
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 110, 127])
+def test_every_figure_is_whole_and_stands_under_its_header(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    lines = shown(monkeypatch, width)
+    assert all(len(line) <= width for line in lines)
+    found: dict[tuple[str, str], str] = {}
+    headers: dict[str, int] = {}
+    for line in lines:
+        name = line.split()[0] if line.strip() else ""
+        if name == "set":
+            ends = {h: re.search(rf"  {re.escape(h)}(?=  |$)", line) for h in HEADERS[1:]}
+            headers = {h: match.end() for h, match in ends.items() if match}
+        for header, end in headers.items():
+            if name in {row[0] for row in ROWS}:
+                found[name, header] = line[:end].split()[-1]
+    assert found == {(row[0], h): cell for row in ROWS for h, cell in zip(HEADERS[1:], row[1:], strict=True)}
+
+
+def test_a_narrow_terminal_shows_the_deciding_columns_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown(monkeypatch, 80, lead=("acc mean", "ens NLL", "IoU"))
+    heads = [" ".join(line.split()) for line in lines if line.split()[:1] == ["set"]]
+    assert len(heads) == 2
+    assert heads[0].startswith("set acc mean ens NLL IoU members")
+    assert lines.count("digits") == 1
+
+
+def test_columns_that_tell_rows_apart_are_repeated_in_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown(monkeypatch, 60, keys=2)
+    heads = [" ".join(line.split()) for line in lines if line.split()[:1] == ["set"]]
+    assert len(heads) > 1
+    assert all(head.startswith("set members ") for head in heads)
+
+
+def test_a_wide_terminal_and_a_pipe_of_any_width_show_one_table_in_its_own_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wide = shown(monkeypatch, 200, lead=("IoU",))
+    assert [" ".join(line.split()) for line in wide if "set" in line] == [" ".join(HEADERS)]
+    assert shown(monkeypatch, 80, is_terminal=False, lead=("IoU",)) == wide
+
+
+def test_long_words_of_a_table_of_text_go_on_in_the_next_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr(console, "out", Console(file=file, force_terminal=True, width=40, color_system=None))
+    console.table("fitted", ["measured", ""], [["store", "x" * 50]], numeric=False)
+    assert file.getvalue().count("x") == 50
+    assert "…" not in file.getvalue()
