@@ -13,9 +13,12 @@ from pdiff_plugin import console
 HEADERS = ["set", "members", "acc mean", "± std", "best*", "worst", "ens acc", "ens NLL", "ens ECE", "IoU"]
 HEADERS += ["IoU to snap", "nearest", "passes"]
 ROWS = [
-    "snapshots 32 92.98 1.04 93.26 89.56 94.05 0.1947 0.0257 0.555 0.739 0.716 20.86".split(),
-    "generated 32 93.32 0.80 92.77 91.20 94.15 0.1841 0.0168 0.571 0.785 0.612 20.87".split(),
-    "deep-ensemble 5 92.05 0.00 92.06 92.07 92.08 0.2545 0.0213 - 0.742 0.714 5.00".split(),
+    row.split()
+    for row in (
+        "snapshots 32 92.98 1.04 93.26 89.56 94.05 0.1947 0.0257 0.555 0.739 0.716 20.86",
+        "generated 32 93.32 0.80 92.77 91.20 94.15 0.1841 0.0168 0.571 0.785 0.612 20.87",
+        "deep-ensemble 5 92.05 0.00 92.06 92.07 92.08 0.2545 0.0213 - 0.742 0.714 5.00",
+    )
 ]
 
 
