@@ -21,10 +21,9 @@ from tyro.conf import Positional, arg
 import pdiff_plugin
 from pdiff_plugin.config import DistributedConfig, FitConfig, Sampler, TuneConfig
 from pdiff_plugin.errors import ConfigError, FitExistsError, MissingDependencyError, PDiffError
+from pdiff_plugin.user_code import find_function, load_model, made_by
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from pdiff_plugin.generator.generator import WeightGenerator
     from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -88,7 +87,7 @@ def layers(model: Positional[str], *, layers: str = "last-norms:2", json: bool =
     from pdiff_plugin import console
     from pdiff_plugin.recording.selection import select
 
-    network = _load_model(model)
+    network = load_model(model)
     selection = select(network, layers)
     layout = selection.layout
     total = sum(p.numel() for p in network.parameters())
@@ -172,7 +171,7 @@ def import_(
     """
     from pdiff_plugin.recording.checkpoints import import_checkpoints
 
-    network = None if model is None else _load_model(model)
+    network = None if model is None else load_model(model)
     import_checkpoints(paths, store=store, layers=layers, model=network, ema=ema, trajectory=trajectory)
     inspect(store, json=json)
 
@@ -261,7 +260,7 @@ def tune(
         from pdiff_plugin.evaluation.search_score import EnsembleNLL
         from pdiff_plugin.evaluation.task import Task
 
-        score = EnsembleNLL(_call("--task", task, Task), seed=search.seed)
+        score = EnsembleNLL(made_by("--task", task, Task), seed=search.seed)
     with console.progress() as on_progress:
         document = run(store, config, search, out=out, score=score, fresh=fresh, on_progress=on_progress)
     if json:
@@ -349,7 +348,7 @@ def generate(
         from pdiff_plugin.evaluation.gate import keep_accurate
         from pdiff_plugin.evaluation.task import Task
 
-        kept = keep_accurate(_call("--task", str(task), Task), fitted.decode(latents), keep_above)
+        kept = keep_accurate(made_by("--task", str(task), Task), fitted.decode(latents), keep_above)
         latents, num_dropped = latents[list(kept.indices)], kept.num_dropped
     out.mkdir(parents=True, exist_ok=True)
     for path in earlier:
@@ -382,7 +381,7 @@ def _sweep(fitted: WeightGenerator, task: str, out: Path, num_members: int, seed
     from pdiff_plugin.evaluation.task import Task
     from pdiff_plugin.snapshots.files import write_json
 
-    made, store = _call("--task", task, Task), _store_of(fitted.provenance["store"], None)
+    made, store = made_by("--task", task, Task), _store_of(fitted.provenance["store"], None)
     with console.progress() as on_progress:
         found = sweep(made, store, fitted, num_members=num_members, seed=seed, on_progress=on_progress)
     out.mkdir(parents=True, exist_ok=True)
@@ -439,7 +438,7 @@ def evaluate(
     if bool(retrain) != bool(train_with):
         raise ConfigError("--retrain", retrain, "must be given together with --train-with package.module:function")
     fitted = WeightGenerator.load(generator)
-    made = _call("--task", task, Task)
+    made = made_by("--task", task, Task)
     distributed = DistributedConfig(num_workers=num_workers, address=address)
     with console.progress() as on_progress, _scorer(distributed) as options:
         result = run(
@@ -450,7 +449,7 @@ def evaluate(
             seed=seed,
             sets=sets,
             num_draws=num_draws,
-            retrain=_import("--train-with", train_with) if train_with else None,
+            retrain=find_function("--train-with", train_with) if train_with else None,
             num_retrained=retrain or 1,
             on_progress=on_progress,
             **options,
@@ -546,54 +545,6 @@ def _scorer(distributed: DistributedConfig) -> Iterator[dict[str, Any]]:
     with connected(distributed.address):
         wait_for_room(distributed)
         yield {"score": ClusterScorer(distributed)}
-
-
-def _load_model(text: str) -> nn.Module:
-    from torch import nn
-
-    if text.startswith("timm:"):
-        import timm
-
-        try:
-            model: nn.Module = timm.create_model(text.removeprefix("timm:"), pretrained=False)
-        except RuntimeError as error:
-            near = ", ".join(timm.list_models(f"*{text.removeprefix('timm:')[:6]}*")[:5])
-            raise ConfigError(
-                "model", text, f"must name a timm model ({error}); near it: {near or 'nothing'}"
-            ) from error
-        return model
-    made: nn.Module = _call("model", text, nn.Module)
-    return made
-
-
-def _call(flag: str, text: str, kind: type[Any]) -> Any:
-    """Import `package.module:function`, call it, and check what it returns."""
-    made = _import(flag, text)()
-    if not isinstance(made, kind):
-        raise ConfigError(flag, text, f"must return a {kind.__name__}, not a {type(made).__name__}")
-    return made
-
-
-def _import(flag: str, text: str) -> Callable[..., Any]:
-    """The function that `package.module:function` names."""
-    from importlib import import_module
-
-    module_name, _, function_name = text.partition(":")
-    if not function_name:
-        raise ConfigError(flag, text, "must be package.module:function")
-    if "" not in sys.path:
-        sys.path.insert(
-            0, ""
-        )  # a user's own module lies where the command runs, which a console script does not search
-    try:
-        function: Callable[..., Any] = getattr(import_module(module_name), function_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise ConfigError(flag, text, f"must name a module that can be imported from {Path.cwd()} ({error})") from error
-    except AttributeError as error:
-        raise ConfigError(flag, text, f"must name a function of that module ({error})") from error
-    return function
 
 
 def _store_of(recorded: str, given: Path | None) -> SnapshotStore:
