@@ -28,7 +28,14 @@ from pdiff_plugin.recording.window import Window
 from pdiff_plugin.recording.writer import BackgroundWriter, RowInfo
 from pdiff_plugin.snapshots.files import read_json
 from pdiff_plugin.snapshots.layout import DTYPES, Layout, named_tensors, unwrap, wrapped_names
-from pdiff_plugin.snapshots.shards import is_sharded, local_part, next_free_trajectory, shard_folder, write_shapes
+from pdiff_plugin.snapshots.shards import (
+    check_sharding,
+    is_sharded,
+    local_part,
+    next_free_trajectory,
+    shard_folder,
+    write_shapes,
+)
 from pdiff_plugin.snapshots.store import FORMAT, FORMAT_VERSION, TrajectoryWriter, read_chunks
 
 logger = logging.getLogger(__name__)
@@ -122,6 +129,7 @@ class PDiffRecorder:
             SelectionError: ``layers`` picks nothing that is trained.
             NotHookableError: ``optimizer`` has no step hooks.
             LayoutMismatchError: the store holds snapshots of other tensors.
+            UnsupportedTensorError: the model is sharded, and not by ``fully_shard``.
         """
         given = optimizer if isinstance(optimizer, Sequence) else [optimizer] if optimizer is not None else []
         optimizers = [unwrap_optimizer(one) for one in given]
@@ -289,6 +297,7 @@ class _Run:
         self._frozen: FrozenRest | None = None
         self._writer: BackgroundWriter | None = None
         self._is_measured = False
+        check_sharding(self.model)
         # Wrong `layers` or a store of other tensors must not surface at the end of a long training.
         self._check_store(select(model, recorder.layers, averaged=averaged).layout)
         self._freeze_in_window()
@@ -388,6 +397,7 @@ class _Run:
     def _resolve(self) -> Layout:
         """Find the tensors, as late as possible: some trainers replace parameters after the recorder was attached."""
         if self._layout is None:
+            check_sharding(self.model)
             selection = select(self.model, self.recorder.layers, averaged=self.averaged)
             tensors = selection.tensors
             if any(map(is_sharded, tensors.values())):
@@ -417,16 +427,12 @@ class _Run:
         self._is_measured = True
 
     def _finish(self, writer: BackgroundWriter) -> None:
-        if self.num_recorded and not self._is_measured and writer.is_active:
-            writer.flush()
-            if writer.trajectory is not None and self._is_last_row(writer.trajectory):
-                self._measure_end(writer)
-            else:
-                logger.info(
-                    "the model has changed since its last snapshot at step %d (other weights were loaded, or training "
-                    "ended between two snapshots): no base weights and no drift are kept",
-                    self.last_recorded,
-                )
+        if self.num_recorded and not self._is_measured and writer.is_active and self.recorder.error is None:
+            try:
+                self._measure_if_unchanged(writer)
+            except Exception as error:
+                # An exception that ended training must not be hidden by one of ours.
+                self._fail(error)
         writer.close()
         self.recorder.error = self.recorder.error or writer.error
         if writer.trajectory is not None:
@@ -435,6 +441,17 @@ class _Run:
             drift, from_step = self.recorder.rest_drift, self._drift.from_step
             rest = "" if drift is None else f"; the rest of the network moved by {drift:.2%} since step {from_step}"
             logger.info("recorded %d snapshots in %s%s", writer.trajectory.num_rows, writer.trajectory.folder, rest)
+
+    def _measure_if_unchanged(self, writer: BackgroundWriter) -> None:
+        writer.flush()
+        if writer.trajectory is not None and self._is_last_row(writer.trajectory):
+            self._measure_end(writer)
+        else:
+            logger.info(
+                "the model has changed since its last snapshot at step %d (other weights were loaded, or training "
+                "ended between two snapshots): no base weights and no drift are kept",
+                self.last_recorded,
+            )
 
     def _is_last_row(self, trajectory: TrajectoryWriter) -> bool:
         chunks, _ = read_chunks(trajectory.folder, trajectory.layout)

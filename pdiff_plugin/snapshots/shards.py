@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdiff_plugin.errors import FormatError, UnsupportedTensorError
 from pdiff_plugin.snapshots.files import read_json, write_json
@@ -39,6 +39,25 @@ def local_part(tensor: Tensor) -> Tensor:
     """The part of ``tensor`` that this process holds, the same memory; the tensor itself if it is whole."""
     local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return local
+
+
+def check_sharding(model: nn.Module) -> None:
+    """Refuse a model that is sharded, but not by ``fully_shard``: what a process sees of it is no part of a tensor.
+
+    Raises:
+        UnsupportedTensorError: naming the first parameter.
+    """
+    parameters = dict(model.named_parameters())
+    # fully_shard marks modules in the same way, but its parameters are DTensors.
+    by_fsdp1 = any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules())
+    by_fsdp1 = by_fsdp1 and not any(map(is_sharded, parameters.values()))
+    for name, parameter in parameters.items():
+        if by_fsdp1 or hasattr(parameter, "ds_id"):
+            raise UnsupportedTensorError(
+                name,
+                "sharded by FullyShardedDataParallel or DeepSpeed ZeRO-3",
+                "models are recorded under fully_shard (FSDP2), DistributedDataParallel and ZeRO up to stage 2",
+            )
 
 
 def shard_folder(store: Path, tensors: Mapping[str, Tensor]) -> Path:

@@ -28,6 +28,9 @@ if kind != "single":
                             rank=int(os.environ["RANK"]), world_size=2)
 if kind == "ddp":
     model = nn.parallel.DistributedDataParallel(model)
+if kind == "fsdp1":
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
 if kind == "fsdp":
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -53,6 +56,13 @@ if kind != "single":
 
 
 def run(kind, store, tmp_path, num_steps=8, layers="all"):
+    for status, errors in try_to_run(kind, store, tmp_path, num_steps, layers):
+        assert status == 0, errors
+    return store
+
+
+def try_to_run(kind, store, tmp_path, num_steps=8, layers="all"):
+    """Exit status and stderr of each rank."""
     ranks = 1 if kind == "single" else 2
     meeting = tmp_path / "meeting"
     meeting.unlink(missing_ok=True)
@@ -65,10 +75,8 @@ def run(kind, store, tmp_path, num_steps=8, layers="all"):
         )
         for rank in range(ranks)
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    return store
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +130,10 @@ def test_shards_of_fsdp2_are_joined_to_what_one_process_records(single, tmp_path
     shutil.rmtree(path / "shards" / "rank-00001-of-00002")
     with pytest.raises(FormatError, match=r"found no snapshots of rank 1, expected one folder for each of 2 ranks"):
         SnapshotStore.open(path)
+
+
+def test_fsdp1_is_refused_on_every_rank(tmp_path):
+    for status, errors in try_to_run("fsdp1", tmp_path / "store", tmp_path):
+        assert status == 1
+        assert "0.weight' is sharded by FullyShardedDataParallel or DeepSpeed ZeRO-3; models are recorded" in errors
+    assert not (tmp_path / "store").exists()

@@ -16,6 +16,7 @@ from pdiff_plugin.errors import (
     SelectionError,
     StoreNotFoundError,
     TrajectoryExistsError,
+    UnsupportedTensorError,
 )
 
 
@@ -348,6 +349,36 @@ def test_a_rank_that_writes_nothing_does_not_take_the_chunks_of_rank_0_for_those
         monkeypatch.setattr("pdiff_plugin.recording.recorder._rank", lambda: 1)
         with PDiffRecorder(tmp_path, trajectory="a").attach(net) as rank_1:
             rank_1.step()
+    assert SnapshotStore.open(tmp_path).steps.tolist() == [1]
+
+
+def empty_as_zero_3_does(model):
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.data = number, torch.empty(0)
+
+
+def test_a_model_that_deepspeed_has_emptied_is_refused(net, tmp_path):
+    recorder = PDiffRecorder(tmp_path).attach(net)
+    empty_as_zero_3_does(net)
+    for begin in (recorder.step, lambda: PDiffRecorder(tmp_path).attach(net)):
+        with pytest.raises(
+            UnsupportedTensorError, match=r"'conv1.weight' is sharded by .* ZeRO-3; models are recorded"
+        ):
+            begin()
+    recorder.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fails_in_training", [True, False])
+def test_closing_does_not_raise_about_a_tensor_that_is_gone(net, tmp_path, caplog, fails_in_training):
+    recorder = PDiffRecorder(tmp_path, layers="head").attach(net)
+    recorder.step()
+    del net.fc.weight
+    if fails_in_training:
+        recorder.step()
+    recorder.close()
+    assert isinstance(recorder.error, KeyError)
+    assert caplog.text.count("recording stopped, training goes on: 'weight'") == 1
     assert SnapshotStore.open(tmp_path).steps.tolist() == [1]
 
 
