@@ -7,18 +7,35 @@ inside what it made. This module imports nothing heavy, so that ``pdiff --help``
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pdiff_plugin.errors import ConfigError
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 Sampler = Literal["ddpm", "ddim", "dpm-solver++", "flow", "one-step"]
+DType = Literal["float32", "bfloat16"]
+Standardise = Literal["tensor", "coordinate"]
+Network = Literal["residual", "conv"]
+LrSchedule = Literal["constant", "cosine"]
+Align = Literal["none", "rebasin"]
 
 
 def _check(name: str, value: float, low: float, high: float = float("inf")) -> None:
     if not low <= value <= high:
         expected = f"must be at least {low}" if high == float("inf") else f"must be from {low} to {high}"
         raise ConfigError(name, value, expected)
+
+
+def _check_choice(name: str, value: str, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise ConfigError(name, value, f"must be one of {', '.join(get_args(kind))}")
+
+
+def check_sampler(sampler: Sampler, prediction_type: PredictionType) -> None:
+    """Raise :class:`ConfigError` for a sampler that does not fit what the denoiser predicts."""
+    if sampler not in ("dpm-solver++", "one-step") and (sampler == "flow") != (prediction_type == "flow"):
+        fitting = "'flow' or 'dpm-solver++'" if prediction_type == "flow" else "'ddim', 'ddpm' or 'dpm-solver++'"
+        raise ConfigError("sampler", sampler, f"must be {fitting} for a denoiser that predicts {prediction_type}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +47,7 @@ class SubspaceConfig:
     explained_variance: float = 0.999
     """Share of the snapshots' movement within their trajectory that the kept directions must reach, if `latent_dim`
     allows."""
-    basis_dtype: Literal["float32", "bfloat16"] = "float32"
+    basis_dtype: DType = "float32"
     """How directions are stored; `bfloat16` halves the generator file and puts members off by 0.2 % of the distance to
     the snapshots' mean."""
     min_fidelity: float = 0.9
@@ -38,6 +55,7 @@ class SubspaceConfig:
 
     def __post_init__(self) -> None:
         _check("latent_dim", self.latent_dim, 1)
+        _check_choice("basis_dtype", self.basis_dtype, DType)
         _check("explained_variance", self.explained_variance, 0.0, 1.0)
         _check("min_fidelity", self.min_fidelity, 0.0, 1.0)
 
@@ -62,7 +80,7 @@ class ConvConfig:
     chunk_values: int = 0
     """Cut vectors into chunks of this many values that share the weights, for vectors too long to be taken whole (0).
     Memory then depends on `batch_size` times this, not on their length."""
-    standardise: Literal["tensor", "coordinate"] = "tensor"
+    standardise: Standardise = "tensor"
     """Subtract one mean per tensor, as published, or one per coordinate."""
     max_steps: int = 500
     """Training steps."""
@@ -79,6 +97,7 @@ class ConvConfig:
         for name in ("latent_dim", "kernel_size", "max_steps"):
             _check(name, getattr(self, name), 1)
         _check("batch_size", self.batch_size, 2)
+        _check_choice("standardise", self.standardise, Standardise)
         for name in ("input_noise", "latent_noise", "kl_weight", "chunk_values", "lr"):
             _check(name, getattr(self, name), 0)
         _check("min_fidelity", self.min_fidelity, 0.0, 1.0)
@@ -99,10 +118,10 @@ class DiffusionConfig:
     num_timesteps: int = 1000
     """Length T of the noise schedule (`epsilon` and `v_prediction`)."""
     beta_start: float = 1e-4
-    """First variance of the linear noise schedule."""
+    """First variance of the linear noise schedule; above 0."""
     beta_end: float = 0.02
     """Last variance of the linear noise schedule."""
-    network: Literal["residual", "conv"] = "residual"
+    network: Network = "residual"
     """Shape of the denoiser: a residual network, or the p-diff paper's 1-D convolutions over the latent."""
     conv_channels: tuple[int, ...] = (64, 128, 256, 512, 256, 128, 64)
     """Channels of the `conv` network's hidden layers."""
@@ -111,7 +130,7 @@ class DiffusionConfig:
     scale_latents: bool = True
     """Centre latents and give them unit variance, which the published script does not; `precondition` always does."""
     width: int = 128
-    """Width of the denoiser's hidden layers."""
+    """Width of the denoiser's hidden layers; even."""
     num_blocks: int = 3
     """Residual blocks of the denoiser."""
     max_steps: int = 3000
@@ -120,7 +139,7 @@ class DiffusionConfig:
     """Latents in a training batch."""
     lr: float = 1e-3
     """Learning rate of AdamW."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
+    lr_schedule: LrSchedule = "constant"
     """Keep the learning rate, or let it fall along a half cosine to zero at `max_steps`."""
     weight_decay: float = 1e-2
     """Weight decay of AdamW."""
@@ -141,12 +160,18 @@ class DiffusionConfig:
     """Training steps of the `one-step` map from noise to latents, after the diffusion; 0 trains none."""
 
     def __post_init__(self) -> None:
+        _check_choice("prediction_type", self.prediction_type, PredictionType)
+        _check_choice("network", self.network, Network)
+        _check_choice("lr_schedule", self.lr_schedule, LrSchedule)
         _check("num_timesteps", self.num_timesteps, 2)
-        _check("beta_start", self.beta_start, 0.0, self.beta_end)
+        if not 0.0 < self.beta_start <= self.beta_end:
+            raise ConfigError("beta_start", self.beta_start, f"must be above 0 and at most beta_end={self.beta_end}")
         _check("beta_end", self.beta_end, self.beta_start, 0.999)
         for name in ("width", "num_blocks", "max_steps", "batch_size", "eval_every_n_steps", "patience"):
             _check(name, getattr(self, name), 1)
         _check("min_novelty", self.min_novelty, 0.0)
+        if self.width % 2:
+            raise ConfigError("width", self.width, "must be even")
         if self.precondition and self.network == "conv":
             raise ConfigError("network", self.network, "goes with precondition = False")
         if self.conv_kernel_size % 2 == 0 or len(self.conv_channels) % 2 == 0:
@@ -155,6 +180,17 @@ class DiffusionConfig:
         _check("lr", self.lr, 0.0)
         _check("weight_decay", self.weight_decay, 0.0)
         _check("ema_decay", self.ema_decay, 0.0, 1.0)
+        self._check_sampling()
+
+    def _check_sampling(self) -> None:
+        is_flow = self.prediction_type == "flow"
+        if self.sampler is not None:
+            _check_choice("sampler", self.sampler, Sampler)
+            check_sampler(self.sampler, self.prediction_type)
+        if self.sampler == "one-step" and not self.distill_steps:
+            raise ConfigError("sampler", self.sampler, "goes with distill_steps above 0")
+        if self.num_sampling_steps is not None:
+            _check("num_sampling_steps", self.num_sampling_steps, 1, float("inf") if is_flow else self.num_timesteps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,25 +199,28 @@ class FitConfig:
 
     autoencoder: SubspaceConfig | ConvConfig = field(default_factory=SubspaceConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    align: Literal["none", "rebasin"] = "none"
+    align: Align = "none"
     """`rebasin` reads later trajectories with their hidden units in the order of the first (weight matching). For plain
     stacks of linear layers and convolutions, recorded whole; `pdiff_plugin.check_alignment` tells whether a model is
     one."""
     heldout_fraction: float = 0.1
     """Share of each trajectory held out, in contiguous blocks, to measure fidelity and to stop on."""
     memory_gb: float = 0.5
-    """Memory for the passes over the snapshots, in GB; more means larger reads, not another result."""
+    """Bound on the memory for the passes over the snapshots, in GB. Reads are kept small where that is as fast, so a
+    higher bound changes little, and never the result."""
     seed: int = 0
     """Seed of every draw made while fitting."""
     device: str = "auto"
     """`auto` takes CUDA, else MPS, else the CPU; or name one, as in `cuda:1`."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: DType = "float32"
     """Arithmetic of the networks while they train; weights and all else stay float32. `bfloat16` (autocast) halves the
     time of the `paper` preset on a CPU that has it (AVX-512, AMX); the default's small network gains nothing there."""
     compile: bool = False
     """Train with `torch.compile`: up to a minute first, then steps that are about a tenth faster on a CPU."""
 
     def __post_init__(self) -> None:
+        _check_choice("align", self.align, Align)
+        _check_choice("precision", self.precision, DType)
         _check("heldout_fraction", self.heldout_fraction, 0.0, 0.5)
         _check("memory_gb", self.memory_gb, 0.001)
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pdiff_plugin.config import ConvConfig, FitConfig, Sampler
+from pdiff_plugin.config import ConvConfig, FitConfig, Sampler, check_sampler
 from pdiff_plugin.errors import ConfigError, FormatError, GeneratorNotFoundError
 from pdiff_plugin.generator.alignment import Alignment
 from pdiff_plugin.generator.autoencoder import Autoencoder, SubspaceAutoencoder
@@ -172,7 +172,9 @@ class WeightGenerator:
         if num_sampling_steps is None and sampler in (None, config.sampler):
             num_sampling_steps = config.num_sampling_steps
         sampler = sampler or config.sampler or natural_sampler(self.config)
-        self._check_sampler(sampler)
+        check_sampler(sampler, config.prediction_type)
+        if sampler == "one-step" and self.one_step is None:
+            raise ConfigError("sampler", sampler, "needs a generator that was fitted with distill_steps above 0")
         steps = num_sampling_steps or usual_steps(self.config, sampler)
         if rng is None:
             rng = torch.Generator()
@@ -203,15 +205,6 @@ class WeightGenerator:
             )
             parts.append(self.frames.to_latents(local.cpu(), own))
         return torch.cat(parts)
-
-    def _check_sampler(self, sampler: Sampler) -> None:
-        prediction_type = self.config.diffusion.prediction_type
-        if sampler == "one-step":
-            if self.one_step is None:
-                raise ConfigError("sampler", sampler, "needs a generator that was fitted with distill_steps above 0")
-        elif sampler != "dpm-solver++" and (sampler == "flow") != (prediction_type == "flow"):
-            fitting = "'flow' or 'dpm-solver++'" if prediction_type == "flow" else "'ddim', 'ddpm' or 'dpm-solver++'"
-            raise ConfigError("sampler", sampler, f"must be {fitting} for a denoiser that predicts {prediction_type}")
 
     def _temperature(self, diversity: float, sampler: Sampler) -> float:
         """Temperature at which samples spread ``diversity`` times as wide as snapshots, from the fit's own curve."""

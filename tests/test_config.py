@@ -1,0 +1,32 @@
+"""Settings that cannot work are refused before anything is read."""
+
+import pytest
+
+from pdiff_plugin import DiffusionConfig, FitConfig, SubspaceConfig
+from pdiff_plugin.config import ConvConfig
+from pdiff_plugin.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (DiffusionConfig, {"prediction_type": "v"}, "prediction_type = 'v'.*one of epsilon, v_prediction, flow"),
+        (DiffusionConfig, {"network": "conf"}, "network = 'conf'.*one of residual, conv"),
+        (DiffusionConfig, {"lr_schedule": "linear"}, "lr_schedule = 'linear'.*one of constant, cosine"),
+        (DiffusionConfig, {"sampler": "euler"}, "sampler = 'euler'.*one of ddpm"),
+        (DiffusionConfig, {"sampler": "ddim"}, "sampler = 'ddim'.*'flow' or 'dpm-solver\\+\\+'"),
+        (DiffusionConfig, {"sampler": "flow", "prediction_type": "epsilon"}, "sampler = 'flow'.*'ddim', 'ddpm'"),
+        (DiffusionConfig, {"sampler": "one-step"}, "sampler = 'one-step'.*distill_steps above 0"),
+        (DiffusionConfig, {"num_sampling_steps": 0}, "num_sampling_steps = 0.*at least 1"),
+        (DiffusionConfig, {"num_sampling_steps": 1001, "prediction_type": "epsilon"}, "from 1 to 1000"),
+        (DiffusionConfig, {"beta_start": 0.0}, "beta_start = 0.0.*above 0"),
+        (DiffusionConfig, {"width": 65}, "width = 65.*even"),
+        (SubspaceConfig, {"basis_dtype": "float16"}, "basis_dtype = 'float16'.*one of float32, bfloat16"),
+        (ConvConfig, {"standardise": "row"}, "standardise = 'row'.*one of tensor, coordinate"),
+        (FitConfig, {"precision": "bf16"}, "precision = 'bf16'.*one of float32, bfloat16"),
+        (FitConfig, {"align": "yes"}, "align = 'yes'.*one of none, rebasin"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_with_what_can(kind, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**settings)
