@@ -35,7 +35,7 @@ from pdiff_plugin.fitting.cluster import (
     wait_for_room,
 )
 from pdiff_plugin.fitting.fit import check_num_snapshots, run_stages
-from pdiff_plugin.fitting.run import Run
+from pdiff_plugin.fitting.run import Run, fingerprint_columns
 from pdiff_plugin.fitting.runtime import GroupRuntime
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress, Progress
@@ -48,6 +48,7 @@ _POLL_S = 0.25
 _WATCH_EVERY_S = 2.0
 _TELL_EVERY_S = 0.5
 _BOARD_TIMEOUT_S = 30.0
+_COLLECTIVE_TIMEOUT_S = 7 * 24 * 3600
 _GOES_ON = "What was finished is kept: the same command goes on from there."
 _TRAIN_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",  # the default from Ray 2.51 on
@@ -91,7 +92,7 @@ def fit_distributed(
     job = _Job(_absolute(store.path if isinstance(store, SnapshotStore) else store), _absolute(out), config)
     with ExitStack() as stack:
         # Of a store in a bucket the driver needs all but the rows.
-        opened = store if isinstance(store, SnapshotStore) else job.open_store(stack, lambda D: slice(0, 0))
+        opened = store if isinstance(store, SnapshotStore) else job.open_store(stack, fingerprint_columns)
         check_num_snapshots(opened)
         with job.run_folder() as folder:
             run = Run.open(opened, config, folder, fresh=fresh, source=job.store)
@@ -202,7 +203,10 @@ class _Supervisor:
                 _work,
                 train_loop_config={"job": job, "board": board, "uses_gpu": gpus > 0},
                 # NCCL wants a whole GPU per rank; what stays on the CPU (statistics, messages) goes through gloo.
-                torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus >= 1 else "gloo"),
+                # Ranks wait for rank 0 while it trains the `conv` autoencoder alone; of one that died Ray itself knows.
+                torch_config=TorchConfig(
+                    backend="cpu:gloo,cuda:nccl" if gpus >= 1 else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
+                ),
                 scaling_config=ScalingConfig(**scaling),
                 run_config=RunConfig(**run),
             )
@@ -244,7 +248,12 @@ def _work(settings: dict[str, Any]) -> None:
             runtime = GroupRuntime(folder, _Teller(board))
             # What is trained on whole rows needs all of a store's columns, and what is aligned mixes them.
             is_shared_out = isinstance(job.config.autoencoder, SubspaceConfig) and job.config.align == "none"
-            store = job.open_store(stack, runtime.share if is_shared_out else lambda D: slice(0, D))
+
+            def share(D: int) -> slice:
+                own = runtime.share(D) if is_shared_out else slice(0, D)
+                return slice(0, max(own.stop, fingerprint_columns(D).stop)) if rank == 0 else own
+
+            store = job.open_store(stack, share)
             run = Run.open(store, job.config, folder if rank == 0 else None, fresh=False, source=job.store)
             run.document.setdefault("attempts", []).append(
                 {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_workers": world_size}

@@ -46,7 +46,7 @@ class Run:
             "status": "running",
             "store": source or str(store.path.resolve()),
             "config": config.to_json(),
-            "snapshots": _fingerprint(store),
+            "snapshots": fingerprint(store),
             "seconds": {},
             "history": [],
         }
@@ -107,7 +107,13 @@ def _plain(history: list[dict[str, float]]) -> list[dict[str, float | None]]:
     ]
 
 
-def _fingerprint(store: SnapshotStore) -> str:
-    """Hex digest of the layout and of which snapshots there are; sizes and steps stand for their values."""
+def fingerprint(store: SnapshotStore) -> str:
+    """Hex digest of the layout, of which snapshots there are, and of their first values."""
     text = json.dumps([store.layout.digest, store.trajectories, store.trajectory_index.tolist(), store.steps.tolist()])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    values = store.rows(0, fingerprint_columns(store.layout.num_values).stop)
+    return hashlib.sha256(text.encode() + values.numpy().tobytes()).hexdigest()[:16]
+
+
+def fingerprint_columns(num_values: int) -> slice:
+    """The columns that :func:`fingerprint` reads: all of a short row, few of a long one."""
+    return slice(0, min(num_values, 64))

@@ -34,9 +34,10 @@ from ray.tune import Callback
 from torch import Tensor
 
 from pdiff_plugin.config import DistributedConfig, FitConfig, TuneConfig
-from pdiff_plugin.errors import FitExistsError, PDiffError, WorkersFailedError
+from pdiff_plugin.errors import ConfigError, FitExistsError, PDiffError, WorkersFailedError
 from pdiff_plugin.fitting.cluster import check_shared, connected, wait_for_room
 from pdiff_plugin.fitting.fit import check_num_snapshots, choose_heldout, fit, measure_store
+from pdiff_plugin.fitting.run import fingerprint
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX, Runtime
 from pdiff_plugin.generator.alignment import reader
 from pdiff_plugin.generator.autoencoder import transform
@@ -106,11 +107,13 @@ def tune(
     )
     path = store.path.resolve()
     # Once for all trials: their fits go on from here.
-    measure_store(store, base, Runtime(work, on_progress))
+    rows, _, _ = measure_store(store, base, Runtime(work, on_progress))
+    if score is None:
+        score = HeldoutScore(path, rows[choose_heldout(store, rows, base.heldout_fraction)])
     with _environment(_TUNE_SETTINGS), connected(search.address):
         wait_for_room(distributed)
         check_shared([path / "layout.json", folder / "tune.json"])
-        trials = _search(path, base, search, work, score or HeldoutScore(path, base), on_progress)
+        trials = _search(path, base, search, work, score, on_progress)
     if not trials:
         raise WorkersFailedError("the search", "no trial succeeded", "See the warnings above; --fresh starts anew.")
     trials.sort(key=lambda trial: trial["score"])
@@ -137,18 +140,21 @@ def _open(
         "format_version": FORMAT_VERSION,
         "status": "running",
         "store": str(store.path.resolve()),
+        "snapshots": fingerprint(store),
         "config": base.to_json(),
         "search": settings,
-        "score": str(score or HeldoutScore(store.path, base)),
+        "score": str(score) if score is not None else HeldoutScore.name,
         "trials": [],
     }
     mine = json.loads(json.dumps(mine))  # as it will be read again: with lists for tuples
     path = folder / "tune.json"
     if path.exists() and not fresh:
         found = read_json(path, FORMAT, FORMAT_VERSION)
-        for key in ("store", "config", "search", "score"):
+        for key in ("store", "snapshots", "config", "search", "score"):
             if found.get(key) != mine[key]:
-                raise FitExistsError(str(folder), f"a search with another {key}")
+                raise FitExistsError(
+                    str(folder), f"a search with another {key}" if key != "snapshots" else "a search on other snapshots"
+                )
         return found
     if (folder / "fit.json").exists() and not fresh:
         raise FitExistsError(str(folder), "of `pdiff fit`")
@@ -255,6 +261,8 @@ def _key(settings: dict[str, Any]) -> str:
 def _configured(base: FitConfig, settings: dict[str, Any], max_steps: int) -> FitConfig:
     names = ("prediction_type", "lr", "patience")
     diffusion = {name: settings[name] for name in names} | {"max_steps": max_steps}
+    if settings["prediction_type"] != base.diffusion.prediction_type:
+        diffusion |= {"sampler": None, "num_sampling_steps": None}  # chosen for the other type
     return dataclasses.replace(
         base,
         autoencoder=dataclasses.replace(base.autoencoder, latent_dim=settings["latent_dim"]),
@@ -276,8 +284,11 @@ def _trial(settings: dict[str, Any], *, store: str, base: FitConfig, work: str, 
         if not (folder / "fit.json").exists():
             shutil.copyfile(Path(work) / statistics, folder / statistics)
         generator = fit(store, _configured(base, settings, max_steps), out=folder)
+        value = score(generator, settings["temperature"])
+        if not math.isfinite(value):
+            raise ValueError(f"the score is {value}")  # a failed trial: it can be neither best nor worst
         document = {
-            "score": score(generator, settings["temperature"]),
+            "score": value,
             **settings,
             "max_steps": max_steps,
             **{key: generator.report.get(key) for key in ("spread_ratio", "copy_ratio", "fidelity", "diffusion_steps")},
@@ -291,24 +302,30 @@ class HeldoutScore:
 
     Args:
         store: the snapshots.
-        config: says which are held out.
+        heldout: numbers of those that were held out from the fit, (H,), H at least 2.
         seed: of the samples.
+
+    Raises:
+        ConfigError: fewer than two are held out.
     """
 
-    def __init__(self, store: Path, config: FitConfig, seed: int = 0) -> None:
-        self.store, self.fraction, self.seed = store, config.heldout_fraction, seed
+    name = "energy distance to held-out snapshots"
+
+    def __init__(self, store: Path, heldout: Tensor, seed: int = 0) -> None:
+        if len(heldout) < 2:
+            expected = "must hold out at least 2 snapshots to score a search; raise it, or record more snapshots"
+            raise ConfigError("heldout_fraction", f"{len(heldout)} of the snapshots", expected)
+        self.store, self.heldout, self.seed = store, heldout, seed
 
     def __str__(self) -> str:
-        return "energy distance to held-out snapshots"
+        return self.name
 
     def __call__(self, generator: WeightGenerator, temperature: float) -> float:
         store = SnapshotStore.open(self.store)
-        everything = torch.arange(len(store))
-        heldout = choose_heldout(store, everything, self.fraction)
         latents = generator.sample_latents(
             _NUM_SAMPLES, temperature=temperature, rng=torch.Generator().manual_seed(self.seed)
         )
-        squares = self._squared_distances(store, generator, latents, everything[heldout])
+        squares = self._squared_distances(store, generator, latents, self.heldout)
         return energy_distance(squares.clamp_min(0).sqrt(), len(latents))
 
     @staticmethod

@@ -11,6 +11,7 @@ from torch import nn
 from pdiff_plugin import DiffusionConfig, FitConfig, SubspaceConfig, WeightGenerator, fit
 from pdiff_plugin.config import ConvConfig
 from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.fitting.fit import choose_heldout
 from pdiff_plugin.fitting.tune import HeldoutScore
 from pdiff_plugin.generator.alignment import Alignment, recognise
 from pdiff_plugin.snapshots.layout import Layout
@@ -126,7 +127,8 @@ def test_two_processes_fit_what_one_fits(shuffled, fit_in_a_group, tmp_path):
 
 def test_a_search_scores_samples_against_aligned_snapshots(shuffled):
     generator = fit(shuffled, ALIGNED)
-    score = HeldoutScore(shuffled.path, ALIGNED)
+    everything = torch.arange(len(shuffled))
+    score = HeldoutScore(shuffled.path, everything[choose_heldout(shuffled, everything, 0.1)])
 
     aligned = score(generator, 1.0)
     generator.alignment = None

@@ -202,15 +202,18 @@ def test_a_fit_of_other_settings_in_the_folder_is_not_touched(make_store, tmp_pa
     assert file_of(tmp_path / "fit") == before
 
 
-def test_a_fit_of_other_snapshots_in_the_folder_is_refused_and_replaced_when_asked(make_store, tmp_path):
-    fit(make_store(), QUICK, out=tmp_path / "fit")
-    other = make_store(num_snapshots=30, name="other")
+@pytest.mark.parametrize("differ_by", ["number", "values"])
+def test_a_fit_of_other_snapshots_in_the_folder_is_refused_and_replaced_when_asked(make_store, tmp_path, differ_by):
+    store = make_store()
+    fit(store, QUICK, out=tmp_path / "fit")
+    rows = store.rows()[:30] if differ_by == "number" else 2.0 * store.rows()
+    other = make_store(rows, name="other")
 
     with pytest.raises(FitExistsError, match="other snapshots"):
         fit(other, QUICK, out=tmp_path / "fit")
     generator = fit(other, QUICK, out=tmp_path / "fit", fresh=True)
 
-    assert generator.provenance["num_snapshots"] == 30
+    assert generator.provenance["store"] == str(tmp_path / "other")
 
 
 def test_fresh_forgets_an_interrupted_fit_and_keeps_files_of_others(make_store, tmp_path):

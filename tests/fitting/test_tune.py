@@ -1,16 +1,19 @@
 """The search: its score against closed forms, its trials, and that an interrupted one goes on."""
 
 import json
+import shutil
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pdiff_plugin import DiffusionConfig, FitConfig, WeightGenerator, fit
 from pdiff_plugin.config import TuneConfig
-from pdiff_plugin.errors import FitExistsError
+from pdiff_plugin.errors import ConfigError, FitExistsError
 
 pytest.importorskip("ray")
+from pdiff_plugin.fitting.fit import heldout_blocks
 from pdiff_plugin.fitting.tune import HeldoutScore, energy_distance, tune
 
 # Starting Ray and its workers leaves sockets and files of Ray's own to the garbage collector.
@@ -40,7 +43,7 @@ def test_the_energy_distance_of_normal_samples_meets_its_closed_form():
 def test_the_score_tells_a_wrong_centre_and_a_wrong_spread(make_store):
     store = make_store(num_snapshots=200)
     generator = fit(store, FitConfig(diffusion=DiffusionConfig(width=64, max_steps=600)))
-    score = HeldoutScore(store.path, generator.config)
+    score = HeldoutScore(store.path, heldout_blocks(200, 0.1).nonzero().squeeze(1))
     fair = score(generator, 1.0)
     assert score(generator, 0.0) > fair
     assert score(generator, 4.0) > fair
@@ -72,6 +75,16 @@ def test_a_search_ends_with_its_best_fit_and_is_returned_when_asked_again(local_
     assert tune(store, QUICK, TuneConfig(num_trials=3), out=tmp_path / "tuned") == document
     with pytest.raises(FitExistsError, match="a search with another search"):
         tune(store, QUICK, TuneConfig(num_trials=4), out=tmp_path / "tuned")
+    shutil.rmtree(store.path)
+    recorded_anew = make_store(2.0 * torch.rand(60, 40))
+    with pytest.raises(FitExistsError, match="a search on other snapshots"):
+        tune(recorded_anew, QUICK, TuneConfig(num_trials=3), out=tmp_path / "tuned")
+
+
+@pytest.mark.parametrize("settings", [{"heldout_fraction": 0.0}, {}])
+def test_a_search_with_less_than_two_snapshots_to_score_on_is_refused(make_store, tmp_path, settings):
+    with pytest.raises(ConfigError, match="must hold out at least 2 snapshots"):
+        tune(make_store(num_snapshots=12), replace(QUICK, **settings), out=tmp_path / "tuned")
 
 
 def test_a_search_does_not_replace_a_fit(make_store, tmp_path):
