@@ -93,7 +93,7 @@ def evaluate(
         seed: of every draw; the same seed gives the same figures.
         sets: names of the sets wanted; ``core`` is a quick choice.
         num_draws: times that random sets are drawn; figures are means over the draws, and standard errors know their
-            spread. With one draw it is estimated from the members.
+            spread. It is estimated from the members too, and all there is with one draw.
         retrain: the user's own training function, for a real deep ensemble: seed -> trained model.
         num_retrained: members of that ensemble.
         recalibrate: score every member, snapshots included, with BatchNorm statistics recomputed on the task's training

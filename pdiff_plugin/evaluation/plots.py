@@ -8,6 +8,7 @@ Shapes: M members of a set, N snapshots, P coordinates, S ensemble sizes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -215,7 +216,7 @@ def paired_differences(evaluation: Evaluation) -> Figure | None:
     gain = min(c.needed for c in comparisons)
     # Collapsed alternatives are off by tens of gains; the axis is for the others.
     in_play = [abs(c.nll) + 2 * c.nll_error for c in comparisons if abs(c.nll) <= 6 * gain]
-    reach = max([3 * gain, *(1.15 * extent for extent in in_play)])
+    reach = max([3 * gain, *(1.15 * extent for extent in in_play if math.isfinite(extent))])
     for row, c in enumerate(comparisons):
         look = LOOKS.get(c.name, _OTHER)
         if abs(c.nll) > reach:
@@ -232,7 +233,7 @@ def paired_differences(evaluation: Evaluation) -> Figure | None:
         axes.errorbar(
             c.nll,
             row,
-            xerr=2 * c.nll_error,
+            xerr=min(2 * c.nll_error, 3 * reach),  # that of a single member is infinite
             color=look.colour,
             marker=look.marker,
             markersize=6,

@@ -113,7 +113,8 @@ class Evaluation:
         return cls(
             document["sets"],
             Verdict(document["verdict_outcome"], document["verdict"], document["verdict_numbers"]),
-            [Comparison(**c) for c in document["comparisons"]],
+            # JSON knows no infinity, which the error of a single random member is.
+            [Comparison(**{k: math.inf if v is None else v for k, v in c.items()}) for c in document["comparisons"]],
             document["seconds"],
             document["cost"],
             document["details"],

@@ -129,24 +129,28 @@ class Candidate:
 
     @property
     def draw_error(self) -> float:
-        """Standard error of the ensemble's mean NLL over draws of its members."""
+        """Standard error of the ensemble's mean NLL over draws of its members.
+
+        The larger of what the members and what the draws tell: a few draws may be alike by chance, and members do not
+        show what all those of a draw have in common.
+        """
         if not self.is_random:
             return 0.0
-        if len(self.draws) > 1:
-            return standard_error(torch.stack([scores.nll[-1].mean() for scores in self.draws]))
-        return jackknife_error(self.draws[0].member_nll, stratum_of(len(self.draws[0].member_nll), self.strata))
+        within = [jackknife_error(s.member_nll, stratum_of(len(s.member_nll), self.strata)) for s in self.draws]
+        return _error_over_draws(within, [float(scores.nll[-1].mean()) for scores in self.draws])
 
 
 def stratum_of(num_members: int, strata: Strata) -> Tensor:
-    """Which members were drawn alike, (M,) int64.
+    """Which members were drawn alike, (M,) int64, at least two of each kind where there are two members.
 
     Members that take the runs in turn differ by run whatever is drawn; those that start from evenly spaced snapshots
-    differ by snapshot, of which two neighbours stand for draws from one.
+    differ by snapshot, of which two neighbours stand for draws from one. Where a run has a single member its own spread
+    cannot be seen: all members then count as drawn alike, which makes the error too large rather than too small.
     """
     members = torch.arange(num_members)
     if strata == "neighbours":
-        return members // 2
-    return members % strata if isinstance(strata, int) else torch.zeros_like(members)
+        return (members // 2).clamp_max(max(num_members // 2 - 1, 0))
+    return members % strata if isinstance(strata, int) and num_members >= 2 * strata else torch.zeros_like(members)
 
 
 def jackknife_error(member_nll: Tensor, stratum: Tensor | None = None) -> float:
@@ -154,19 +158,32 @@ def jackknife_error(member_nll: Tensor, stratum: Tensor | None = None) -> float:
 
     Args:
         member_nll: -log p(true) of each member, (M, n).
-        stratum: which members were drawn alike, (M,); all unless given.
+        stratum: which members were drawn alike, (M,), at least two of each kind; all unless given.
+
+    Returns:
+        The error; infinite for a single member, which tells nothing of others.
     """
     m = len(member_nll)
     if m < 2:
-        return 0.0
+        return math.inf
     probs = (-member_nll).exp()
     others = (probs.sum(dim=0) - probs).clamp_min(1e-300) / (m - 1)  # ensemble without each member, (M, n)
     left_out = -others.log().mean(dim=1)
     variance = 0.0
     for kind in [None] if stratum is None else sorted(set(stratum.tolist())):
         mine = left_out if stratum is None else left_out[stratum == kind]
-        variance += float((len(mine) - 1) / len(mine) * (mine - mine.mean()).square().sum())
+        # To leave a member out moves the mean by 1/(m - 1) of its deviation, to draw it anew by 1/m.
+        variance += float(mine.var()) * len(mine) * ((m - 1) / m) ** 2
     return math.sqrt(variance)
+
+
+def _error_over_draws(within: Sequence[float], values: Sequence[float]) -> float:
+    """Standard error of the mean of draws' values, from the error seen within each draw and from their spread."""
+    pooled = math.sqrt(sum(error**2 for error in within)) / len(within)
+    if len(values) < 2:
+        return pooled
+    spread = standard_error(torch.tensor(values, dtype=torch.float64))
+    return max(pooled, spread) if math.isfinite(pooled) else spread
 
 
 def compare(name: str, generated: Candidate, other: Candidate) -> Comparison:
@@ -247,7 +264,7 @@ def _compare_all(comparisons: list[Comparison], texts: Mapping[str, str]) -> Ver
         return Verdict("worth it", f"Worth it: {against}.{more}", numbers)
     if not hardest.is_excluded:
         # Of two independent errors the larger is what has to shrink.
-        by_draw = hardest.draw_error**2 > hardest.nll_error**2 / 2
+        by_draw = hardest.draw_error >= hardest.nll_error / math.sqrt(2)
         advice = "Take more members, or several draws." if by_draw else "Evaluate on more data."
         text = f"Too few data to tell: {against}; a gain of {hardest.needed:.4f} would count. {advice}"
         return Verdict("too few data to tell", text, numbers)

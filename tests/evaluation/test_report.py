@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ from pdiff_plugin.evaluation.plots import LOOKS, density, pictures
 from pdiff_plugin.evaluation.report import render_html, write_report
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.fit import fit
+from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 pytest.importorskip("matplotlib")
@@ -111,6 +113,17 @@ def test_an_evaluation_is_read_back_as_it_was_saved(result: Evaluation, folder: 
     assert all(
         torch.equal(loaded.arrays[name].nan_to_num(), result.arrays[name].nan_to_num()) for name in result.arrays
     )
+
+
+def test_sets_of_a_single_member_with_unknown_errors_are_saved_and_drawn(
+    one_run: tuple[Task, SnapshotStore], tmp_path: Path
+) -> None:
+    task, store = one_run
+    weights = WeightSet({name: tensor[None] for name, tensor in store.state_dict(30).items()})
+    result = evaluate(task, store, weights=weights, num_members=1, sets="core")
+    assert [c.nll_error for c in result.comparisons] == [math.inf] * 4
+    assert Evaluation.load(result.save(tmp_path)).comparisons == result.comparisons
+    assert 'id="paired-differences"' in write_report(tmp_path).read_text()
 
 
 def test_an_evaluation_of_format_version_1_is_still_read(tmp_path: Path) -> None:

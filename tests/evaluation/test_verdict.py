@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,16 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.evaluation.scores import Scores
-from pdiff_plugin.evaluation.verdict import Candidate, Verdict, half_mask, jackknife_error, judge, stratum_of
+from pdiff_plugin.evaluation.verdict import (
+    Candidate,
+    Strata,
+    Verdict,
+    compare,
+    half_mask,
+    jackknife_error,
+    judge,
+    stratum_of,
+)
 
 N = 2000
 
@@ -112,6 +122,50 @@ def test_the_jackknife_knows_the_spread_of_an_ensemble_over_its_draws() -> None:
     assert float(estimates.mean()) == pytest.approx(float(spread), rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("num_members", "strata"),
+    [(32, "none"), (32, 2), (32, 8), (32, 16), (16, 8), (32, "neighbours"), (9, "neighbours")],
+)
+def test_the_jackknife_knows_the_spread_of_members_of_several_kinds(num_members: int, strata: Strata) -> None:
+    rng = torch.Generator().manual_seed(0)
+    stratum = stratum_of(num_members, strata)
+    centre = 0.5 * torch.randn(int(stratum.max()) + 1, 50, generator=rng, dtype=torch.float64)
+    nlls, squares = [], []
+    for _ in range(400):
+        shift = 0.5 * torch.randn(num_members, 1, generator=rng, dtype=torch.float64)
+        member_nll = -(1.5 + centre[stratum] + shift).sigmoid().log()
+        nlls.append(float((math.log(num_members) - (-member_nll).logsumexp(0)).mean()))
+        squares.append(jackknife_error(member_nll, stratum) ** 2)
+    error = math.sqrt(sum(squares) / len(squares))
+    assert error == pytest.approx(float(torch.tensor(nlls).std()), rel=0.15)
+
+
+def test_as_many_runs_as_members_do_not_make_the_spread_known() -> None:
+    member_nll = torch.tensor([[1.0], [2.0], [3.0]] * 4, dtype=torch.float64)
+    for num_runs in (12, 7):
+        assert jackknife_error(member_nll, stratum_of(12, num_runs)) == pytest.approx(jackknife_error(member_nll))
+
+
+def test_the_error_of_a_single_random_member_is_unknown() -> None:
+    found = verdict(candidate("generated", nll(0.1), num_members=1), candidate("averages", nll(0.5)))
+    assert found.outcome == "too few data to tell"
+    assert found.sentence.endswith("Take more members, or several draws.")
+
+
+def test_two_draws_that_are_alike_by_chance_do_not_make_a_difference_sure() -> None:
+    rng = torch.Generator().manual_seed(0)
+
+    def draw() -> Scores:
+        shift = 0.3 * torch.randn(8, 1, generator=rng, dtype=torch.float64)
+        member_nll = -(1.5 + shift).sigmoid().log().expand(8, 50)
+        ensemble = math.log(8) - (-member_nll).logsumexp(0)
+        return dataclasses.replace(candidate("", ensemble[:1].expand(N)).draws[0], member_nll=member_nll)
+
+    pairs = [[Candidate("", [draw(), draw()]) for _ in range(2)] for _ in range(400)]
+    sure = [abs(c.nll) > 2 * c.nll_error for c in (compare("", *pair) for pair in pairs)]
+    assert sum(sure) / len(sure) < 0.07  # 5 % of equal sets differ by more than two standard errors
+
+
 def test_runs_taken_in_turn_do_not_count_as_spread() -> None:
     member_nll = torch.tensor([[1.0], [2.0]] * 4, dtype=torch.float64)  # two runs, equal members within each
     assert jackknife_error(member_nll, stratum_of(8, 2)) == pytest.approx(0.0, abs=1e-12)
@@ -119,7 +173,7 @@ def test_runs_taken_in_turn_do_not_count_as_spread() -> None:
 
 
 def test_neighbouring_snapshots_stand_for_draws_from_one() -> None:
-    assert stratum_of(5, "neighbours").tolist() == [0, 0, 1, 1, 2]
+    assert stratum_of(5, "neighbours").tolist() == [0, 0, 1, 1, 1]
     member_nll = torch.tensor([1.0, 1.0, 2.0, 2.0], dtype=torch.float64)[:, None]
     assert jackknife_error(member_nll, stratum_of(4, "neighbours")) == pytest.approx(0.0, abs=1e-12)
 
