@@ -334,6 +334,7 @@ def generate(
     earlier = sorted(out.glob("member-*.safetensors"))
     if earlier and not overwrite:
         raise FitExistsError(str(out), f"{len(earlier)} members; pass --overwrite to replace them")
+    out.mkdir(parents=True, exist_ok=True)
     latents = fitted.sample_latents(
         num_members,
         num_sampling_steps=num_sampling_steps,
@@ -350,7 +351,6 @@ def generate(
 
         kept = keep_accurate(made_by("--task", str(task), Task), fitted.decode(latents), keep_above)
         latents, num_dropped = latents[list(kept.indices)], kept.num_dropped
-    out.mkdir(parents=True, exist_ok=True)
     for path in earlier:
         path.unlink()
     header = {"format": "pt", "generator": str(generator), "seed": str(seed)}
@@ -382,9 +382,9 @@ def _sweep(fitted: WeightGenerator, task: str, out: Path, num_members: int, seed
     from pdiff_plugin.snapshots.files import write_json
 
     made, store = made_by("--task", task, Task), _store_of(fitted.provenance["store"], None)
+    out.mkdir(parents=True, exist_ok=True)
     with console.progress() as on_progress:
         found = sweep(made, store, fitted, num_members=num_members, seed=seed, on_progress=on_progress)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "sweep.json", found.to_json())
     try:
         found.save_picture(out / "sweep.png")
@@ -439,22 +439,26 @@ def evaluate(
         raise ConfigError("--retrain", retrain, "must be given together with --train-with package.module:function")
     fitted = WeightGenerator.load(generator)
     made = made_by("--task", task, Task)
+    train = find_function("--train-with", train_with, "seed") if train_with else None
+    snapshots = _store_of(fitted.provenance["store"], store)
+    # Before the scoring, which may take hours: a folder that cannot be made is told at once.
+    folder = out or (generator if generator.is_dir() else generator.parent) / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
     distributed = DistributedConfig(num_workers=num_workers, address=address)
     with console.progress() as on_progress, _scorer(distributed) as options:
         result = run(
             made,
-            _store_of(fitted.provenance["store"], store),
+            snapshots,
             fitted,
             num_members=num_members,
             seed=seed,
             sets=sets,
             num_draws=num_draws,
-            retrain=find_function("--train-with", train_with) if train_with else None,
+            retrain=train,
             num_retrained=retrain or 1,
             on_progress=on_progress,
             **options,
         )
-    folder = out or (generator if generator.is_dir() else generator.parent) / "evaluation"
     result.save(folder)
     if json:
         _print_json(result.to_json())
@@ -514,14 +518,15 @@ def main(args: list[str] | None = None) -> int:
             args=args,
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
         )
-    except PDiffError as error:
-        if debug:
-            console.err.print_exception()
-        console.error(error)
-        return 1
     except BrokenPipeError:
         # The reader of a pipe (`| head`) has left. Python would complain once more on flushing stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (PDiffError, OSError) as error:
+        # An OSError is a file where a folder should be, or a full disk: the system's words name the path.
+        if debug:
+            console.err.print_exception()
+        console.error(error)
         return 1
     except KeyboardInterrupt:
         console.tell("Interrupted. What was finished is kept; run the same command again to go on.")

@@ -267,6 +267,8 @@ def test_evaluate_names_a_task_that_cannot_be_imported(fitted: Path, capsys: pyt
     assert "must be package.module:function" in error_text(capsys)
     assert main(["evaluate", str(fitted), "--task", "collections:OrderedDict"]) == 1
     assert "must return a Task, not a OrderedDict" in error_text(capsys)
+    assert main(["evaluate", str(fitted), "--task", "./my_task.py:task"]) == 1
+    assert "not a path; give my_task:task" in error_text(capsys)
 
 
 def test_evaluate_says_so_when_the_store_has_moved(
@@ -277,6 +279,30 @@ def test_evaluate_says_so_when_the_store_has_moved(
     monkeypatch.chdir(fitted.parent)
     assert main(["evaluate", str(fitted), "--task", "my_task:task"]) == 1
     assert "pass --store" in error_text(capsys)
+
+
+def test_an_out_that_is_a_file_is_told_before_the_work(
+    fitted: Path, walk_store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fitted.parent / "my_plain_task.py").write_text(TASK.replace("CLASS", "0"))
+    (fitted.parent / "taken").write_text("a file of the user's")
+    monkeypatch.chdir(fitted.parent)
+    monkeypatch.setattr("pdiff_plugin.evaluation.evaluate.evaluate", lambda *a, **k: pytest.fail("scored first"))
+    monkeypatch.setattr("pdiff_plugin.evaluation.sweep.sweep", lambda *a, **k: pytest.fail("scored first"))
+    task = ["--task", "my_plain_task:task"]
+    for command in (
+        ["fit", str(walk_store)],
+        ["generate", str(fitted)],
+        ["generate", str(fitted), "--sweep", *task],
+        ["evaluate", str(fitted), *task],
+    ):
+        capsys.readouterr()
+        assert main([*command, "--out", "taken"]) == 1, command
+        text = error_text(capsys)
+        assert "FileExistsError" in text or "NotADirectoryError" in text, command
+        assert "taken" in text, command
+        assert "Traceback" not in text, command
+    assert (fitted.parent / "taken").read_text() == "a file of the user's"
 
 
 def test_ctrl_c_in_fit_exits_with_130_and_the_same_command_goes_on(walk_store: Path, tmp_path: Path) -> None:
