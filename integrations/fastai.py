@@ -39,7 +39,7 @@ class PDiffRecorder(Adapter, Callback):
         self._every = ceil(accumulating[0].n_acc / self.learn.dls.train.bs) if accumulating else 1
         self.recorder.start(
             self.learn.model,
-            total_steps=self.learn.n_epoch * batches // self._every,
+            total_steps=self.learn.n_epoch * batches // self._every or None,
             steps_per_epoch=max(1, batches // self._every),
             default_store=Path(self.learn.path) / DEFAULT_FOLDER,
         )

@@ -34,9 +34,10 @@ class PDiffRecorder(Adapter):
         def start() -> None:
             state, every = engine.state, gradient_accumulation_steps
             length = state.epoch_length
+            total_steps = state.max_epochs * length // every if length and state.max_epochs else None
             self.recorder.start(
                 model,
-                total_steps=state.max_epochs * length // every if length and state.max_epochs else None,
+                total_steps=total_steps or None,  # fewer iterations than one step needs
                 steps_per_epoch=max(1, length // every) if length else None,
                 watch=optimizer,
             )

@@ -52,7 +52,7 @@ class PDiffRecorder(Adapter, Callback):
         num_left = (self.params["epochs"] - epoch) * steps // every if steps else None
         self.recorder.start(
             self._mirror,
-            total_steps=None if num_left is None else self._num_steps() + num_left,
+            total_steps=self._num_steps() + num_left if num_left else None,
             steps_per_epoch=max(1, steps // every) if steps else None,
         )
 

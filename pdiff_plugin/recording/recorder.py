@@ -12,6 +12,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -523,8 +524,9 @@ def _scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in metrics.items():
         if isinstance(value, Tensor) and value.numel() == 1:
             scalars[name] = value.detach().clone() if value.is_cuda else value.item()
-        elif hasattr(value, "__float__") and not isinstance(value, Tensor):
-            scalars[name] = float(value)
+        elif hasattr(value, "__float__") and not isinstance(value, Tensor) and getattr(value, "size", 1) == 1:
+            with suppress(TypeError, ValueError):  # not a number after all; no metric is worth the recording
+                scalars[name] = float(value.item() if hasattr(value, "item") else value)  # numpy's have item()
     return scalars
 
 

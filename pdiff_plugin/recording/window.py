@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from pdiff_plugin.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Window:
@@ -37,7 +39,12 @@ class Window:
 
         Without ``every_n_steps`` a longer window than ``max_snapshots`` is thinned out evenly. With it, the newest
         ``max_snapshots`` rows of the window are kept.
+
+        Raises:
+            ConfigError: a run of no steps.
         """
+        if total_steps is not None and total_steps < 1:
+            raise ConfigError("total_steps", total_steps, "must be at least 1; leave it out if it is not known")
         length = last_steps or (last_epochs * steps_per_epoch if steps_per_epoch else None)
         length = length or max_snapshots * (every_n_steps or 1)
         if total_steps is not None:

@@ -49,6 +49,15 @@ def test_a_torch_optimizer_is_recorded_too(learn, tmp_path):
     assert SnapshotStore.open(tmp_path / "pdiff-snapshots").steps.tolist() == [1, 2, 3, 4, 5]
 
 
+def test_fewer_batches_than_one_step_accumulates_leave_training_alone(learn, tmp_path):
+    from fastai.callback.training import GradientAccumulation
+
+    from pdiff_plugin.integrations.fastai import PDiffRecorder
+
+    learn.fit(1, 1e-2, cbs=[GradientAccumulation(8 * 32), PDiffRecorder()])
+    assert not (tmp_path / "pdiff-snapshots").exists()
+
+
 def test_the_learning_rate_finder_and_predictions_record_nothing(learn, tmp_path):
     from pdiff_plugin.integrations.fastai import PDiffRecorder
 

@@ -22,6 +22,17 @@ def test_metrics_and_the_epoch_are_stored_and_a_stream_keeps_the_newest_steps(to
     assert all(metrics["loss"] > 0 for metrics in store.metrics)
 
 
+def test_fewer_batches_than_one_step_accumulates_leave_training_alone(toolbox, tmp_path):
+    net = toolbox.make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    trainer = ignite.create_supervised_trainer(
+        net, optimizer, nn.functional.cross_entropy, gradient_accumulation_steps=8
+    )
+    PDiffRecorder(tmp_path).attach(trainer, net, optimizer, gradient_accumulation_steps=8)
+    assert trainer.run(toolbox.Job(tmp_path).batches(), max_epochs=1).iteration == 5
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_terminate_closes_the_recording(toolbox, tmp_path):
     net = toolbox.make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

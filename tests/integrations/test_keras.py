@@ -61,6 +61,17 @@ def test_a_second_fit_counts_on_from_the_optimizer(driver, toolbox, tmp_path):
     assert store.steps.tolist() == list(range(1, 11))
 
 
+def test_fewer_batches_than_one_step_accumulates_leave_training_alone(toolbox, tmp_path):
+    inputs, targets = (tensor.numpy() for tensor in toolbox.Job(tmp_path).examples())
+    model = keras.Sequential([keras.Input((64,)), keras.layers.BatchNormalization(), keras.layers.Dense(10)])
+    model.compile(
+        keras.optimizers.SGD(gradient_accumulation_steps=8),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    model.fit(inputs, targets, batch_size=32, verbose=0, callbacks=[PDiffRecorder(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_backend_is_refused(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(ConfigError, match="KERAS_BACKEND = 'jax': it must be 'torch' to be recorded"):

@@ -75,7 +75,11 @@ def try_to_run(kind, store, tmp_path, num_steps=8, layers="all"):
         )
         for rank in range(ranks)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
 
 

@@ -3,6 +3,7 @@ import json
 import logging
 import pickle
 
+import numpy as np
 import pytest
 import timm.optim
 import torch
@@ -253,6 +254,26 @@ def test_manual_steps_carry_epoch_and_metrics(net, tmp_path):
     store = SnapshotStore.open(tmp_path)
     assert store.epochs == [0.5, None]
     assert store.metrics == [{"loss": 2.0, "acc": 1.0}, {}]
+
+
+@pytest.mark.filterwarnings("error")
+def test_metrics_that_are_no_numbers_do_not_stop_the_recording(net, tmp_path):
+    class Failing:
+        def __float__(self):
+            raise ValueError("no number")
+
+    recorder = PDiffRecorder(tmp_path).attach(net)
+    arrays = {"one": np.array([0.5]), "scalar": np.float32(0.25), "none": np.empty(0), "several": np.array([0.1, 0.2])}
+    recorder.step(metrics={**arrays, "failing": Failing(), "text": np.str_("text")})
+    recorder.close()
+    assert recorder.error is None
+    assert SnapshotStore.open(tmp_path).metrics == [{"one": 0.5, "scalar": 0.25}]
+
+
+@pytest.mark.parametrize("total", [0, -1])
+def test_a_run_of_no_steps_is_refused(net, tmp_path, total):
+    with pytest.raises(ConfigError, match=f"total_steps = {total}: it must be at least 1"):
+        PDiffRecorder(tmp_path).attach(net, total_steps=total)
 
 
 def test_epochs_are_worked_out_from_their_length(net, train, tmp_path):
