@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pdiff_plugin.config import FitConfig
 from pdiff_plugin.errors import FitExistsError
 from pdiff_plugin.evaluation.evaluate import Evaluation, evaluate
+from pdiff_plugin.evaluation.result import JSON_NAME
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.progress import OnProgress, Progress
@@ -43,7 +44,7 @@ RECORDING_LR = 3e-2
 NOISE = 0.3  # added to training images: without it the loss reaches zero and the weights stop moving
 NUM_MEMBERS = 32
 
-_TASK_FILE = '''"""The demo's model and test data.
+_TASK_FILE = '''"""The demo's model and test data, for seed {seed}.
 
 Used by:  pdiff evaluate fit --task task:task
 """
@@ -123,6 +124,8 @@ def run(
 ) -> Evaluation:
     """Run the whole path, leave everything in ``folder`` and return the evaluation.
 
+    After an interruption the same call goes on: behind the training if that was finished, else from the start.
+
     Args:
         folder: made if missing.
         seed: of every draw.
@@ -130,23 +133,31 @@ def run(
         on_progress: told how the stages get on.
 
     Raises:
-        FitExistsError: the folder holds an earlier demo.
+        FitExistsError: the folder holds a finished demo, one of another seed, or a store that is not the demo's.
     """
     folder = Path(folder)
+    store, unfinished, task_file = folder / "store", folder / "store-unfinished", folder / "task.py"
+    task_text = _TASK_FILE.format(seed=seed)
     if fresh:
-        for name in ("store", "fit", "evaluation"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    elif (folder / "store").exists():
-        raise FitExistsError(str(folder), "the demo has run here before")
+        for path in (store, folder / "fit", folder / "evaluation"):
+            shutil.rmtree(path, ignore_errors=True)
+    elif store.exists():
+        if (folder / "evaluation" / JSON_NAME).exists():
+            raise FitExistsError(str(folder), "the demo has run here before")
+        if not task_file.exists() or task_file.read_text(encoding="utf-8") != task_text:
+            raise FitExistsError(str(folder), "a store that is not of a demo with this seed")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "task.py").write_text(_TASK_FILE, encoding="utf-8")
+    task_file.write_text(task_text, encoding="utf-8")
     seconds: dict[str, float] = {}
-    with _timed(seconds, "train"), torch.random.fork_rng(devices=[]):
-        train(folder / "store", seed, on_progress)
+    if not store.exists():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with _timed(seconds, "train"), torch.random.fork_rng(devices=[]):
+            train(unfinished, seed, on_progress)
+        unfinished.rename(store)  # so that a store with this name is complete
     with _timed(seconds, "fit"):
-        generator = fit(folder / "store", FitConfig(seed=seed), out=folder / "fit", on_progress=on_progress)
+        generator = fit(store, FitConfig(seed=seed), out=folder / "fit", on_progress=on_progress)
     task = load_task(folder)
-    result = evaluate(task, folder / "store", generator, num_members=NUM_MEMBERS, seed=seed, on_progress=on_progress)
+    result = evaluate(task, store, generator, num_members=NUM_MEMBERS, seed=seed, on_progress=on_progress)
     result = dataclasses.replace(result, seconds=seconds | result.seconds)
     result.save(folder / "evaluation")
     return result

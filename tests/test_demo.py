@@ -15,6 +15,9 @@ from rich.console import Console
 
 from pdiff_plugin import Evaluation, cli, console, demo
 from pdiff_plugin.cli import main
+from pdiff_plugin.config import DiffusionConfig, FitConfig
+from pdiff_plugin.errors import FitExistsError
+from pdiff_plugin.progress import OnProgress, Progress
 
 FIGURES = {
     "members", "accuracy_mean", "accuracy_best", "accuracy_worst", "accuracy_std", "ensemble_accuracy", "ensemble_nll",
@@ -99,6 +102,60 @@ def test_its_table_is_whole_in_a_terminal_of_80_columns(
     for name, *figures in evaluation.table()[1]:
         shown = [line.split()[1:] for line in lines if line.split()[:1] == [name]]
         assert sorted(cell for part in shown for cell in part) == sorted(figures)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo of a few seconds."""
+    for name, value in {"NUM_EPOCHS": 20, "NUM_SNAPSHOTS": 40, "NUM_MEMBERS": 4}.items():
+        monkeypatch.setattr(demo, name, value)
+    diffusion = DiffusionConfig(max_steps=20, eval_every_n_steps=10)
+    monkeypatch.setattr(demo, "FitConfig", lambda seed: FitConfig(seed=seed, diffusion=diffusion))
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_interrupted_demo_goes_on_by_the_same_call(tmp_path: Path) -> None:
+    stages: list[str] = []
+
+    def interrupt_at(stage: str | None) -> OnProgress:
+        def on_progress(report: Progress) -> None:
+            stages.append(report.stage)
+            if report.stage == stage:
+                raise KeyboardInterrupt
+
+        return on_progress
+
+    whole = demo.run(tmp_path / "whole", on_progress=interrupt_at(None))
+    after_training = list(dict.fromkeys(stages))[1:]
+    assert stages[0] == "train"
+    assert len(after_training) >= 2
+    for stage in ("train", *after_training):
+        with pytest.raises(KeyboardInterrupt):
+            demo.run(tmp_path / "cut", on_progress=interrupt_at(stage))
+    stages.clear()
+
+    result = demo.run(tmp_path / "cut", on_progress=interrupt_at(None))
+
+    assert "train" not in stages
+    assert result.to_json()["sets"] == whole.to_json()["sets"]
+    assert {path.name for path in (tmp_path / "cut").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_demo_goes_on_neither_with_another_seed_nor_with_a_store_of_the_users(tmp_path: Path) -> None:
+    def interrupt(report: Progress) -> None:
+        if report.stage != "train":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(tmp_path, seed=1, on_progress=interrupt)
+    with pytest.raises(FitExistsError, match="a store that is not of a demo with this seed"):
+        demo.run(tmp_path, seed=2)
+    (tmp_path / "task.py").unlink()
+    with pytest.raises(FitExistsError, match="a store that is not of a demo with this seed"):
+        demo.run(tmp_path, seed=1)
 
 
 def test_a_second_demo_in_the_same_folder_is_refused(
