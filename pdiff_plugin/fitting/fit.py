@@ -193,6 +193,7 @@ def measure_store(
             break
         except NonFiniteRowsError as error:
             rows = _without(store, rows, error.rows)
+    _check_runs(store, rows)
     if not statistics.gram.diagonal().sum() > 0:
         raise UnusableSnapshotsError(
             str(store.path),
@@ -235,6 +236,33 @@ def _without(store: SnapshotStore, rows: Tensor, bad: list[int]) -> Tensor:
         )
     logger.warning("%d snapshots hold NaN or Inf and are left out (%s)", len(bad), named)
     return rows[keep]
+
+
+def _check_runs(store: SnapshotStore, rows: Tensor) -> None:
+    """Refuse runs without a usable snapshot, and stores without a run that is long enough to show how weights move."""
+    counts = dict(zip(store.trajectories, torch.bincount(store.trajectory_index[rows]).tolist(), strict=False))
+    if lost := [name for name in store.trajectories if not counts.get(name)]:
+        raise UnusableSnapshotsError(
+            str(store.path),
+            f"no snapshot without NaN or Inf in {', '.join(lost)}",
+            "some in every trajectory",
+            "Delete the folders of these trajectories, and lower the learning rate of such runs.",
+        )
+    short = {name: count for name, count in counts.items() if count < MIN_SNAPSHOTS}
+    if len(short) == len(counts):
+        raise UnusableSnapshotsError(
+            str(store.path),
+            f"{len(counts)} trajectories of at most {max(counts.values())} snapshots",
+            f"one of at least {MIN_SNAPSHOTS}",
+            "Members are made from how weights move within a run. Record more steps of each.",
+        )
+    if short:
+        logger.warning(
+            "with fewer than %d snapshots each, these trajectories say little of how weights move: %s. Members made "
+            "for them lie close to their snapshots.",
+            MIN_SNAPSHOTS,
+            ", ".join(f"{name} ({count})" for name, count in short.items()),
+        )
 
 
 def _autoencoder(
@@ -320,9 +348,10 @@ def choose_heldout(store: SnapshotStore, rows: Tensor, fraction: float) -> Tenso
 
 def _frames(latents: Tensor, trajectory: Tensor, store: SnapshotStore, config: FitConfig) -> Frames:
     """Coordinates for the diffusion, from the training snapshots' latents."""
-    R = len(store.trajectories)
+    R, is_linear = len(store.trajectories), isinstance(config.autoencoder, SubspaceConfig)
     if config.diffusion.precondition:
-        return fit_frames(latents, trajectory, R, config.autoencoder.latent_dim)
+        # The subspace is that of all runs together; the other autoencoder's `latent_dim` is that of one chunk.
+        return fit_frames(latents, trajectory, R, config.autoencoder.latent_dim if is_linear else latents.shape[1])
     return plain_frames(latents, R, scaled=config.diffusion.scale_latents)
 
 

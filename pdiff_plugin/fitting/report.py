@@ -74,7 +74,7 @@ def measure_generator(
             {
                 "temperature": temperature,
                 "spread_ratio": round(spread_about_means(samples, labels) / max(spread, 1e-12), 4),
-                "novelty": finite_or_none(float(nearest.median()) / reference),
+                "novelty": finite_or_none(float(nearest.median()) / reference) if reference > 0 else None,
             }
         )
         if temperature == 1.0:

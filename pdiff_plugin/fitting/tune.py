@@ -152,9 +152,8 @@ def _open(
         found = read_json(path, FORMAT, FORMAT_VERSION)
         for key in ("store", "snapshots", "config", "search", "score"):
             if found.get(key) != mine[key]:
-                raise FitExistsError(
-                    str(folder), f"a search with another {key}" if key != "snapshots" else "a search on other snapshots"
-                )
+                what = "on other snapshots" if key == "snapshots" else f"with another {key}"
+                raise FitExistsError(str(folder), f"a search {what}")
         return found
     if (folder / "fit.json").exists() and not fresh:
         raise FitExistsError(str(folder), "of `pdiff fit`")

@@ -208,7 +208,7 @@ class SubspaceAutoencoder:
         """Latents (B, K) float32 of flat vectors (B, D)."""
         latents = torch.zeros(len(flat), self.latent_dim, dtype=torch.float64)
         for number, lo, hi in column_blocks(self.layout, BLOCK_VALUES):
-            values = transform(flat[:, lo:hi], self.layout.tensors[number].name) - self.mean[lo:hi]
+            values = transform(flat[:, lo:hi].float(), self.layout.tensors[number].name) - self.mean[lo:hi]
             latents += (values.div_(self.scales[number]) @ self.basis[:, lo:hi].float().T).double()
         return (latents / self.latent_scale).float()
 

@@ -24,20 +24,21 @@ class Frames:
 
     Attributes:
         centre: (R, K), mean of each trajectory.
-        axes: (R, K, k), orthonormal columns, principal axes by falling spread.
+        axes: (R, K, k), orthonormal columns, principal axes by falling spread; None where local coordinates lie along
+            those of the latents, k = K.
         std: (R, k), standard deviation of local coordinates along each axis; over all R and k their mean square is one.
         scale: what local coordinates are divided by, so that this holds.
     """
 
     centre: Tensor
-    axes: Tensor
+    axes: Tensor | None
     std: Tensor
     scale: float
 
     @property
     def width(self) -> int:
         """Local width k."""
-        return self.axes.shape[2]
+        return self.std.shape[1]
 
     @property
     def num_trajectories(self) -> int:
@@ -48,24 +49,29 @@ class Frames:
         out = torch.empty(len(latents), self.width, dtype=latents.dtype, device=latents.device)
         for number in set(trajectory.tolist()):
             mine = trajectory == number
-            out[mine] = (latents[mine] - self.centre[number].to(latents)) @ self.axes[number].to(latents) / self.scale
+            moved = latents[mine] - self.centre[number].to(latents)
+            out[mine] = (moved if self.axes is None else moved @ self.axes[number].to(latents)) / self.scale
         return out
 
     def to_latents(self, local: Tensor, trajectory: Tensor) -> Tensor:
         """Latents (B, K) of local coordinates (B, k)."""
-        out = torch.empty(len(local), self.axes.shape[1], dtype=local.dtype, device=local.device)
+        out = torch.empty(len(local), self.centre.shape[1], dtype=local.dtype, device=local.device)
         for number in set(trajectory.tolist()):
             mine = trajectory == number
-            out[mine] = self.centre[number].to(local) + self.scale * local[mine] @ self.axes[number].to(local).T
+            moved = self.scale * local[mine]
+            out[mine] = self.centre[number].to(local) + (
+                moved if self.axes is None else moved @ self.axes[number].to(local).T
+            )
         return out
 
     def state_dict(self) -> dict[str, Tensor]:
         scale = torch.tensor(self.scale, dtype=torch.float64)
-        return {"centre": self.centre, "axes": self.axes, "std": self.std, "scale": scale}
+        axes = {} if self.axes is None else {"axes": self.axes}
+        return {"centre": self.centre, **axes, "std": self.std, "scale": scale}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Frames:
-        return cls(state["centre"], state["axes"], state["std"], float(state["scale"]))
+        return cls(state["centre"], state.get("axes"), state["std"], float(state["scale"]))
 
 
 def fit_frames(latents: Tensor, trajectory: Tensor, num_trajectories: int, width: int) -> Frames:
@@ -79,18 +85,20 @@ def fit_frames(latents: Tensor, trajectory: Tensor, num_trajectories: int, width
     """
     latents = latents.double()
     K = latents.shape[1]
+    # No trajectory has more directions than snapshots: of long latents most are left out.
+    count = min(K, int(torch.bincount(trajectory, minlength=1).max()))
     centre, axes, variance = torch.zeros(num_trajectories, K).double(), [], []
     for number in range(num_trajectories):
         mine = latents[trajectory == number]
         if len(mine):
             centre[number] = mine.mean(dim=0)
-        # The right singular vectors fill up with directions of no variance when there are fewer rows than columns.
-        deviations = torch.cat([mine - centre[number], torch.zeros(max(0, K - len(mine)), K).double()])
+        # The right singular vectors fill up with directions of no variance where there are fewer rows.
+        deviations = torch.cat([mine - centre[number], torch.zeros(max(0, count - len(mine)), K).double()])
         _, singular, directions = torch.linalg.svd(deviations, full_matrices=False)
         # Signs are arbitrary: fix them, so that close inputs give close frames.
         signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
         axes.append((directions * signs).T)
-        variance.append(singular[:K].square() / max(1, len(mine)))
+        variance.append(singular.square() / max(1, len(mine)))
     spread = torch.stack(variance)  # (R, K)
     share = spread / spread.sum(dim=1, keepdim=True).clamp_min(1e-300)
     k = max(1, min(width, int((share > _LEAST_SHARE).sum(dim=1).max())))
@@ -115,7 +123,7 @@ def plain_frames(latents: Tensor, num_trajectories: int, *, scaled: bool = True)
     std = (latents - centre).square().mean(dim=0).sqrt() / scale
     return Frames(
         centre.float().expand(R, K).contiguous(),
-        torch.eye(K).expand(R, K, K).contiguous(),
+        None,
         std.float().expand(R, K).contiguous(),
         scale,
     )

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pdiff_plugin import FitConfig, Layout, SnapshotStore, WeightGenerator, fit
+from pdiff_plugin import DiffusionConfig, FitConfig, Layout, SnapshotStore, WeightGenerator, fit
 from pdiff_plugin.config import ConvConfig
 from pdiff_plugin.generator.conv import ConvNetwork
 from pdiff_plugin.snapshots.layout import TensorSpec
@@ -131,6 +131,19 @@ def test_rows_in_chunks_are_never_whole_in_memory(make_store, sizes):
     assert max(sizes["read"]) == 40 * 128
     assert max(sizes["encode"]) == max(sizes["decode"]) == 16 * 64
     assert generator.autoencoder.latent_dim == 23 * 4
+
+
+def test_the_diffusion_sees_the_latents_of_every_chunk(make_store):
+    store = make_store(layout=LONG)
+    diffusion = DiffusionConfig(width=16, num_blocks=1, max_steps=5)
+    generator = fit(store, FitConfig(autoencoder=CHUNKED, diffusion=diffusion, heldout_fraction=0.0))
+
+    latents = generator.autoencoder.encode(store.rows())
+    labels = torch.zeros(len(store), dtype=torch.int64)
+    local = generator.frames.to_local(latents, labels)
+
+    assert latents.shape == (40, 23 * 4)
+    torch.testing.assert_close(generator.frames.to_latents(local, labels), latents, rtol=1e-3, atol=1e-4)
 
 
 def test_blocks_of_any_size_encode_and_decode_alike(make_store, monkeypatch):

@@ -300,6 +300,44 @@ def test_more_than_five_percent_of_snapshots_with_nan_are_refused(make_store):
     )
 
 
+def test_a_run_without_a_usable_snapshot_is_refused_by_name(make_store):
+    make_store(num_snapshots=100)
+    store = make_store(torch.full((3, 40), float("nan")))
+
+    with pytest.raises(UnusableSnapshotsError, match=r"no snapshot without NaN or Inf in run-002, .*Delete the folder"):
+        fit(store, QUICK)
+
+
+def test_runs_of_one_snapshot_each_are_refused(make_store):
+    for number in range(12):
+        store = make_store(torch.randn(1, 40, generator=torch.Generator().manual_seed(number)))
+
+    with pytest.raises(
+        UnusableSnapshotsError, match="12 trajectories of at most 1 snapshots, expected one of at least"
+    ):
+        fit(store, QUICK)
+
+
+def test_a_short_run_beside_a_long_one_is_named_in_a_warning(make_store, caplog):
+    make_store(num_snapshots=40)
+    store = make_store(num_snapshots=3)
+
+    with caplog.at_level(logging.WARNING):
+        fit(store, QUICK)
+
+    assert "fewer than 10 snapshots each, these trajectories say little of how weights move: run-002 (3)" in caplog.text
+
+
+def test_snapshots_that_mostly_stand_still_are_fitted_without_a_novelty(make_store):
+    rows = make_store(num_snapshots=12).rows()
+    rows[4:] = rows[4]
+
+    generator = fit(make_store(rows, name="still"), QUICK)
+
+    assert generator.report["novelty"] is None
+    assert generator.sample(2)["head.weight"].isfinite().all()
+
+
 def test_an_autoencoder_that_loses_heldout_variance_says_so(make_store, caplog):
     rng = torch.Generator().manual_seed(0)
     store = make_store(1.0 + 0.01 * torch.randn(40, 40, generator=rng))

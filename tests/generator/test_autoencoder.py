@@ -272,3 +272,8 @@ def test_column_blocks_cover_every_column_once_and_cross_no_tensor_border():
         place = LAYOUT.slices[LAYOUT.tensors[number].name]
         assert place.start <= lo < hi <= place.stop
         assert hi - lo <= 16
+
+
+def test_float64_rows_are_encoded_like_float32_ones(rows):
+    autoencoder = fitted(rows).autoencoder
+    torch.testing.assert_close(autoencoder.encode(rows.double()), autoencoder.encode(rows))

@@ -78,3 +78,15 @@ def test_frames_come_back_from_their_tensors(clouds):
 
     assert found.scale == pytest.approx(frames.scale)
     assert torch.equal(found.axes, frames.axes)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_latents_far_longer_than_there_are_snapshots_come_back_from_small_frames(plain):
+    latents = torch.randn(12, 5000, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(12) % 2
+
+    frames = plain_frames(latents, 2) if plain else fit_frames(latents, labels, 2, 5000)
+    found = frames.to_latents(frames.to_local(latents, labels), labels)
+
+    torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-4)
+    assert sum(tensor.numel() for tensor in frames.state_dict().values()) < 20 * latents.numel()
