@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from pdiff_plugin.errors import ConfigError, StoreNotFoundError, TrajectoryExistsError
 from pdiff_plugin.recording.hooks import StepHook, unwrap_optimizer
 from pdiff_plugin.recording.rest import FrozenRest, RestDrift, rest_names
-from pdiff_plugin.recording.selection import Layers, select
+from pdiff_plugin.recording.selection import Layers, label, select
 from pdiff_plugin.recording.window import Window
 from pdiff_plugin.recording.writer import BackgroundWriter, RowInfo
 from pdiff_plugin.snapshots.files import read_json
@@ -92,7 +92,15 @@ class PDiffRecorder:
         if dtype not in DTYPES:
             raise ConfigError("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
         self.store = None if store is None else os.fspath(store)
-        self.layers = layers
+        if isinstance(layers, str) and layers.startswith("<function "):
+            raise ConfigError(
+                "layers",
+                layers,
+                "was a function, which settings in a checkpoint only name: pass the function itself "
+                "(in transformers, without restore_callback_states_from_checkpoint)",
+            )
+        # A list, as after a way through JSON.
+        self.layers: Layers = layers if isinstance(layers, str) or callable(layers) else list(layers)
         self.every_n_steps, self.last_epochs, self.last_steps = every_n_steps, last_epochs, last_steps
         self.max_snapshots, self.trajectory, self.freeze_rest = max_snapshots, trajectory, freeze_rest
         self.dtype, self.save_base = dtype, save_base
@@ -241,9 +249,10 @@ class PDiffRecorder:
             self._is_restored = False
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments, plain values only (unless ``layers`` is a function)."""
+        """The constructor's arguments as plain JSON; of a function as ``layers`` only its name."""
         names = ("store", "layers", "every_n_steps", "last_epochs", "last_steps", "max_snapshots", "trajectory")
-        return {name: getattr(self, name) for name in (*names, "freeze_rest", "dtype", "save_base")}
+        settings = {name: getattr(self, name) for name in (*names, "freeze_rest", "dtype", "save_base")}
+        return settings | ({"layers": label(self.layers)} if callable(self.layers) else {})
 
     def __enter__(self) -> PDiffRecorder:
         return self

@@ -83,7 +83,7 @@ def select(model: nn.Module, layers: Layers = "last-norms:2", *, averaged: bool 
         matched = {name for name, tensor in tensors.items() if layers(name, tensor)}
         matched |= _statistics(model, matched, modules=())
         if not matched:
-            raise SelectionError(_label(layers), "picks no tensor", tuple(list(tensors)[-5:]))
+            raise SelectionError(label(layers), "picks no tensor", tuple(list(tensors)[-5:]))
     else:
         specs = [layers] if isinstance(layers, str) else list(layers)
         if not specs:
@@ -102,7 +102,7 @@ def select(model: nn.Module, layers: Layers = "last-norms:2", *, averaged: bool 
     if not any(isinstance(tensors[name], nn.Parameter) for name in chosen):
         trained = [name for name, t in tensors.items() if isinstance(t, nn.Parameter) and is_trained(name)]
         raise SelectionError(
-            _label(layers),
+            label(layers),
             f"picks only tensors that are not trained ({', '.join(sorted(frozen or matched)[:3])}, ...)",
             tuple(trained[-5:]),
             "Unfreeze them (requires_grad_()) before recording, or choose layers that train.",
@@ -191,7 +191,8 @@ def _nearest(spec: str, modules: list[tuple[str, nn.Module]], tensors: dict[str,
     return tuple(close or [name for name, _ in modules if name][-5:])
 
 
-def _label(layers: Layers) -> str:
+def label(layers: Layers) -> str:
+    """``layers`` as text: the same for the same function in another process."""
     if callable(layers):
         return f"<function {getattr(layers, '__name__', type(layers).__name__)}>"
     return repr(layers if isinstance(layers, str) else list(layers))

@@ -32,7 +32,7 @@ def tiny_bert():
     return transformers.BertForSequenceClassification(config)
 
 
-def train(model, folder, callbacks, num_steps=4, **kwargs):
+def train(model, folder, callbacks, num_steps=4, resume=None, **kwargs):
     data = [{"input_ids": torch.arange(i, i + 5) % 16, "labels": i % 2} for i in range(8 * num_steps)]
     arguments = TrainingArguments(
         str(folder),
@@ -45,7 +45,7 @@ def train(model, folder, callbacks, num_steps=4, **kwargs):
         **{"save_strategy": "no", "num_train_epochs": 1, **kwargs},
     )
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -67,6 +67,15 @@ def test_the_state_is_plain_json_and_rebuilds_the_callback(tmp_path):
     state = json.loads(json.dumps(PDiffRecorder(str(tmp_path), layers=["head"], last_steps=3).state()))
     again = PDiffRecorder.from_state(state)
     assert again.recorder.settings() == CoreRecorder(str(tmp_path), layers=["head"], last_steps=3).settings()
+
+
+@pytest.mark.parametrize("make", [lambda: lambda name, _: "classifier" in name, lambda: ("norms", "head")])
+def test_a_function_or_a_tuple_as_layers_goes_on_after_a_checkpoint(tmp_path, make):
+    train(tiny_bert(), tmp_path, [PDiffRecorder(layers=make())], save_strategy="steps", save_steps=2)
+    train(tiny_bert(), tmp_path, [PDiffRecorder(layers=make())], resume=str(tmp_path / "checkpoint-2"))
+    store = SnapshotStore.open(tmp_path / "pdiff-snapshots")
+    assert store.trajectories == ["run-001"]
+    assert store.steps.tolist() == [1, 2, 3, 4]
 
 
 def test_logged_metrics_and_the_epoch_are_stored(tmp_path):

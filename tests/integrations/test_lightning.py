@@ -116,6 +116,28 @@ def test_a_step_that_the_gradient_scaler_skips_is_not_recorded(toolbox, tmp_path
     assert store.steps.tolist() == [1, 2, 4, 5]
 
 
+def test_a_function_as_layers_goes_on_after_a_checkpoint(toolbox, tmp_path):
+    def fit_on(checkpoint, max_epochs):
+        trainer = lightning.Trainer(
+            callbacks=[PDiffRecorder(tmp_path / "store", layers=lambda name, _: name.startswith("net.6"))],
+            max_epochs=max_epochs,
+            default_root_dir=tmp_path,
+            enable_checkpointing=False,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Module(toolbox), DataLoader(toolbox.Job(tmp_path).batches(), batch_size=None), ckpt_path=checkpoint)
+        return trainer
+
+    fit_on(None, 1).save_checkpoint(tmp_path / "x.ckpt")
+    fit_on(tmp_path / "x.ckpt", 2)
+    store = SnapshotStore.open(tmp_path / "store")
+    assert store.trajectories == ["run-001"]
+    assert store.steps.tolist() == list(range(1, 11))
+
+
 def test_validation_and_prediction_record_nothing(toolbox, tmp_path):
     recorder = PDiffRecorder()
     trainer = lightning.Trainer(callbacks=[recorder], default_root_dir=tmp_path, logger=False, accelerator="cpu")

@@ -448,6 +448,16 @@ def test_the_constructor_opens_no_file_and_takes_plain_values(tmp_path, monkeypa
     assert pickle.loads(pickle.dumps(recorder)).settings() == recorder.settings()
 
 
+def test_the_settings_are_plain_json_for_a_tuple_and_a_function_too():
+    settings = PDiffRecorder(layers=("norms", "head")).settings()
+    assert settings == json.loads(json.dumps(settings))
+
+    settings = PDiffRecorder(layers=lambda name, _: name == "fc.weight").settings()
+    assert settings["layers"] == "<function <lambda>>"
+    with pytest.raises(ConfigError, match="was a function, which settings in a checkpoint only name"):
+        PDiffRecorder(**json.loads(json.dumps(settings)))
+
+
 def test_the_default_store_is_in_the_working_folder(net, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with PDiffRecorder().attach(net) as recorder:
