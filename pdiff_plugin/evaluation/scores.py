@@ -1,6 +1,6 @@
 """Run sets of members over data, keeping what every metric needs and nothing that grows with the classes.
 
-Shapes: M members, B items in a batch, n items in all, C classes, S ensemble sizes.
+Shapes: M members, B items in a batch, n items in all, C classes, S ensemble sizes, H divisions into halves.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from pdiff_plugin.progress import OnProgress, Progress
 
 # Batches whose FLOPs are counted: in the first an ensemble may still try what works, the last counted one is believed.
 _NUM_COUNTED = 2
+# Ways in which members are divided into two halves, whose difference tells how far an ensemble's accuracy is by chance.
+_NUM_DIVISIONS = 16
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Scores:
         nll: of the ensemble of the first ``sizes[s]`` members in a random order, (S, n).
         confidence: its largest probability, (S, n).
         hit: whether that class is true, (S, n) bool.
+        hit_difference: whether the ensemble of one half of the members is right, minus whether that of the other half
+            is, for several divisions of the members, (H, n) int8.
         brier: of the whole ensemble, (n,).
         entropy: of the whole ensemble's mean probabilities, (n,).
         forward_passes: arithmetic of the members in forward passes of the model; None where nothing is counted
@@ -49,6 +53,7 @@ class Scores:
     nll: Tensor
     confidence: Tensor
     hit: Tensor
+    hit_difference: Tensor
     brier: Tensor
     entropy: Tensor
     forward_passes: float | None
@@ -172,6 +177,21 @@ def _score_batch(logits: Tensor, targets: Tensor, order: Tensor) -> dict[str, Te
         "nll": counts.log() - log_true[order].logcumsumexp(dim=0)[sizes - 1],
         "confidence": confidence,
         "hit": predicted == targets,
+        "hit_difference": _hit_difference(log_probs.exp(), targets),
         "brier": metrics.brier(probs[-1], targets),
         "entropy": metrics.entropy(probs[-1].log()),
     }
+
+
+def _hit_difference(probs: Tensor, targets: Tensor) -> Tensor:
+    """Hits of one half of the members minus those of the other, (H, B) int8, from probabilities (M, B, C).
+
+    Members 2i and 2i + 1 never share a half: where they start from neighbouring snapshots, halves differ by what was
+    drawn and not by the snapshots.
+    """
+    m = len(probs)
+    first = torch.randint(2, (_NUM_DIVISIONS, (m + 1) // 2), generator=torch.Generator().manual_seed(0))
+    is_mine = torch.stack([first, 1 - first], dim=2).flatten(1)[:, :m].to(probs.dtype)  # (H, M)
+    mine = (is_mine @ probs.flatten(1)).unflatten(1, probs.shape[1:])  # (H, B, C)
+    theirs = probs.sum(dim=0) - mine
+    return (mine.argmax(dim=-1) == targets).to(torch.int8) - (theirs.argmax(dim=-1) == targets).to(torch.int8)

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pdiff_plugin.evaluation.scores import Scores
+from pdiff_plugin.evaluation.scores import Scores, score_sets
+from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.evaluation.verdict import (
     Candidate,
     Strata,
@@ -18,6 +19,7 @@ from pdiff_plugin.evaluation.verdict import (
     judge,
     stratum_of,
 )
+from pdiff_plugin.generator.weights import WeightSet
 
 N = 2000
 
@@ -32,6 +34,7 @@ def candidate(text: str, nll: Tensor, error_rate: float = 0.2, num_members: int 
         nll=nll[None],
         confidence=torch.full((1, N), 0.8),
         hit=correct[None],
+        hit_difference=torch.zeros(1, N, dtype=torch.int8),
         brier=torch.zeros(N),
         entropy=torch.zeros(N),
         forward_passes=1.0,
@@ -164,6 +167,31 @@ def test_two_draws_that_are_alike_by_chance_do_not_make_a_difference_sure() -> N
     pairs = [[Candidate("", [draw(), draw()]) for _ in range(2)] for _ in range(400)]
     sure = [abs(c.nll) > 2 * c.nll_error for c in (compare("", *pair) for pair in pairs)]
     assert sum(sure) / len(sure) < 0.07  # 5 % of equal sets differ by more than two standard errors
+
+
+@pytest.mark.parametrize(
+    ("num_members", "common", "own"), [(8, 1.0, 0.0), (8, 0.3, 1.0), (9, 1.0, 1.0), (24, 1.0, 0.3)]
+)
+def test_the_error_of_accuracy_knows_its_spread_over_draws(num_members: int, common: float, own: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 12, generator=rng)
+    truth, direction = (torch.randn(10, 12, generator=rng) for _ in range(2))
+    y = (x @ truth.T + 2 * torch.randn(600, 10, generator=rng)).argmax(1)
+
+    def members() -> WeightSet:
+        shift = common * torch.randn(num_members, 1, 1, generator=rng) * direction
+        return WeightSet({"weight": truth + shift + own * torch.randn(num_members, 10, 12, generator=rng)})
+
+    task = Task(nn.Linear(12, 10, bias=False), [(x, y)])
+    scores, _ = score_sets(task, {str(draw): members() for draw in range(80)})
+    drawn = [Candidate("", [found]) for found in scores.values()]
+    spread = float(torch.stack([c.hit.mean() for c in drawn]).std())
+    error = math.sqrt(sum(c.accuracy_draw_error**2 for c in drawn) / len(drawn))
+    assert 0.75 < error / spread < 1.35
+    pairs = [compare("", *pair) for pair in zip(drawn[::2], drawn[1::2], strict=True)]
+    in_errors = torch.tensor([c.accuracy / c.accuracy_error for c in pairs])
+    # Above one by the few members that the error comes from, below by what the error over items has seen already.
+    assert 0.5 < float(in_errors.square().mean().sqrt()) < 1.3
 
 
 def test_runs_taken_in_turn_do_not_count_as_spread() -> None:
