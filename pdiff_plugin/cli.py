@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,13 +21,14 @@ from tyro.conf import Positional, arg
 
 import pdiff_plugin
 from pdiff_plugin.config import DistributedConfig, FitConfig, Sampler, TuneConfig
-from pdiff_plugin.errors import ConfigError, FitExistsError, MissingDependencyError, PDiffError
+from pdiff_plugin.errors import ConfigError, MembersExistError, MissingDependencyError, PDiffError
 from pdiff_plugin.user_code import find_function, load_model, made_by
 
 if TYPE_CHECKING:
     from pdiff_plugin.generator.generator import WeightGenerator
     from pdiff_plugin.snapshots.store import SnapshotStore
 
+_LAYERS = "last-norms:2"
 _Inline = arg(name="")  # a config's fields become flags without its own name in front
 
 
@@ -76,7 +78,7 @@ def demo(
     )
 
 
-def layers(model: Positional[str], *, layers: str = "last-norms:2", json: bool = False) -> None:
+def layers(model: Positional[str], *, layers: str = _LAYERS, json: bool = False) -> None:
     """Show what would be recorded of a model.
 
     Args:
@@ -152,7 +154,7 @@ def import_(
     paths: Positional[tuple[Path, ...]],
     *,
     store: Path,
-    layers: str = "last-norms:2",
+    layers: str = _LAYERS,
     model: str | None = None,
     ema: bool = False,
     trajectory: str | None = None,
@@ -163,15 +165,18 @@ def import_(
     Args:
         paths: .pt, .pth, .ckpt or .safetensors files, checkpoint-* folders, or a folder of these, all of one run.
         store: The store to add to.
-        layers: Selection, as for PDiffRecorder.
+        layers: Selection, as for PDiffRecorder; a store that holds snapshots keeps to the tensors that it has.
         model: `timm:NAME` or `package.module:function`, where names and shapes alone do not tell the layers.
         ema: Take the averaged weights that timm and others keep beside the trained ones.
         trajectory: Name of the run in the store; the next free one unless given.
         json: Print what the store holds as one JSON document on stdout.
     """
+    from pdiff_plugin import console
     from pdiff_plugin.recording.checkpoints import import_checkpoints
 
     network = None if model is None else load_model(model)
+    if layers != _LAYERS and (store / "layout.json").is_file():
+        console.tell(f"{store} holds snapshots already: the same tensors are taken, whatever --layers {layers} says.")
     import_checkpoints(paths, store=store, layers=layers, model=network, ema=ema, trajectory=trajectory)
     inspect(store, json=json)
 
@@ -290,6 +295,7 @@ def generate(
     keep_above: float | None = None,
     sweep: bool = False,
     task: str | None = None,
+    store: Path | None = None,
     overwrite: bool = False,
     num_workers: int = 1,
     address: str | None = None,
@@ -310,8 +316,10 @@ def generate(
         keep_above: Drop members whose accuracy on the task's evaluation data is below this share; needs --task. Judge
             what is left on other data, for it was chosen on these.
         sweep: Make no members, but a table and a picture (sweep.json, sweep.png) of accuracy against novelty over a
-            range of diversities, beside those of the cheap alternatives; needs --task.
+            range of diversities, beside those of the cheap alternatives; needs --task, and takes only --num-members,
+            --seed and --store besides.
         task: `package.module:function` returning a pdiff_plugin.Task, for --keep-above and --sweep.
+        store: The snapshot store for --sweep; the one the generator was fitted on unless given.
         overwrite: Replace members that are in the folder already.
         num_workers: Processes that share the work; with more than one, or an address, it runs on Ray.
         address: host:port of a running Ray cluster; RAY_ADDRESS unless given.
@@ -329,11 +337,25 @@ def generate(
         if given is not None and task is None:
             raise ConfigError(flag, given, "must be given together with --task package.module:function")
     if sweep:
-        _sweep(fitted, str(task), out, num_members, seed, json)
+        _refuse_beside_sweep(
+            num_sampling_steps=num_sampling_steps,
+            temperature=temperature,
+            diversity=diversity,
+            sampler=sampler,
+            trajectory=trajectory,
+            keep_above=keep_above,
+            num_workers=num_workers,
+            address=address,
+        )
+        _sweep(fitted, str(task), store, out, num_members, seed, json)
         return
+    if store is not None:
+        raise ConfigError("--store", str(store), "must be given together with --sweep; members need no store")
+    if keep_above is not None and not 0.0 <= keep_above <= 1.0:
+        raise ConfigError("--keep-above", keep_above, "must be a share of right answers, from 0 to 1")
     earlier = sorted(out.glob("member-*.safetensors"))
     if earlier and not overwrite:
-        raise FitExistsError(str(out), f"{len(earlier)} members; pass --overwrite to replace them")
+        raise MembersExistError(str(out), len(earlier))
     out.mkdir(parents=True, exist_ok=True)
     latents = fitted.sample_latents(
         num_members,
@@ -349,7 +371,12 @@ def generate(
         from pdiff_plugin.evaluation.gate import keep_accurate
         from pdiff_plugin.evaluation.task import Task
 
-        kept = keep_accurate(made_by("--task", str(task), Task), fitted.decode(latents), keep_above)
+        try:
+            kept = keep_accurate(made_by("--task", str(task), Task), fitted.decode(latents), keep_above)
+        except ConfigError as error:
+            if error.field != "threshold":
+                raise
+            raise ConfigError("--keep-above", keep_above, error.expected) from error
         latents, num_dropped = latents[list(kept.indices)], kept.num_dropped
     for path in earlier:
         path.unlink()
@@ -375,16 +402,26 @@ def generate(
         console.say(f"{len(files)} members of {fitted.layout.num_values:,} values each in {out}")
 
 
-def _sweep(fitted: WeightGenerator, task: str, out: Path, num_members: int, seed: int, json: bool) -> None:
+def _refuse_beside_sweep(**given: Any) -> None:
+    for name, value in given.items():
+        if value != signature(generate).parameters[name].default:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}", value, "cannot be combined with --sweep, which chooses its own settings"
+            )
+
+
+def _sweep(
+    fitted: WeightGenerator, task: str, store: Path | None, out: Path, num_members: int, seed: int, json: bool
+) -> None:
     from pdiff_plugin import console
     from pdiff_plugin.evaluation.sweep import sweep
     from pdiff_plugin.evaluation.task import Task
     from pdiff_plugin.snapshots.files import write_json
 
-    made, store = made_by("--task", task, Task), _store_of(fitted.provenance["store"], None)
+    made, snapshots = made_by("--task", task, Task), _store_of(fitted.provenance["store"], store)
     out.mkdir(parents=True, exist_ok=True)
     with console.progress() as on_progress:
-        found = sweep(made, store, fitted, num_members=num_members, seed=seed, on_progress=on_progress)
+        found = sweep(made, snapshots, fitted, num_members=num_members, seed=seed, on_progress=on_progress)
     write_json(out / "sweep.json", found.to_json())
     try:
         found.save_picture(out / "sweep.png")

@@ -17,6 +17,7 @@ is built in ``__str__``, so that an error survives the pickle trip home from a w
     ├── TrajectoryExistsError     (FileExistsError)    recording would add to somebody's finished run
     ├── UnusableSnapshotsError    (ValueError)         empty, too few, constant, or too many non-finite rows
     ├── FitExistsError            (FileExistsError)    the output folder holds another fit
+    ├── MembersExistError         (FileExistsError)    the output folder holds members already
     ├── TrainingModeError         (RuntimeError)       an ensemble was given a model in train mode
     ├── ConcurrentUseError        (RuntimeError)       two ensembles would run over one model at the same time
     ├── NotHookableError          (TypeError)          an optimizer without step hooks
@@ -45,6 +46,7 @@ __all__ = [
     "FormatVersionError",
     "GeneratorNotFoundError",
     "LayoutMismatchError",
+    "MembersExistError",
     "MissingDependencyError",
     "NotHookableError",
     "PDiffError",
@@ -222,6 +224,20 @@ class FitExistsError(PDiffError, FileExistsError):
         return (
             f"{self.path} holds another fit ({self.difference}). "
             "Choose another output folder, or pass --fresh (fresh=True) to replace it."
+        )
+
+
+class MembersExistError(PDiffError, FileExistsError):
+    """The output folder of `pdiff generate` holds members already."""
+
+    def __init__(self, path: str, num_members: int) -> None:
+        super().__init__(path, num_members)
+        self.path, self.num_members = path, num_members
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} already holds {self.num_members} members. "
+            "Choose another output folder, or pass --overwrite to replace them."
         )
 
 

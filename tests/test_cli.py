@@ -141,6 +141,19 @@ def test_import_makes_a_store_of_checkpoints(tmp_path: Path, capsys: pytest.Capt
     assert [float(store.state_dict(i)["1.weight"][0]) for i in range(3)] == [2.0, 9.0, 10.0]
 
 
+def test_import_says_that_a_store_keeps_to_its_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    command = ["import", str(tmp_path / "model.pt"), "--store", str(tmp_path / "store"), "--layers"]
+    assert main([*command, "norms"]) == 0
+    assert "the same tensors" not in capsys.readouterr().err
+
+    assert main([*command, "all"]) == 0
+
+    assert "the same tensors are taken, whatever --layers all says" in capsys.readouterr().err
+    assert {spec.name.split(".")[0] for spec in SnapshotStore.open(tmp_path / "store").layout} == {"1"}
+
+
 def test_import_of_something_else_says_what_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("no checkpoint")
     assert main(["import", str(tmp_path / "notes.txt"), "--store", str(tmp_path / "store")]) == 1
@@ -197,8 +210,12 @@ def test_generate_does_not_overwrite_members_unasked(
 ) -> None:
     command = ["generate", str(fitted), "--num-members", "2", "--out", str(tmp_path / "members")]
     assert main(command) == 0
+    capsys.readouterr()
     assert main(command) == 1
-    assert "--overwrite" in error_text(capsys)
+    text = error_text(capsys)
+    assert "already holds 2 members. Choose another output folder, or pass --overwrite to replace them" in text
+    assert "fit" not in text.replace(str(tmp_path), "")
+    assert "--fresh" not in text
     assert main([*command, "--overwrite"]) == 0
 
 
@@ -243,6 +260,72 @@ def test_generate_sweeps_the_diversity_beside_the_alternatives(
     assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert main(command) == 1
     assert "must be given together with --task" in error_text(capsys)
+
+
+def test_a_sweep_finds_a_store_that_has_moved_and_writes_json_for_a_single_member(
+    fitted: Path,
+    walk_store: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "my_moved_task.py").write_text(TASK.replace("CLASS", "0"))
+    monkeypatch.chdir(tmp_path)
+    walk_store.rename(tmp_path / "elsewhere")
+    command = ["generate", str(fitted), "--sweep", "--num-members", "1", "--out", "sweep", "--json"]
+    command += ["--task", "my_moved_task:task"]
+    capsys.readouterr()
+    assert main(command) == 1
+    assert "pass --store" in error_text(capsys)
+
+    assert main([*command, "--store", "elsewhere"]) == 0
+
+    shown = capsys.readouterr().out
+    for text in (shown, (tmp_path / "sweep" / "sweep.json").read_text()):
+        points = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["points"]
+        assert points[0]["wrong_iou_mean"] is None
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("--diversity", "0.5"),
+        ("--trajectory", "run-001"),
+        ("--sampler", "ddim"),
+        ("--temperature", "0.9"),
+        ("--num-sampling-steps", "5"),
+        ("--keep-above", "0.5"),
+        ("--num-workers", "2"),
+    ],
+    ids=lambda setting: setting[0],
+)
+def test_a_sweep_refuses_settings_that_it_would_not_use(
+    setting: tuple[str, str], fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", str(fitted), "--out", str(tmp_path / "sweep"), "--sweep", "--task", "no_such_module:task"]
+    assert main([*command, *setting]) == 1
+    text = error_text(capsys)
+    assert f"{setting[0]} = " in text
+    assert "cannot be combined with --sweep" in text
+
+
+def test_keep_above_is_a_share_and_is_named_in_its_errors(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_strict_task.py").write_text(
+        TASK.replace("torch.full((2,), CLASS)", "torch.tensor([0, 1])")  # one answer to both: at most half are right
+    )
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", str(fitted), "--num-members", "2", "--out", "members", "--task", "my_strict_task:task"]
+    assert main([*command, "--keep-above", "75"]) == 1
+    assert "--keep-above = 75.0: it must be a share of right answers, from 0 to 1" in error_text(capsys)
+    assert main([*command, "--keep-above", "0.9"]) == 1
+    assert "--keep-above = 0.9: it must be reached by a member" in error_text(capsys)
+
+
+def test_members_need_no_store(fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(fitted), "--out", str(tmp_path / "members"), "--store", "elsewhere"]) == 1
+    assert "--store = 'elsewhere': it must be given together with --sweep" in error_text(capsys)
 
 
 def test_the_published_preset_takes_no_other_settings(
