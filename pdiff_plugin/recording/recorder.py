@@ -57,6 +57,8 @@ class PDiffRecorder:
         last_epochs: the window is this many epochs at the end of training, where their length is known,
         last_steps: or this many optimizer steps, which wins,
         max_snapshots: else as many steps as there may be snapshots. While the end is not known the newest are kept.
+        keep_newest: take the end as not known, even from a trainer that plans one: for training that may stop early.
+            Snapshots are then written from the first step on, and the oldest deleted.
         trajectory: name of this run in the store; the next free ``run-001``, ``run-002``, ... unless given.
         freeze_rest: train only the chosen tensors during the window, as the p-diff paper does.
         dtype: of the numbers on disk, ``float32`` or ``bfloat16`` (half the size); ``float64`` and ``float16`` too.
@@ -79,6 +81,7 @@ class PDiffRecorder:
         last_epochs: int = 1,
         last_steps: int | None = None,
         max_snapshots: int = 300,
+        keep_newest: bool = False,
         trajectory: str | None = None,
         freeze_rest: bool = False,
         dtype: str = "float32",
@@ -92,6 +95,8 @@ class PDiffRecorder:
         if dtype not in DTYPES:
             raise ConfigError("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
         self.store = None if store is None else os.fspath(store)
+        if freeze_rest and keep_newest:
+            raise ConfigError("freeze_rest", True, "needs to know where the window begins: leave keep_newest out")
         if isinstance(layers, str) and layers.startswith("<function "):
             raise ConfigError(
                 "layers",
@@ -102,7 +107,8 @@ class PDiffRecorder:
         # A list, as after a way through JSON.
         self.layers: Layers = layers if isinstance(layers, str) or callable(layers) else list(layers)
         self.every_n_steps, self.last_epochs, self.last_steps = every_n_steps, last_epochs, last_steps
-        self.max_snapshots, self.trajectory, self.freeze_rest = max_snapshots, trajectory, freeze_rest
+        self.max_snapshots, self.keep_newest = max_snapshots, keep_newest
+        self.trajectory, self.freeze_rest = trajectory, freeze_rest
         self.dtype, self.save_base = dtype, save_base
         self.rest_drift: float | None = None
         self.error: Exception | None = None
@@ -175,6 +181,7 @@ class PDiffRecorder:
         """
         self.close()
         self.rest_drift, self.error = None, None
+        total_steps = None if self.keep_newest else total_steps
         window = Window.plan(
             total_steps,
             steps_per_epoch=steps_per_epoch,
@@ -250,8 +257,9 @@ class PDiffRecorder:
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON; of a function as ``layers`` only its name."""
-        names = ("store", "layers", "every_n_steps", "last_epochs", "last_steps", "max_snapshots", "trajectory")
-        settings = {name: getattr(self, name) for name in (*names, "freeze_rest", "dtype", "save_base")}
+        names = ("store", "layers", "every_n_steps", "last_epochs", "last_steps", "max_snapshots", "keep_newest")
+        names = (*names, "trajectory", "freeze_rest", "dtype", "save_base")
+        settings = {name: getattr(self, name) for name in names}
         return settings | ({"layers": label(self.layers)} if callable(self.layers) else {})
 
     def __enter__(self) -> PDiffRecorder:
@@ -363,8 +371,8 @@ class _Run:
         if self.is_writer and self._num_observed and self.step < first:
             logger.warning(
                 "training ended at step %d, before the recording window opened at step %d: no snapshot was taken. "
-                "Pass total_steps=%d, or leave it out to keep the newest %d snapshots.",
-                *(self.step, first, self.step, self.recorder.max_snapshots),
+                "For training that may stop early, keep_newest=True keeps the newest %d snapshots, wherever it ends.",
+                *(self.step, first, self.recorder.max_snapshots),
             )
 
     def _record(self, info: RowInfo, found_inf: Tensor | None) -> None:

@@ -116,6 +116,16 @@ def test_a_step_that_the_gradient_scaler_skips_is_not_recorded(toolbox, tmp_path
     assert store.steps.tolist() == [1, 2, 4, 5]
 
 
+def test_training_that_is_stopped_early_leaves_the_newest_snapshots(toolbox, tmp_path):
+    class Stopping(Module):
+        def on_train_epoch_end(self):
+            self.trainer.should_stop = self.trainer.global_step == 10
+
+    batches = toolbox.Job(tmp_path).batches()
+    recorder = PDiffRecorder(keep_newest=True, last_steps=3)
+    assert fit(Stopping(toolbox), batches, tmp_path, recorder, max_epochs=100).steps.tolist() == [8, 9, 10]
+
+
 def test_a_function_as_layers_goes_on_after_a_checkpoint(toolbox, tmp_path):
     def fit_on(checkpoint, max_epochs):
         trainer = lightning.Trainer(

@@ -82,6 +82,7 @@ def test_rows_are_the_weights_after_each_step_of_the_window(net, train, tmp_path
         ({"max_snapshots": 3, "every_n_steps": 2}, None, None, [6, 8, 10]),
         ({"max_snapshots": 5, "last_steps": 9}, None, None, [2, 4, 6, 8, 10]),
         ({"max_snapshots": 100}, None, 4, [7, 8, 9, 10]),
+        ({"max_snapshots": 3, "keep_newest": True}, 9, 4, [6, 8]),
     ],
 )
 def test_the_window_holds_exactly_the_steps_it_should(net, train, tmp_path, settings, total, per_epoch, steps):
@@ -430,6 +431,10 @@ def test_a_selection_of_nothing_is_refused_at_attach(net, tmp_path):
         ({"every_n_steps": 0}, "every_n_steps = 0: it must be at least 1."),
         ({"max_snapshots": 0}, "max_snapshots = 0: it must be at least 1."),
         ({"last_steps": -1}, "last_steps = -1: it must be at least 1."),
+        (
+            {"freeze_rest": True, "keep_newest": True},
+            "freeze_rest = True: it needs to know where the window begins: leave keep_newest out.",
+        ),
         ({"dtype": "int8"}, "dtype = 'int8': it must be one of float64, float32, float16, bfloat16."),
     ],
 )
@@ -471,7 +476,7 @@ def test_training_that_ends_before_the_window_says_so(net, train, tmp_path, capl
         train(net, optimizer, 5)
     assert (
         "training ended at step 5, before the recording window opened at step 98: no snapshot was taken. "
-        "Pass total_steps=5, or leave it out to keep the newest 300 snapshots."
+        "For training that may stop early, keep_newest=True keeps the newest 300 snapshots, wherever it ends."
     ) in caplog.text
     assert not (tmp_path / "s").exists()
 
@@ -495,6 +500,14 @@ def test_freeze_rest_trains_only_the_chosen_tensors_in_the_window_and_restores_e
     assert recorder.rest_drift == 0.0
     assert {name: p.requires_grad for name, p in net.named_parameters()} == flags
     assert net.bn1.momentum == net.bn2.momentum == 0.1
+
+
+def test_training_that_stops_early_leaves_the_newest_snapshots_where_they_are_asked_for(net, train, tmp_path, caplog):
+    optimizer = sgd(net)
+    with PDiffRecorder(tmp_path, last_steps=3, keep_newest=True).attach(net, optimizer, total_steps=100):
+        history = train(net, optimizer, 5)
+    assert_rows_equal_history(SnapshotStore.open(tmp_path), history, [3, 4, 5])
+    assert caplog.text == ""
 
 
 def test_freeze_rest_needs_a_known_length(net, tmp_path):
