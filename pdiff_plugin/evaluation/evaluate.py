@@ -298,6 +298,11 @@ class Work:
             }
         return figures
 
+    def _reference_overlap(self) -> float:
+        """Share of errors that snapshots have in common with the likest outside their own block, mean over them."""
+        near = self.rows.same_block[self.references][:, self.references]
+        return float(metrics.wrong_iou(self.reference_wrong).masked_fill(near, 0.0).max(dim=1).values.mean())
+
     def result(self, generator: Samples | None) -> Evaluation:
         """Figures of all sets, averaged over draws, and the verdict."""
         texts = {job.name: job for job in self.jobs}
@@ -315,6 +320,7 @@ class Work:
             distance=generated.get("nearest_snapshot_distance", math.nan),
             reference_distance=float(reference.nanmedian()),
             overlap=generated.get("wrong_iou_max_to_snapshots", math.nan),
+            reference_overlap=self._reference_overlap(),
         )
         shown = [name for name in ("snapshots", "generated") if name in self.scores]
         if shown:

@@ -5,7 +5,8 @@ Checked in this order:
 1. "copies the snapshots": the median member is less than half as far from its nearest snapshot as a snapshot is from
    its nearest one outside its own block of time.
 2. "too few data to tell": members make fewer than 10 errors on average.
-3. "copies the snapshots": members err on the same items as some snapshot, error overlap 0.99 or more.
+3. "copies the snapshots": members err on the same items as some snapshot, error overlap 0.99 or more, and snapshots do
+   not do so among themselves; or on exactly the same items, whatever the snapshots do.
 4. For each cheap alternative, the difference in ensemble NLL on the same items, d = generated - alternative, with its
    standard error s (over items, paired, and over draws of the members). A gain counts from 1 % of its NLL.
    "worth it": against every alternative d + 2 s < 0 and the gain counts, and accuracy is not lower by more than 2 s.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -229,6 +230,7 @@ def judge(
     distance: float,
     reference_distance: float,
     overlap: float,
+    reference_overlap: float,
 ) -> tuple[Verdict, list[Comparison]]:
     """Apply the rule at the top of this module.
 
@@ -238,6 +240,7 @@ def judge(
         distance: median distance of the generated members to their nearest snapshot.
         reference_distance: the same of the snapshots, outside their own block.
         overlap: mean over generated members of the largest error overlap with a snapshot.
+        reference_overlap: the same of the snapshots, outside their own block.
     """
     if generated is None:
         text = "Nothing generated was given: the table shows the snapshots and what can be made of them cheaply."
@@ -260,7 +263,8 @@ def judge(
         )
         numbers = {"errors": num_errors, "errors_needed": MIN_ERRORS}
         return Verdict("too few data to tell", text, numbers), comparisons
-    if overlap >= COPY_OVERLAP:
+    all_are_alike = reference_overlap >= COPY_OVERLAP
+    if overlap >= COPY_OVERLAP and (overlap == 1 or not all_are_alike):
         text = (
             f"Copies the snapshots: of the items that a generated member or its likest snapshot gets wrong, "
             f"{overlap:.1%} are the same ({COPY_OVERLAP:.0%} and more counts as a copy)."
@@ -268,7 +272,14 @@ def judge(
         return Verdict("copies the snapshots", text, {"wrong_iou": overlap, "threshold": COPY_OVERLAP}), comparisons
     if not comparisons:
         return Verdict("too few data to tell", "Too few data to tell: no alternative was evaluated.", {}), []
-    return _compare_all(comparisons, {name: other.text for name, other in alternatives.items()}), comparisons
+    found = _compare_all(comparisons, {name: other.text for name, other in alternatives.items()})
+    if overlap >= COPY_OVERLAP:
+        text = (
+            f"{found.sentence} Members share {overlap:.1%} of their errors with the likest snapshot, but the snapshots "
+            f"themselves share {reference_overlap:.1%}: that tells nothing of copies."
+        )
+        found = replace(found, sentence=text)
+    return found, comparisons
 
 
 def _compare_all(comparisons: list[Comparison], texts: Mapping[str, str]) -> Verdict:

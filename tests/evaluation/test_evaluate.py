@@ -122,6 +122,18 @@ def test_on_one_repeated_snapshot_plus_tiny_noise_the_verdict_is_copies(one_run:
     assert result.verdict.outcome == "copies the snapshots"
 
 
+def test_honest_members_of_weights_that_hardly_move_are_no_copies(one_run: Run, store_of: Any) -> None:
+    task, store = one_run
+    row = store.rows(indices=[len(store) - 1])
+    drawn = row + 0.003 * row * torch.randn(60, row.shape[1], generator=torch.Generator().manual_seed(0))
+    weights = WeightSet.from_flat(drawn[20:], store.layout)
+    result = evaluate(task, store_of(store.layout.unflatten(drawn[:20])), weights=weights, sets="core")
+    for name in ("snapshots", "generated"):
+        assert 0.99 <= result.sets[name]["wrong_iou_max_to_snapshots"] < 1
+    assert result.verdict.outcome != "copies the snapshots"
+    assert "the snapshots themselves share 99." in result.verdict.sentence
+
+
 def test_on_three_runs_pooled_averages_and_gaussians_collapse_and_generated_do_not(three_runs: Run) -> None:
     task, store = three_runs
     generator = fit(store.path, FitConfig(diffusion=DiffusionConfig(max_steps=800, width=64)))

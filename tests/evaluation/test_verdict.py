@@ -50,9 +50,21 @@ def nll(mean: float, noise: float = 0.0, seed: int = 0) -> Tensor:
     return mean + 0.1 * (shared - shared.mean()) + noise * (own - own.mean())
 
 
-def verdict(generated: Candidate, *others: Candidate, distance: float = 1.0, overlap: float = 0.9) -> Verdict:
-    alternatives = {f"other-{i}": other for i, other in enumerate(others)}
-    found, _ = judge(generated, alternatives, distance=distance, reference_distance=1.0, overlap=overlap)
+def verdict(
+    generated: Candidate,
+    *others: Candidate,
+    distance: float = 1.0,
+    overlap: float = 0.9,
+    reference_overlap: float = 0.8,
+) -> Verdict:
+    found, _ = judge(
+        generated,
+        {f"other-{i}": other for i, other in enumerate(others)},
+        distance=distance,
+        reference_distance=1.0,
+        overlap=overlap,
+        reference_overlap=reference_overlap,
+    )
     return found
 
 
@@ -103,6 +115,18 @@ def test_members_with_a_snapshots_errors_are_copies() -> None:
     found = verdict(candidate("generated", nll(0.1)), candidate("averages", nll(0.5)), overlap=0.995)
     assert found.outcome == "copies the snapshots"
     assert "99.5% are the same" in found.sentence
+
+
+def test_members_are_no_copies_where_all_snapshots_make_the_same_errors() -> None:
+    sets = candidate("generated", nll(0.1)), candidate("averages", nll(0.5))
+    found = verdict(*sets, overlap=0.995, reference_overlap=0.992)
+    assert found.outcome == "worth it"
+    assert found.sentence.endswith(
+        "share 99.5% of their errors with the likest snapshot, but the snapshots themselves share 99.2%: "
+        "that tells nothing of copies."
+    )
+    assert "share" not in verdict(*sets, overlap=0.98, reference_overlap=0.97).sentence
+    assert verdict(*sets, overlap=1.0, reference_overlap=1.0).outcome == "copies the snapshots"
 
 
 def test_too_few_errors_tell_nothing() -> None:
