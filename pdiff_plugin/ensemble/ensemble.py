@@ -257,8 +257,11 @@ class DiffusionEnsemble(nn.Module):
                 settings = json.loads(header["settings"])
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise FormatError(str(path), f"an unreadable file ({error})", f"a {FORMAT} file") from error
-        ensemble = cls(model, _under("members/", tensors), **(settings | options))
-        swap_(model, _under("model/", tensors))
+        ensemble, shared = cls(model, _under("members/", tensors), **(settings | options)), _under("model/", tensors)
+        for name, tensor in named_tensors(model).items():
+            if name not in shared and name not in ensemble.names:
+                raise LayoutMismatchError(name, "no such tensor", str(tuple(tensor.shape)), str(path))
+        swap_(model, shared)
         return ensemble
 
     @property

@@ -354,6 +354,20 @@ def test_a_saved_ensemble_of_another_model_is_refused_and_changes_nothing(model,
     assert all(torch.equal(t, before[name]) for name, t in named_tensors(other).items())
 
 
+def test_a_saved_ensemble_of_a_smaller_model_is_refused_and_changes_nothing(model, weights, tmp_path):
+    DiffusionEnsemble(model, weights).save(tmp_path / "e.safetensors")
+    larger = nn.Sequential(*model, nn.Linear(C, 2)).eval()
+    nn.init.zeros_(larger[0].weight)
+
+    with pytest.raises(LayoutMismatchError) as caught:
+        DiffusionEnsemble.load(tmp_path / "e.safetensors", larger)
+
+    assert f"tensor '4.weight': {tmp_path / 'e.safetensors'} recorded no such tensor, found (2, {C})" in str(
+        caught.value
+    )
+    assert not larger[0].weight.any()
+
+
 def test_files_of_other_kinds_and_of_newer_releases_are_refused(model, weights, tmp_path):
     path = tmp_path / "e.safetensors"
     path.write_bytes(b"not a safetensors file")
