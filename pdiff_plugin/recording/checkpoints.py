@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pdiff_plugin.errors import CheckpointError
+from pdiff_plugin.errors import CheckpointError, LayoutMismatchError
 from pdiff_plugin.recording.selection import Layers, select
 from pdiff_plugin.recording.writer import CHUNK_BYTES, CHUNK_ROWS
 from pdiff_plugin.snapshots.files import read_json
@@ -41,6 +41,7 @@ _FOLDER_FILES = (
     "pytorch_model.bin.index.json",
     "adapter_model.safetensors",
 )
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "module")
 _EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _STEP_KEYS = ("global_step", "step", "iteration", "num_updates", "epoch")
@@ -50,7 +51,8 @@ _STEP_KEYS = ("global_step", "step", "iteration", "num_updates", "epoch")
 class _Checkpoint:
     path: Path
     state: dict[str, Tensor]
-    step: int | None
+    counters: dict[str, int]
+    """What the file says of its place in the run, in the order of ``_STEP_KEYS``."""
     epoch: float | None
 
 
@@ -67,11 +69,13 @@ def import_checkpoints(
 ) -> SnapshotStore:
     """Take one snapshot from each checkpoint of one run.
 
-    They are ordered by the step (else the epoch) that the files themselves name, else by natural name order. Prefixes
-    that wrappers add to names (``module.``, ``_orig_mod.``, ``model.``) are stripped where that makes the layouts meet.
+    They are ordered by the step (else the epoch) that the files themselves name, if it tells them all apart, else by
+    natural name order. Prefixes that wrappers add to names (``module.``, ``_orig_mod.``, ``model.``) are stripped where
+    that makes the layouts meet.
 
     Args:
-        paths: files and folders: a transformers ``checkpoint-*`` folder, or one that holds checkpoints.
+        paths: files and folders: a transformers ``checkpoint-*`` folder, or one that holds checkpoints. Of a folder
+            that also holds a final model only the ``checkpoint-*`` folders are taken.
         store: folder to add to. If it holds snapshots, their layout decides which tensors are taken.
         layers: which tensors, see :func:`~pdiff_plugin.recording.selection.select`.
         model: the network they are of. Without it, norm layers and heads are told by the names and shapes in the first
@@ -96,7 +100,7 @@ def import_checkpoints(
             ", ".join(map(str, given)) or "[]", "there is no checkpoint", "Give files or their folder."
         )
     order = _order(files, ema)
-    first = _load(order[0], ema)
+    first = _load(order[0][1], ema)
     layout = _layout(Path(store), first, layers, model)
     writer = TrajectoryWriter(store, layout, DTYPES[dtype], trajectory)
     limit = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (layout.num_values * writer.row_dtype.itemsize)))
@@ -110,33 +114,42 @@ def import_checkpoints(
             for column in (rows, steps, epochs):
                 column.clear()
 
-    last_step, base = -1, first.state
-    for number, path in enumerate(order, start=1):
+    for step, path in order:
         checkpoint = _load(path, ema)
-        state = _meet(checkpoint.state, layout)
-        row = layout.flatten(state)  # a copy: the state itself stays on disk
-        step = number if checkpoint.step is None else checkpoint.step
-        if step <= last_step:
-            logger.info("%s is of step %d again; it is left out", path, step)
-            continue
-        rows.append(row)
+        base = _meet(checkpoint.state, layout)
+        rows.append(layout.flatten(base))  # a copy: the state itself stays on disk
         steps.append(step)
         epochs.append(checkpoint.epoch)
-        last_step, base = step, state
         if len(rows) == limit:
             write()
     write()
     if save_base:
-        writer.write_base(base, {"step": str(last_step)})
+        writer.write_base(base, {"step": str(order[-1][0])})
     return SnapshotStore.open(store)
 
 
-def _order(files: list[Path], ema: bool) -> list[Path]:
-    """By the files' own counters if all have one, else as given (natural name order)."""
-    counters = [_load(file, ema).step for file in files]
-    if any(counter is None for counter in counters):
-        return files
-    return [file for _, file in sorted(zip(counters, files, strict=True), key=lambda pair: pair[0] or 0)]
+def _order(files: list[Path], ema: bool) -> list[tuple[int, Path]]:
+    """Step and file of each checkpoint: by the first counter that tells all apart, else numbered as they are given."""
+    kept: dict[Path, dict[str, int]] = {}
+    for file in files:
+        counters = _load(file, ema).counters
+        same = next((other for other, its in kept.items() if counters and its == counters), None)
+        if same is None:
+            kept[file] = counters
+        else:
+            text = ", ".join(f"{key} {value}" for key, value in counters.items())
+            logger.warning("%s is left out: it is of %s, as %s is", file, text, same)
+    for key in _STEP_KEYS:
+        steps = {its[key]: file for file, its in kept.items() if key in its}
+        if len(steps) == len(kept):
+            return sorted(steps.items())
+    if any(kept.values()):
+        logger.warning(
+            "the checkpoints are numbered in the order of their names: no counter (%s) is in all of them and tells "
+            "them apart",
+            ", ".join(_STEP_KEYS),
+        )
+    return list(enumerate(kept, start=1))
 
 
 def _expand(path: Path) -> list[Path]:
@@ -144,10 +157,16 @@ def _expand(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise CheckpointError(str(path), "there is no such file or folder", "Check the path.")
-    if any((path / name).is_file() for name in _FOLDER_FILES):
-        return [path]
-    folders = [child for child in path.iterdir() if child.is_dir() and re.fullmatch(r"checkpoint-\d+", child.name)]
-    return folders or [child for child in path.iterdir() if child.suffix in SUFFIXES]
+    # First these: the trainer saves the final model, one more time, beside its checkpoints.
+    folders = [child for child in path.glob("checkpoint-*") if _CHECKPOINT.fullmatch(child.name) and _weights(child)]
+    if folders or _weights(path):
+        return folders or [path]
+    return [child for child in path.iterdir() if child.suffix in SUFFIXES]
+
+
+def _weights(folder: Path) -> Path | None:
+    """The file with the weights in a folder of transformers."""
+    return next((folder / name for name in _FOLDER_FILES if (folder / name).is_file()), None)
 
 
 def _natural(path: Path) -> list[Any]:
@@ -156,17 +175,16 @@ def _natural(path: Path) -> list[Any]:
 
 
 def _load(path: Path, ema: bool) -> _Checkpoint:
-    if path.is_dir():
-        file = next(path / name for name in _FOLDER_FILES if (path / name).is_file())
+    if (file := _weights(path)) is not None:
         trainer = json.loads(text.read_text()) if (text := path / "trainer_state.json").is_file() else {}
         number = re.search(r"(\d+)$", path.name)
         step = trainer.get("global_step", int(number[1]) if number else None)
-        return _Checkpoint(path, _read(file), step, trainer.get("epoch"))
+        return _Checkpoint(path, _read(file), {} if step is None else {"global_step": step}, trainer.get("epoch"))
     document = _read(path)
     state = _state_dict(path, document, ema)
-    counter = next((document[key] for key in _STEP_KEYS if isinstance(document.get(key), int)), None)
+    counters = {key: document[key] for key in _STEP_KEYS if isinstance(document.get(key), int)}
     epoch = document.get("epoch")
-    return _Checkpoint(path, state, counter, float(epoch) if isinstance(epoch, int | float) else None)
+    return _Checkpoint(path, state, counters, float(epoch) if isinstance(epoch, int | float) else None)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -194,19 +212,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _state_dict(path: Path, document: dict[str, Any], ema: bool) -> dict[str, Tensor]:
-    if not ema and any(isinstance(value, Tensor) for value in document.values()):
-        found: Any = document
+    keys = [key for key in (_EMA_KEYS if ema else _WEIGHT_KEYS) if isinstance(document.get(key), Mapping)]
+    if keys:  # with a tensor beside it, too: the best accuracy so far is one in many scripts
+        found: Any = document[keys[0]]
+    elif not ema and any(isinstance(value, Tensor) for value in document.values()):
+        found = document
     else:
-        keys = [key for key in (_EMA_KEYS if ema else _WEIGHT_KEYS) if isinstance(document.get(key), Mapping)]
-        if not keys:
-            kind = "averaged weights" if ema else "weights"
-            looked = ", ".join(_EMA_KEYS if ema else _WEIGHT_KEYS)
-            raise CheckpointError(
-                str(path),
-                f"it has no {kind} under any of {looked} (found {', '.join(map(str, list(document)[:8]))})",
-                "Save them under one of these names.",
-            )
-        found = document[keys[0]]
+        kind = "averaged weights" if ema else "weights"
+        looked = ", ".join(_EMA_KEYS if ema else _WEIGHT_KEYS)
+        raise CheckpointError(
+            str(path),
+            f"it has no {kind} under any of {looked} (found {', '.join(map(str, list(document)[:8]))})",
+            "Save them under one of these names.",
+        )
     return {str(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
@@ -218,6 +236,11 @@ def _layout(store: Path, first: _Checkpoint, layers: Layers, model: nn.Module | 
         return select(model, layers, averaged=True).layout
     selection = select(model, layers, averaged=True)
     state = _meet(first.state, selection.layout)
+    for spec in selection.layout:
+        found = state.get(spec.name)
+        if found is None or tuple(found.shape) != spec.shape:
+            text = "no tensor of this name" if found is None else str(tuple(found.shape))
+            raise LayoutMismatchError(spec.name, text, f"{spec.shape} in the given model", str(first.path))
     return Layout.from_tensors({name: state[name] for name in selection.tensors}, selection.kinds)
 
 
@@ -230,13 +253,17 @@ def _meet(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 
 
 def _renamed(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """``state`` with prefixes stripped; first without those that only wrappers give."""
+    """``state`` with prefixes stripped; first without those that only wrappers give.
+
+    PEFT leaves the adapter's name, ``default`` in a live model, out of its files.
+    """
     strips: list[Callable[[str], str]] = [
         lambda name: name.replace("_orig_mod.", ""),
         lambda name: name.removeprefix("module."),
         lambda name: name.removeprefix("model."),
+        lambda name: re.sub(r"(lora_[AB])\.weight", r"\1.default.weight", name),
     ]
-    for wanted in sorted(product((True, False), repeat=3), key=lambda w: (w[2], not w[0], not w[1])):
+    for wanted in sorted(product((True, False), repeat=4), key=lambda w: (w[3], w[2], not w[0], not w[1])):
         names = list(state)
         for strip, is_wanted in zip(strips, wanted, strict=True):
             names = [strip(name) for name in names] if is_wanted else names

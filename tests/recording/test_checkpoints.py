@@ -1,10 +1,10 @@
 import argparse
 import json
-import logging
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from pdiff_plugin import SnapshotStore, import_checkpoints
 from pdiff_plugin.errors import CheckpointError, LayoutMismatchError, SelectionError
@@ -50,12 +50,42 @@ def test_the_files_own_counters_give_order_and_steps(net, tmp_path):
 
 
 def test_a_checkpoint_that_comes_twice_is_taken_once(net, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
     for state, name in zip(states(net, 2), ("epoch=1", "last"), strict=True):
         torch.save({"model": state, "step": 5}, tmp_path / f"{name}.pt")
     store = import_checkpoints(tmp_path, store=tmp_path / "s", layers="head")
     assert store.steps.tolist() == [5]
-    assert "is of step 5 again; it is left out" in caplog.text
+    assert f"{tmp_path / 'last.pt'} is left out: it is of step 5, as {tmp_path / 'epoch=1.pt'} is" in caplog.text
+
+
+def test_a_counter_that_starts_anew_in_each_epoch_gives_way_to_the_epoch(net, tmp_path, caplog):
+    for number, state in enumerate(states(net, 3)):
+        torch.save({"model": state, "epoch": number + 1, "step": 390}, tmp_path / f"{number}.pt")
+    store = import_checkpoints(tmp_path, store=tmp_path / "s", layers="head")
+    assert store.steps.tolist() == [1, 2, 3]
+    assert_numbers(store, [0, 1, 2])
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "counters",
+    [[{"epoch": 40}, {}, {}], [{"epoch": 1, "step": 1}, {"epoch": 1, "step": 2}, {"epoch": 2, "step": 1}]],
+    ids=["not in all", "not distinct"],
+)
+def test_checkpoints_that_no_counter_tells_apart_are_numbered_by_name_and_all_taken(net, tmp_path, caplog, counters):
+    for number, (state, counter) in enumerate(zip(states(net, 3), counters, strict=True)):
+        torch.save({"model": state, **counter}, tmp_path / f"{number}.pt")
+    store = import_checkpoints(tmp_path, store=tmp_path / "s", layers="head")
+    assert store.steps.tolist() == [1, 2, 3]
+    assert_numbers(store, [0, 1, 2])
+    assert "the checkpoints are numbered in the order of their names" in caplog.text
+
+
+def test_a_tensor_beside_the_state_dict_is_not_taken_for_a_weight(net, tmp_path):
+    document = {"state_dict": net.state_dict(), "best_acc1": torch.tensor(51.2), "epoch": 3}
+    torch.save(document, tmp_path / "checkpoint.pth.tar")
+    store = import_checkpoints([tmp_path / "checkpoint.pth.tar"], store=tmp_path / "s", layers="head")
+    assert store.steps.tolist() == [3]
+    assert set(store.base()) == set(net.state_dict())
 
 
 def test_averaged_weights_of_timm_are_taken_on_request(net, tmp_path):
@@ -123,6 +153,45 @@ def test_a_folder_of_numbered_checkpoints_is_taken_in_order(net, tmp_path):
     store = import_checkpoints(tmp_path, store=tmp_path / "s", layers="head")
     assert store.steps.tolist() == list(range(1, 12))
     assert_numbers(store, list(range(11)))
+
+
+def test_the_final_model_of_transformers_does_not_hide_the_checkpoints_beside_it(net, tmp_path):
+    for number, state in enumerate(states(net, 3), start=1):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        save_file(state, tmp_path / f"checkpoint-{number}" / "model.safetensors")
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "checkpoint-4").mkdir()  # without weights of its own
+    store = import_checkpoints(tmp_path, store=tmp_path / "s", layers="head")
+    assert store.steps.tolist() == [1, 2, 3]
+    assert_numbers(store, [0, 1, 2])
+
+
+def test_a_model_that_the_checkpoints_are_not_of_is_named_by_its_first_difference(net, tmp_path):
+    torch.save(net.state_dict(), tmp_path / "1.pt")
+    for other, text in (
+        (nn.ModuleDict({"fc": nn.Linear(6, 4)}), r"recorded \(3, 6\), found \(4, 6\) in the given model"),
+        (nn.ModuleDict({"out": nn.Linear(6, 3)}), "recorded no tensor of this name, found .* in the given model"),
+    ):
+        with pytest.raises(LayoutMismatchError, match=text):
+            import_checkpoints(tmp_path / "1.pt", store=tmp_path / "s", layers="head", model=other)
+    assert not (tmp_path / "s").exists()
+
+
+def test_lora_files_of_peft_meet_the_live_model(net, tmp_path):
+    class Lora(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lora_A = nn.ModuleDict({"default": nn.Linear(6, 2, bias=False)})
+            self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 3, bias=False)})
+
+    model = nn.ModuleDict({"fc": Lora()})
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = {name.replace(".default", ""): tensor for name, tensor in model.state_dict().items()}
+        save_file(state, tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors")
+    store = import_checkpoints(tmp_path, store=tmp_path / "s", layers="lora", model=model)
+    assert store.steps.tolist() == [1, 2]
+    assert store.layout.names == ["fc.lora_A.default.weight", "fc.lora_B.default.weight"]
 
 
 def test_a_pickle_that_needs_code_is_refused_with_the_reason(net, tmp_path):
