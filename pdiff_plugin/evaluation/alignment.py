@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -9,12 +10,14 @@ from torch import Tensor
 
 from pdiff_plugin.ensemble.swap import swapped
 from pdiff_plugin.errors import ConfigError
-from pdiff_plugin.evaluation.rows import SnapshotRows
+from pdiff_plugin.evaluation.rows import SnapshotRows, change_since_fit
 from pdiff_plugin.evaluation.task import Task, batches, evaluating, logits_of
 from pdiff_plugin.generator.alignment import Alignment, recognise
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.snapshots.layout import Layout, named_tensors
 from pdiff_plugin.snapshots.store import SnapshotStore
+
+logger = logging.getLogger(__name__)
 
 # Another order of summation moves logits by 1e-6 of their spread in float32 and 1e-2 in bfloat16; units that are not
 # free to move change them altogether.
@@ -60,11 +63,15 @@ def check_alignment(task: Task, weights: Mapping[str, Tensor] | None = None) -> 
 def aligned_rows(task: Task, store: SnapshotStore, generator: WeightGenerator | None) -> SnapshotRows:
     """Snapshots with their hidden units in the order in which ``generator`` makes them, if its fit aligned them.
 
+    Warns where they are not those that it was fitted on.
+
     Raises:
         ConfigError: it did, although that changes what the model computes.
     """
     alignment = generator.alignment if generator is not None else None
     rows = SnapshotRows(store, alignment)
+    if generator is not None and (change := change_since_fit(rows, generator)):
+        logger.warning("%s: %s", store.path, change)
     if alignment is not None and alignment.permutations:
         check_alignment(task, rows.members(torch.tensor([0])).member(0))
     return rows

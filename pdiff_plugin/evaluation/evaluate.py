@@ -29,7 +29,7 @@ from pdiff_plugin.evaluation.baselines import BASELINES, CORE, rng_for
 from pdiff_plugin.evaluation.result import COLUMNS as COLUMNS
 from pdiff_plugin.evaluation.result import FOOTNOTE as FOOTNOTE
 from pdiff_plugin.evaluation.result import Evaluation as Evaluation
-from pdiff_plugin.evaluation.rows import SnapshotRows, evenly_spaced
+from pdiff_plugin.evaluation.rows import SnapshotRows, change_since_fit, evenly_spaced
 from pdiff_plugin.evaluation.scores import Scorer, Scores, score_sets
 from pdiff_plugin.evaluation.task import Task, evaluating
 from pdiff_plugin.evaluation.verdict import Candidate, Strata, half_mask, judge
@@ -356,6 +356,7 @@ class Work:
                 "report": generator.report,
                 "provenance": generator.provenance,
             }
+            details["changed_since_fit"] = change_since_fit(self.rows, generator)
         cost = {
             name: {"forward_passes": draws[0].forward_passes, "seconds": draws[0].seconds}
             for name, draws in self.scores.items()

@@ -18,6 +18,7 @@ from torch import Tensor
 from pdiff_plugin.errors import LayoutMismatchError, UnusableSnapshotsError
 from pdiff_plugin.generator.alignment import Alignment, reader
 from pdiff_plugin.generator.autoencoder import NonFiniteRowsError, Statistics, column_blocks, measure, transform
+from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.store import SnapshotStore
@@ -199,6 +200,18 @@ class SnapshotRows:
                         "The recorded training diverged. Lower its learning rate and record again.",
                     ) from error
                 logger.warning("%d snapshots hold NaN or Inf and are left out", len(error.rows))
+
+
+def change_since_fit(rows: SnapshotRows, generator: WeightGenerator) -> str | None:
+    """What tells that a store is not, or no longer, the one that a generator was fitted on; None where nothing does."""
+    trajectories = rows.store.trajectories
+    if generator.trajectories != trajectories:
+        was, now = (", ".join(names) for names in (generator.trajectories, trajectories))
+        return f"the generator was fitted on the runs {was}, the store holds {now}; fit again"
+    count = generator.provenance.get("num_snapshots", len(rows))
+    if count != len(rows):
+        return f"the generator was fitted on {count} snapshots, the store holds {len(rows)}; fit again"
+    return None
 
 
 def evenly_spaced(num_snapshots: int, num_members: int) -> Tensor:

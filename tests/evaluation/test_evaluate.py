@@ -14,10 +14,11 @@ from pdiff_plugin.errors import ConfigError, LayoutMismatchError, UnusableSnapsh
 from pdiff_plugin.evaluation.baselines import average, rng_for
 from pdiff_plugin.evaluation.evaluate import Evaluation, evaluate
 from pdiff_plugin.evaluation.rows import SnapshotRows
+from pdiff_plugin.evaluation.sweep import sweep
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.generator.weights import WeightSet
-from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.store import SnapshotStore, TrajectoryWriter
 
 Run = tuple[Task, SnapshotStore]
 KEYS = {
@@ -146,6 +147,26 @@ def test_on_three_runs_pooled_averages_and_gaussians_collapse_and_generated_do_n
     assert sets["gaussian-per-run"]["accuracy_mean"] > snapshots - 0.02
     assert sets["average-per-run"]["accuracy_mean"] > snapshots - 0.01
     assert sets["swa"]["members"] == sets["last"]["members"] == 3
+
+
+def test_a_store_that_has_changed_since_the_fit_is_told(
+    one_run: Run, store_of: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    task, store = one_run
+    earlier = store_of(store.layout.unflatten(store.rows()[:59]))
+    generator = fit(earlier.path, FitConfig(diffusion=DiffusionConfig(max_steps=20, width=32)))
+    same = evaluate(task, earlier, generator, num_members=2, sets="core")
+    assert same.details["changed_since_fit"] is None
+    assert not caplog.records
+    writer = TrajectoryWriter(earlier.path, earlier.layout, trajectory=earlier.trajectories[0], resume_step=59)
+    writer.write_chunk(store.rows()[59:], [60])
+    grown = evaluate(task, earlier.path, generator, num_members=2, sets="core")
+    assert grown.details["changed_since_fit"] in caplog.text
+    assert "fitted on 59 snapshots, the store holds 60; fit again" in caplog.text
+    caplog.clear()
+    generator.trajectories = ["another"]
+    sweep(task, earlier, generator, diversities=(1.0,), settings={}, num_members=2)
+    assert f"fitted on the runs another, the store holds {earlier.trajectories[0]}; fit again" in caplog.text
 
 
 def test_duplicates_among_the_snapshots_are_counted(one_run: Run, store_of: Any) -> None:

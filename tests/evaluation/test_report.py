@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -89,6 +90,12 @@ def test_the_report_tells_the_verdict_and_every_set(result: Evaluation, folder: 
     assert all(name in text for name in result.sets)
     assert "digits, three runs" in text
     assert "diffusion.max steps" in text  # the generator's configuration
+
+
+def test_the_report_tells_of_a_store_that_has_changed_since_the_fit(result: Evaluation) -> None:
+    assert result.details["changed_since_fit"] is None
+    grown = dataclasses.replace(result, details=result.details | {"changed_since_fit": "fitted on 59; fit again"})
+    assert "fitted on 59; fit again, seed 0." in Page(render_html(grown, [])).text
 
 
 def test_every_picture_is_in_the_page_and_a_png(folder: Path) -> None:
