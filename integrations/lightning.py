@@ -43,6 +43,7 @@ class PDiffRecorder(Adapter, Callback):
             if is_known and isfinite(per_epoch)
             else None,
             default_store=Path(trainer.log_dir or trainer.default_root_dir) / DEFAULT_FOLDER,
+            default_store_changes=bool(trainer.loggers),  # each has a folder of its own, version_0, version_1, ...
             watch=hookable(trainer.optimizers[0]) if len(trainer.optimizers) == 1 else None,
         )
 

@@ -37,7 +37,7 @@ from pdiff_plugin.snapshots.shards import (
     shard_folder,
     write_shapes,
 )
-from pdiff_plugin.snapshots.store import FORMAT, FORMAT_VERSION, TrajectoryWriter, read_chunks
+from pdiff_plugin.snapshots.store import FORMAT, FORMAT_VERSION, TrajectoryWriter, read_base_header, read_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -171,11 +171,14 @@ class PDiffRecorder:
         steps_per_epoch: int | None = None,
         averaged: bool = False,
         default_store: str | os.PathLike[str] = DEFAULT_STORE,
+        default_store_changes: bool = False,
         watch: Any = None,
     ) -> None:
         """Begin a run that :meth:`observe` or :meth:`step` will follow. For trainer adapters; see :meth:`attach`.
 
         Args:
+            default_store_changes: whether ``default_store`` is another one each time a run is resumed (Lightning's
+                ``version_N``); it then goes on in the store of its checkpoint.
             watch: the optimizer, if torch's; :meth:`observe` then records nothing unless it has taken a step (not in
                 the middle of gradient accumulation, not a step that the gradient scaler skipped).
         """
@@ -196,7 +199,7 @@ class PDiffRecorder:
             raise ConfigError(
                 "freeze_rest", True, "cannot be used in distributed training, which expects all gradients"
             )
-        restored_store = self._state.get("store") if self._is_restored else None
+        restored_store = self._state.get("store") if self._is_restored and default_store_changes else None
         if restored_store is not None and not Path(restored_store).is_dir():
             restored_store = None  # the checkpoint was moved to another machine
         store = Path(self.store or restored_store or default_store)
@@ -249,7 +252,10 @@ class PDiffRecorder:
         return self._run.state() if self._run is not None else dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue a run from its checkpoint: snapshots past its step are dropped, none is taken twice."""
+        """Continue a run from its checkpoint: snapshots past its step are dropped, none is taken twice.
+
+        A run that was recorded to its end, or in another store, is left alone: another trajectory is begun.
+        """
         self._state, self._is_restored = dict(state), True
         if self._run is not None:
             self._run.restore(self._state)
@@ -258,8 +264,7 @@ class PDiffRecorder:
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON; of a function as ``layers`` only its name."""
         names = ("store", "layers", "every_n_steps", "last_epochs", "last_steps", "max_snapshots", "keep_newest")
-        names = (*names, "trajectory", "freeze_rest", "dtype", "save_base")
-        settings = {name: getattr(self, name) for name in names}
+        settings = {name: getattr(self, name) for name in (*names, "trajectory", "freeze_rest", "dtype", "save_base")}
         return settings | ({"layers": label(self.layers)} if callable(self.layers) else {})
 
     def __enter__(self) -> PDiffRecorder:
@@ -326,9 +331,24 @@ class _Run:
             self._writer = None
         self.step, self.trajectory = int(counters["step"]), counters["trajectory"]
         self._resume_step = self.step
+        self._leave_other_runs_alone(counters.get("store"))
         self._num_observed = self.num_recorded = 0
         self._layout, self._is_measured = None, False
         self._freeze_in_window()
+
+    def _leave_other_runs_alone(self, store: str | None) -> None:
+        """Begin a trajectory of its own if the checkpoint is of a run whose snapshots are not this one's to drop."""
+        if store is not None and Path(store).is_dir() and Path(store).resolve() != self.store.resolve():
+            reason, trajectory = f"it was recorded in another store, {store}", self.recorder.trajectory
+        elif self.trajectory is not None and (end := _finished_at(self.store, self.trajectory)) > self.step:
+            reason, trajectory = f"{self.trajectory} has since been recorded to its end at step {end}", None
+        else:
+            return
+        if self.is_writer:
+            logger.warning(
+                "the run of this checkpoint (step %d) is left as it is and another is begun: %s", self.step, reason
+            )
+        self.trajectory, self._resume_step = trajectory, None
 
     def counters(self) -> dict[str, Any]:
         return {"step": self.step, "trajectory": self.trajectory, "store": str(self.store)}
@@ -435,6 +455,8 @@ class _Run:
         """Measure the drift and save the base, while the model is the one of the last row."""
         drift = self.recorder.rest_drift = self._drift.measure()
         header = {"step": str(self.last_recorded)}
+        if self.window.total_steps is not None:
+            header["total_steps"] = str(self.window.total_steps)
         if drift is not None:
             header |= {"rest_drift": repr(drift), "rest_drift_from_step": str(self._drift.from_step)}
         if self.recorder.save_base:
@@ -518,6 +540,12 @@ def _reader(model: nn.Module, names: Sequence[str]) -> Callable[[], list[Tensor]
     if any(is_sharded(tensors[leaf]) for tensors, leaf in places):
         return lambda: [local_part(tensors[leaf]) for tensors, leaf in places]
     return lambda: [tensors[leaf] for tensors, leaf in places]
+
+
+def _finished_at(store: Path, trajectory: str) -> int:
+    """The last step of a run that was recorded to its planned end, else 0."""
+    header = read_base_header(store / "trajectories" / trajectory)
+    return int(header["step"]) if "step" in header and header["step"] == header.get("total_steps") else 0
 
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:

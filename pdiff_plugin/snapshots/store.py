@@ -227,11 +227,7 @@ class SnapshotStore:
 
     def base_header(self, trajectory: str) -> dict[str, str]:
         """What a trajectory's base file says of itself (``rest_drift`` among it), empty without one."""
-        path = self.path / "trajectories" / trajectory / "base.safetensors"
-        if not path.is_file():
-            return {}
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+        return read_base_header(self.path / "trajectories" / trajectory)
 
 
 class TrajectoryWriter:
@@ -272,7 +268,11 @@ class TrajectoryWriter:
         self._next_chunk = max(numbers, default=0) + 1
         self._chunks = [(chunk.path, list(chunk.steps)) for chunk in chunks]
         if resume_step is not None:
+            num_found = self.num_rows
             self._keep_rows(lambda steps: [i for i, step in enumerate(steps) if step <= resume_step])
+            if num_found > self.num_rows and resume_step >= 0:
+                num_dropped = num_found - self.num_rows
+                logger.warning("dropped %d snapshots past step %d from %s", num_dropped, resume_step, self.folder)
 
     @property
     def num_rows(self) -> int:
@@ -364,6 +364,15 @@ def save_chunk(
     }
     with replacing(path) as temp:
         save_file(tensors, temp, header)
+
+
+def read_base_header(folder: Path) -> dict[str, str]:
+    """What the base file of a trajectory says of itself, empty without one."""
+    path = folder / "base.safetensors"
+    if not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def read_chunk(path: Path, layout: Layout) -> Chunk:

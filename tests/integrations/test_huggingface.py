@@ -78,6 +78,14 @@ def test_a_function_or_a_tuple_as_layers_goes_on_after_a_checkpoint(tmp_path, ma
     assert store.steps.tolist() == [1, 2, 3, 4]
 
 
+def test_a_training_from_the_checkpoint_of_another_leaves_its_snapshots_alone(tmp_path):
+    train(tiny_bert(), tmp_path / "a", [PDiffRecorder()], save_strategy="steps", save_steps=2)
+    before = SnapshotStore.open(tmp_path / "a" / "pdiff-snapshots").rows()
+    train(tiny_bert(), tmp_path / "b", [PDiffRecorder()], resume=str(tmp_path / "a" / "checkpoint-2"))
+    assert torch.equal(SnapshotStore.open(tmp_path / "a" / "pdiff-snapshots").rows(), before)
+    assert SnapshotStore.open(tmp_path / "b" / "pdiff-snapshots").steps.tolist() == [3, 4]
+
+
 def test_logged_metrics_and_the_epoch_are_stored(tmp_path):
     train(tiny_bert(), tmp_path, [PDiffRecorder()])
     store = SnapshotStore.open(tmp_path / "pdiff-snapshots")

@@ -6,6 +6,7 @@ from pdiff_plugin import SnapshotStore, import_checkpoints
 
 lightning = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
 
@@ -126,26 +127,40 @@ def test_training_that_is_stopped_early_leaves_the_newest_snapshots(toolbox, tmp
     assert fit(Stopping(toolbox), batches, tmp_path, recorder, max_epochs=100).steps.tolist() == [8, 9, 10]
 
 
-def test_a_function_as_layers_goes_on_after_a_checkpoint(toolbox, tmp_path):
-    def fit_on(checkpoint, max_epochs):
+def fit_and_go_on(toolbox, tmp_path, make_recorder, make_logger):
+    """Train for one epoch of five steps, then from its checkpoint for a second one."""
+    for max_epochs, checkpoint in ((1, None), (2, tmp_path / "x.ckpt")):
         trainer = lightning.Trainer(
-            callbacks=[PDiffRecorder(tmp_path / "store", layers=lambda name, _: name.startswith("net.6"))],
+            callbacks=[make_recorder()],
             max_epochs=max_epochs,
             default_root_dir=tmp_path,
             enable_checkpointing=False,
             accelerator="cpu",
-            logger=False,
+            logger=make_logger(),
             enable_progress_bar=False,
             enable_model_summary=False,
         )
         trainer.fit(Module(toolbox), DataLoader(toolbox.Job(tmp_path).batches(), batch_size=None), ckpt_path=checkpoint)
-        return trainer
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
 
-    fit_on(None, 1).save_checkpoint(tmp_path / "x.ckpt")
-    fit_on(tmp_path / "x.ckpt", 2)
-    store = SnapshotStore.open(tmp_path / "store")
+
+def test_a_function_as_layers_goes_on_after_a_checkpoint(toolbox, tmp_path):
+    def make_recorder():
+        return PDiffRecorder(layers=lambda name, _: name.startswith("net.6"))
+
+    fit_and_go_on(toolbox, tmp_path, make_recorder, lambda: False)
+    store = SnapshotStore.open(tmp_path / "pdiff-snapshots")
     assert store.trajectories == ["run-001"]
     assert store.steps.tolist() == list(range(1, 11))
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_a_resumed_training_goes_on_in_the_store_of_its_checkpoint_though_its_log_folder_is_new(toolbox, tmp_path):
+    fit_and_go_on(toolbox, tmp_path, PDiffRecorder, lambda: CSVLogger(tmp_path))
+    found = {path.parent.name: SnapshotStore.open(path) for path in tmp_path.glob("**/pdiff-snapshots")}
+    assert list(found) == ["version_0"]
+    assert found["version_0"].trajectories == ["run-001"]
+    assert found["version_0"].steps.tolist() == list(range(1, 11))
 
 
 def test_validation_and_prediction_record_nothing(toolbox, tmp_path):

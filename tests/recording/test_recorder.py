@@ -344,6 +344,72 @@ def test_state_can_be_loaded_after_attach_and_rolls_back(net, tmp_path):
     assert recorder.state_dict() == {"step": 4, "trajectory": "run-001", "store": str(tmp_path)}
 
 
+def run_to(net, store, total, restored=None, **settings):
+    """Record every step up to ``total``; the states after each."""
+    recorder = PDiffRecorder(store, **settings)
+    if restored is not None:
+        recorder.load_state_dict(restored)
+    recorder.attach(net, total_steps=total)
+    states = []
+    for _ in range(0 if restored is None else restored["step"], total):
+        recorder.step()
+        states.append(recorder.state_dict())
+    recorder.close()
+    return states
+
+
+@pytest.mark.parametrize("name", [None, "a"])
+def test_a_run_started_from_the_middle_of_a_finished_one_leaves_it_alone(net, tmp_path, caplog, name):
+    states = run_to(net, tmp_path, 4, trajectory=name)
+    run_to(net, tmp_path, 5, states[1], trajectory=name)
+    store = SnapshotStore.open(tmp_path)
+    assert store.trajectories == [name or "run-001", "run-002" if name is None else "run-001"]
+    assert store.steps.tolist() == [1, 2, 3, 4, 3, 4, 5]
+    assert "the run of this checkpoint (step 2) is left as it is and another is begun" in caplog.text
+    assert "has since been recorded to its end at step 4" in caplog.text
+
+
+def test_a_finished_run_is_continued_from_its_end(net, tmp_path, caplog):
+    run_to(net, tmp_path, 7, run_to(net, tmp_path, 4)[-1])
+    assert SnapshotStore.open(tmp_path).trajectories == ["run-001"]
+    assert SnapshotStore.open(tmp_path).steps.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("loads_after_attach", [True, False])
+def test_a_run_in_another_store_does_not_touch_that_of_its_checkpoint(net, tmp_path, caplog, loads_after_attach):
+    with PDiffRecorder(tmp_path / "a").attach(net) as recorder:
+        recorder.step()
+        state = recorder.state_dict()
+        recorder.step()
+    run_to(net, tmp_path / "b", 3)
+    recorder = PDiffRecorder()
+    if not loads_after_attach:
+        recorder.load_state_dict(state)
+    recorder.attach(net, default_store=tmp_path / "b")
+    if loads_after_attach:
+        recorder.load_state_dict(state)
+    recorder.step()
+    recorder.close()
+    assert SnapshotStore.open(tmp_path / "a").steps.tolist() == [1, 2]
+    assert SnapshotStore.open(tmp_path / "b").trajectories == ["run-001", "run-002"]
+    assert SnapshotStore.open(tmp_path / "b").steps.tolist() == [1, 2, 3, 2]
+    assert f"it was recorded in another store, {tmp_path / 'a'}" in caplog.text
+
+
+def test_a_store_that_was_moved_is_gone_on_in(net, tmp_path):
+    with PDiffRecorder(tmp_path / "a").attach(net) as recorder:
+        recorder.step()
+        state = recorder.state_dict()
+    (tmp_path / "a").rename(tmp_path / "b")
+    recorder = PDiffRecorder()
+    recorder.load_state_dict(state)
+    with recorder.attach(net, default_store=tmp_path / "b"):
+        recorder.step()
+    assert SnapshotStore.open(tmp_path / "b").trajectories == ["run-001"]
+    assert SnapshotStore.open(tmp_path / "b").steps.tolist() == [1, 2]
+
+
 def test_each_run_without_a_name_is_a_trajectory_of_its_own(net, tmp_path):
     for _ in range(2):
         with PDiffRecorder(tmp_path).attach(net) as recorder:

@@ -229,10 +229,11 @@ def test_a_trajectory_name_that_is_no_folder_name_is_refused(tmp_path, name):
         TrajectoryWriter(tmp_path, LAYOUT, trajectory=name)
 
 
-def test_rows_past_the_restored_step_are_dropped(tmp_path):
+def test_rows_past_the_restored_step_are_dropped(tmp_path, caplog):
     write(tmp_path, "a")
     writer = TrajectoryWriter(tmp_path, LAYOUT, trajectory="a", resume_step=2)
     assert writer.num_rows == writer.last_step == 2
+    assert f"dropped 3 snapshots past step 2 from {writer.folder}" in caplog.text
     writer.write_chunk(rows(2, 50), [3, 4])
     store = SnapshotStore.open(tmp_path)
     assert store.steps.tolist() == [1, 2, 3, 4]
