@@ -48,7 +48,7 @@ DEEP_ENSEMBLE = "deep-ensemble"
 _REFERENCE = "reference snapshots"
 # Snapshots whose errors are compared with everybody's; more would cost as many forward passes of the tail.
 _NUM_REFERENCES = 100
-# Members held in memory in one pass over the data; sets beyond that wait for the next pass.
+# Members held in memory in one pass over the data, at least a set; what is beyond that waits for the next pass.
 _PASS_BYTES = 2 << 30
 _NUM_PARAMETERS = 6
 _NUM_PATH_POINTS = 20
@@ -177,14 +177,16 @@ class Work:
             "last": torch.stack([run[-1] for run in rows.runs]),
         }
         self.parameters = _chosen_coordinates(rows)
+        self.per_pass = max(1, _PASS_BYTES // (rows.layout.num_values * 4))
         self.jobs: list[_Job] = [
-            _Job(_REFERENCE, "", 0, lambda rng: rows.members(self.references), False, "none", "baselines")
+            _Job(_REFERENCE, "", number, partial(_recorded, rows, places), False, "none", "baselines", len(places))
+            for number, places in enumerate(self.references.split(self.per_pass))
         ]
         self.scores: dict[str, list[Scores]] = {}
         self.figures: dict[str, list[dict[str, Any]]] = {}
         self.arrays: dict[str, Tensor] = {}
         self.targets: Tensor | None = None
-        self.reference_wrong = torch.zeros(0)
+        self.reference_wrong = torch.zeros(0, dtype=torch.bool)  # (references scored so far, n)
         self.entropies: dict[str, dict[str, Tensor]] = {}
 
     def add(
@@ -198,14 +200,19 @@ class Work:
         stage: str = "baselines",
     ) -> None:
         """Plan a set; ``make`` draws its members, once for each draw."""
-        self.jobs += [_Job(name, text, draw, make, is_random, strata, stage) for draw in range(num_draws)]
+        size = self.num_members
+        self.jobs += [_Job(name, text, draw, make, is_random, strata, stage, size) for draw in range(num_draws)]
 
     def run(self) -> None:
         """Do everything that was planned."""
-        size = self.num_members * self.rows.layout.num_values * 4
-        per_pass = max(1, _PASS_BYTES // size)
-        for start in range(0, len(self.jobs), per_pass):
-            self._pass(self.jobs[start : start + per_pass])
+        passes: list[list[_Job]] = [[]]
+        for job in self.jobs:
+            if passes[-1] and sum(other.num_members for other in passes[-1]) + job.num_members > self.per_pass:
+                passes.append([])
+            passes[-1].append(job)
+        for jobs in passes:
+            self._pass(jobs)
+        self._place_snapshots()
 
     def _pass(self, jobs: list[_Job]) -> None:
         members: dict[str, WeightSet] = {}
@@ -227,8 +234,7 @@ class Work:
         with _timed(self.seconds, "compare"):
             for job in jobs:
                 if job.name == _REFERENCE:
-                    self.reference_wrong = ~scores[job.key].correct
-                    self._place_snapshots(members[job.key])
+                    self._add_references(members[job.key], scores[job.key])
                     continue
                 figures = self._figures(job, members[job.key], scores[job.key])
                 self.scores.setdefault(job.name, []).append(scores[job.key])
@@ -248,16 +254,22 @@ class Work:
                 self.entropies.setdefault(key, {})[name] = score.entropy
         return figures
 
-    def _place_snapshots(self, references: WeightSet) -> None:
+    def _add_references(self, members: WeightSet, scores: Scores) -> None:
+        """Keep of some reference snapshots what everybody is compared with, and what the report draws."""
+        self.reference_wrong = torch.cat([self.reference_wrong.reshape(-1, scores.correct.shape[1]), ~scores.correct])
+        values = _coordinates(self.rows.layout, members, self.parameters)
+        drawn = self.arrays.get("snapshots_values", values[:0])
+        self.arrays["snapshots_values"] = torch.cat([drawn, values])
+
+    def _place_snapshots(self) -> None:
         """What the report draws of the snapshots as a whole."""
         plane, share = self.rows.plane
         self.arrays["plane_share"] = share
         self.arrays["snapshots_plane"] = self.rows.statistics.gram @ plane
         self.arrays["snapshots_run"] = self.rows.trajectory
-        self.arrays["snapshots_values"] = _coordinates(self.rows.layout, references, self.parameters)
 
     def _figures(self, job: _Job, members: WeightSet, scores: Scores) -> dict[str, Any]:
-        overlap = metrics.wrong_iou(~scores.correct, self.reference_wrong.bool())  # (M, R)
+        overlap = metrics.wrong_iou(~scores.correct, self.reference_wrong)  # (M, R)
         products = self.rows.products(members)
         distances = self.rows.distances(products)
         near = None
@@ -375,6 +387,7 @@ class _Job:
     is_random: bool
     strata: Strata
     stage: str
+    num_members: int
 
     @property
     def key(self) -> str:
@@ -398,6 +411,11 @@ def _wanted(sets: Sequence[str], num_runs: int) -> list[str]:
         if name not in names:
             raise ConfigError("sets", name, f"must be all, core, or among {', '.join(names)}")
     return [name for name in names if name in sets]
+
+
+def _recorded(rows: SnapshotRows, places: Tensor, rng: torch.Generator) -> WeightSet:
+    del rng
+    return rows.members(places)
 
 
 def _given(weights: WeightSet, rng: torch.Generator) -> WeightSet:

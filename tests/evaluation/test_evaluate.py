@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from pdiff_plugin.errors import ConfigError, LayoutMismatchError, UnusableSnapsh
 from pdiff_plugin.evaluation.baselines import average, rng_for
 from pdiff_plugin.evaluation.evaluate import Evaluation, evaluate
 from pdiff_plugin.evaluation.rows import SnapshotRows
+from pdiff_plugin.evaluation.scores import Scores, score_sets
 from pdiff_plugin.evaluation.sweep import sweep
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.fit import fit
@@ -278,6 +280,25 @@ def test_sets_that_do_not_fit_in_memory_together_take_several_passes(
     monkeypatch.setattr("pdiff_plugin.evaluation.evaluate._PASS_BYTES", 1)
     apart = evaluate(task, store, num_members=4, sets="core")
     assert apart.sets == together.sets
+
+
+def test_no_pass_holds_more_members_than_memory_is_meant_for(one_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, store = one_run
+    held: list[int] = []
+
+    def score(task: Task, sets: Mapping[str, WeightSet], **options: Any) -> tuple[dict[str, Scores], Tensor]:
+        held.append(sum(weights.num_members for weights in sets.values()))
+        return score_sets(task, sets, **options)
+
+    together = evaluate(task, store, weights=pairs(store), num_members=8, sets="core", score=score)
+    assert held == [60 + 5 * 8]
+    held.clear()
+    monkeypatch.setattr("pdiff_plugin.evaluation.evaluate._PASS_BYTES", 20 * 4 * store.layout.num_values)
+    apart = evaluate(task, store, weights=pairs(store), num_members=8, sets="core", score=score)
+    assert held == [20, 20, 20, 16, 16, 8]
+    assert apart.sets == together.sets
+    assert apart.verdict == together.verdict
+    assert all(torch.equal(apart.arrays[name], array) for name, array in together.arrays.items())
 
 
 def test_a_shuffled_loader_is_refused_when_it_takes_several_passes(
