@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from pdiff_plugin.errors import FormatError, UnsupportedTensorError
 from pdiff_plugin.snapshots.files import read_json, write_json
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
-from pdiff_plugin.snapshots.store import SnapshotStore, TrajectoryWriter, read_chunks
+from pdiff_plugin.snapshots.store import SnapshotStore, TrajectoryWriter, read_base_header, read_chunks, write_base
 
 FORMAT = "pdiff-shard"
 FORMAT_VERSION = 1
@@ -108,45 +109,77 @@ def join_shards(store: Path) -> None:
             raise FormatError(
                 str(store / "shards"), f"no snapshots of rank {missing[0]}", f"one folder for each of {size} ranks"
             )
-        _join_world(store, [folders[rank] for rank in range(size)])
+    opened = [_World([folders[rank] for rank in range(size)]) for size, folders in sorted(worlds.items())]
+    for trajectory in sorted({name for world in opened for name in world.ranks[0].trajectories}):
+        _join_rows(store, trajectory, opened)
+        _join_base(store, trajectory, opened)
 
 
-def _join_world(store: Path, folders: list[Path]) -> None:
-    ranks = [SnapshotStore.open(folder) for folder in folders]
-    shapes = {
-        name: tuple(shape)
-        for name, shape in read_json(folders[0] / "shard.json", FORMAT, FORMAT_VERSION)["shapes"].items()
-    }
-    layout = Layout(
-        tuple(TensorSpec(s.name, shapes.get(s.name, s.shape), s.dtype, s.kind) for s in ranks[0].layout.tensors)
-    )
-    for trajectory in ranks[0].trajectories:
-        places = [_places(rank, trajectory) for rank in ranks]
-        steps = sorted(set.intersection(*(set(place) for place in places)))
-        folder = store / "trajectories" / trajectory
-        present = read_chunks(folder, layout)[0] if folder.is_dir() else []
-        if [step for chunk in present for step in chunk.steps] == steps:
-            continue
-        writer = TrajectoryWriter(store, layout, ranks[0].row_dtype, trajectory, resume_step=-1)
-        for start in range(0, len(steps), _JOIN_ROWS):
-            some = steps[start : start + _JOIN_ROWS]
-            parts = [
-                rank.layout.unflatten(rank.rows(indices=[place[step] for step in some]))
-                for rank, place in zip(ranks, places, strict=True)
-            ]
-            first = [places[0][step] for step in some]
-            writer.write_chunk(
-                layout.flatten(_joined(parts, shapes, dim=1)),  # (n, D)
-                some,
-                [ranks[0].epochs[index] for index in first],
-                [ranks[0].metrics[index] for index in first],
+class _World:
+    """The stores of R ranks that trained together. A run that is resumed on another number of ranks has several."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        self.ranks = [SnapshotStore.open(folder) for folder in folders]
+        shapes = read_json(folders[0] / "shard.json", FORMAT, FORMAT_VERSION)["shapes"]
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.layout = Layout(
+            tuple(
+                TensorSpec(s.name, self.shapes.get(s.name, s.shape), s.dtype, s.kind)
+                for s in self.ranks[0].layout.tensors
             )
-        bases = [rank.base(trajectory) for rank in ranks]
-        if all(base is not None for base in bases):
-            whole = _joined([base for base in bases if base is not None], shapes, dim=0)
-            header = ranks[0].base_header(trajectory)
-            kept = ("step", "rest_drift", "rest_drift_from_step")
-            writer.write_base(whole, {key: header[key] for key in kept if key in header})
+        )
+
+    def places(self, trajectory: str) -> dict[int, list[int]]:
+        """Step -> index in each rank's store, for the steps of a trajectory that all ranks have."""
+        places = [_places(rank, trajectory) for rank in self.ranks]
+        return {step: [place[step] for place in places] for step in sorted(set.intersection(*map(set, places)))}
+
+    def base_step(self, trajectory: str) -> int:
+        """The step of a trajectory's base, 0 unless all ranks have written it."""
+        steps = {int(rank.base_header(trajectory).get("step", 0)) for rank in self.ranks}
+        return steps.pop() if len(steps) == 1 else 0
+
+
+def _join_rows(store: Path, trajectory: str, worlds: list[_World]) -> None:
+    found = [(places, world) for world in worlds if (places := world.places(trajectory))]
+    rows: dict[int, tuple[_World, list[int]]] = {}
+    for places, world in sorted(found, key=lambda one: max(one[0])):  # where steps overlap, that which got further wins
+        rows |= {step: (world, indices) for step, indices in places.items()}
+    folder, layout = store / "trajectories" / trajectory, worlds[0].layout
+    for world in worlds[1:]:
+        layout.check_same(world.layout, f"the store {store}")
+    present = read_chunks(folder, layout)[0] if folder.is_dir() else []
+    steps = sorted(rows)
+    if [step for chunk in present for step in chunk.steps] == steps:
+        return
+    writer = TrajectoryWriter(store, layout, worlds[0].ranks[0].row_dtype, trajectory, resume_step=-1)
+    for _, group in groupby(steps, key=lambda step: id(rows[step][0])):
+        alike = list(group)
+        for start in range(0, len(alike), _JOIN_ROWS):
+            some = alike[start : start + _JOIN_ROWS]
+            world = rows[some[0]][0]
+            indices = [list(column) for column in zip(*(rows[step][1] for step in some), strict=True)]  # of each rank
+            parts = [
+                rank.layout.unflatten(rank.rows(indices=own)) for rank, own in zip(world.ranks, indices, strict=True)
+            ]
+            writer.write_chunk(
+                layout.flatten(_joined(parts, world.shapes, dim=1)),  # (n, D)
+                some,
+                [world.ranks[0].epochs[index] for index in indices[0]],
+                [world.ranks[0].metrics[index] for index in indices[0]],
+            )
+
+
+def _join_base(store: Path, trajectory: str, worlds: list[_World]) -> None:
+    world = max(worlds, key=lambda world: world.base_step(trajectory))
+    step = world.base_step(trajectory)
+    folder = store / "trajectories" / trajectory
+    if not step or not folder.is_dir() or int(read_base_header(folder).get("step", 0)) == step:
+        return
+    bases = [base for rank in world.ranks if (base := rank.base(trajectory)) is not None]
+    header = world.ranks[0].base_header(trajectory)
+    kept = ("step", "total_steps", "rest_drift", "rest_drift_from_step")
+    write_base(folder, _joined(bases, world.shapes, dim=0), {key: header[key] for key in kept if key in header})
 
 
 def _places(store: SnapshotStore, trajectory: str) -> dict[int, int]:

@@ -307,25 +307,8 @@ class TrajectoryWriter:
             self._keep_rows(lambda steps: [i for i, step in enumerate(steps) if step >= first])
 
     def write_base(self, state: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-        """Write the whole model; tensors that share memory are stored once and their other names in the header."""
-        unique: dict[str, Tensor] = {}
-        aliases: dict[str, str] = {}
-        first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
-        for name, tensor in state.items():
-            key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-            if tensor.numel() and key in first:
-                aliases[name] = first[key]
-            else:
-                first[key] = name
-                unique[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        text = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "aliases": json.dumps(aliases),
-            **header,
-        }
-        with replacing(self.folder / "base.safetensors") as temp:
-            save_file(unique, temp, text)
+        """Write the whole model, as :func:`write_base` does."""
+        write_base(self.folder, state, header)
 
     def _keep_rows(self, keep: Any) -> None:
         kept = []
@@ -364,6 +347,28 @@ def save_chunk(
     }
     with replacing(path) as temp:
         save_file(tensors, temp, header)
+
+
+def write_base(folder: Path, state: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write the whole model; tensors that share memory are stored once and their other names in the header."""
+    unique: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            unique[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    text = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "aliases": json.dumps(aliases),
+        **header,
+    }
+    with replacing(folder / "base.safetensors") as temp:
+        save_file(unique, temp, text)
 
 
 def read_base_header(folder: Path) -> dict[str, str]:
