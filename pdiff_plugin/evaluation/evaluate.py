@@ -178,10 +178,11 @@ class Work:
         }
         self.parameters = _chosen_coordinates(rows)
         self.per_pass = max(1, _PASS_BYTES // (rows.layout.num_values * 4))
-        self.jobs: list[_Job] = [
-            _Job(_REFERENCE, "", number, partial(_recorded, rows, places), False, "none", "baselines", len(places))
-            for number, places in enumerate(self.references.split(self.per_pass))
-        ]
+        self.jobs: list[_Job] = []
+        for start in range(0, len(self.references), self.per_pass):
+            places = self.references[start : start + self.per_pass]
+            make = partial(_recorded, rows, places)
+            self.jobs.append(_Job(_REFERENCE, "", start, make, False, "none", "baselines", len(places)))
         self.scores: dict[str, list[Scores]] = {}
         self.figures: dict[str, list[dict[str, Any]]] = {}
         self.arrays: dict[str, Tensor] = {}

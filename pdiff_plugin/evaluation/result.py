@@ -113,8 +113,7 @@ class Evaluation:
         return cls(
             document["sets"],
             Verdict(document["verdict_outcome"], document["verdict"], document["verdict_numbers"]),
-            # JSON knows no infinity, which the error of a single random member is.
-            [Comparison(**{k: math.inf if v is None else v for k, v in c.items()}) for c in document["comparisons"]],
+            [_comparison(c) for c in document["comparisons"]],
             document["seconds"],
             document["cost"],
             document["details"],
@@ -181,6 +180,12 @@ def format_figure(value: Any, kind: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     return f"{100 * value:.2f}" if kind == "%" else format(value, kind)
+
+
+def _comparison(fields: Mapping[str, Any]) -> Comparison:
+    # JSON knows no infinity, which the error of a single random member is.
+    known: dict[str, Any] = {key: math.inf if value is None else value for key, value in fields.items()}
+    return Comparison(**known)
 
 
 def _json_safe(value: Any) -> Any:

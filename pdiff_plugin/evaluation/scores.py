@@ -192,6 +192,6 @@ def _hit_difference(probs: Tensor, targets: Tensor) -> Tensor:
     m = len(probs)
     first = torch.randint(2, (_NUM_DIVISIONS, (m + 1) // 2), generator=torch.Generator().manual_seed(0))
     is_mine = torch.stack([first, 1 - first], dim=2).flatten(1)[:, :m].to(probs.dtype)  # (H, M)
-    mine = (is_mine @ probs.flatten(1)).unflatten(1, probs.shape[1:])  # (H, B, C)
+    mine = (is_mine @ probs.flatten(1)).reshape(-1, *probs.shape[1:])  # (H, B, C)
     theirs = probs.sum(dim=0) - mine
     return (mine.argmax(dim=-1) == targets).to(torch.int8) - (theirs.argmax(dim=-1) == targets).to(torch.int8)
