@@ -12,6 +12,7 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
+from pdiff_plugin.recording.selection import STATISTICS
 from pdiff_plugin.snapshots.layout import named_modules, named_tensors
 
 NUM_SAMPLED = 65_536
@@ -60,13 +61,16 @@ class RestDrift:
 
 
 def rest_names(model: nn.Module, chosen: Collection[str]) -> list[str]:
-    """Names of the trained parameters and float buffers of ``model`` that are not ``chosen``."""
+    """Names of the trained parameters of ``model``, and of its running statistics, that are not ``chosen``.
+
+    Other buffers stay out: a mask of ``-inf`` would make any change nan, one of huge numbers would hide it.
+    """
     return [
         name
         for name, tensor in named_tensors(model).items()
         if name not in chosen
         and tensor.is_floating_point()
-        and (tensor.requires_grad or not isinstance(tensor, nn.Parameter))
+        and (tensor.requires_grad if isinstance(tensor, nn.Parameter) else name.rpartition(".")[2] in STATISTICS)
     ]
 
 

@@ -27,7 +27,7 @@ _NORM_CLASSES: tuple[type[nn.Module], ...] = (
 _NORM_NAME = re.compile(r"(Batch|Layer|Group|Instance|RMS)Norm")
 # The second names of each are those that Keras gives.
 _NORM_WEIGHTS = ("weight", "gamma", "scale")
-_STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
+STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _statistics(model: nn.Module, names: set[str], modules: Iterable[nn.Module])
     for prefix, module in named_modules(model):
         beside = any(f"{prefix}.{leaf}".lstrip(".") in names for leaf in module._parameters)
         if beside or id(module) in bare:
-            statistics = (leaf for leaf in _STATISTICS if module._buffers.get(leaf) is not None)
+            statistics = (leaf for leaf in STATISTICS if module._buffers.get(leaf) is not None)
             found |= {f"{prefix}.{leaf}".lstrip(".") for leaf in statistics}
     return found
 

@@ -597,6 +597,20 @@ def test_the_drift_of_the_rest_is_its_relative_change_over_the_window(tmp_path, 
     assert "the rest of the network moved by 25.00% since step 1" in caplog.text
 
 
+@pytest.mark.parametrize("masked", [-torch.inf, torch.finfo(torch.float32).min])
+def test_the_drift_of_the_rest_does_not_see_masks(tmp_path, masked):
+    model = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300), nn.Linear(300, 3))
+    model.register_buffer("mask", torch.full((300, 300), masked).triu(1))
+    recorder = PDiffRecorder(tmp_path, layers="head").attach(model)
+    recorder.step()
+    with torch.no_grad():
+        for tensor in [*model[0].parameters(), *model[1].parameters(), model[1].running_mean, model[1].running_var]:
+            tensor.mul_(1.25)
+    recorder.step()
+    recorder.close()
+    assert recorder.rest_drift == pytest.approx(0.25, rel=1e-3)
+
+
 def test_half_precision_models_are_exact_and_rows_may_be_bfloat16(net, tmp_path):
     half = net.bfloat16()
     for dtype in ("float32", "bfloat16"):
