@@ -499,7 +499,9 @@ class _Run:
             return False
         values = dict(zip(trajectory.layout.names, self._read(), strict=True))
         last = chunks[-1].rows[len(chunks[-1].steps) - 1 : len(chunks[-1].steps)][0]
-        return torch.equal(trajectory.layout.flatten(values, trajectory.row_dtype).cpu(), last)
+        # Through the recorder's own dtype, as the row went: the store may keep more digits than it was given.
+        row = trajectory.layout.flatten(values, DTYPES[self.recorder.dtype])
+        return torch.equal(row.to(trajectory.row_dtype).cpu(), last)
 
     def _check_store(self, layout: Layout) -> None:
         if self.store.exists() and not self.store.is_dir():

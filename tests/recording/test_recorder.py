@@ -620,6 +620,16 @@ def test_half_precision_models_are_exact_and_rows_may_be_bfloat16(net, tmp_path)
         assert all(torch.equal(state[name], half.state_dict()[name]) for name in state)
 
 
+def test_a_bfloat16_recorder_keeps_its_base_in_a_float32_store_too(net, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        with PDiffRecorder(tmp_path, layers="all", dtype=dtype).attach(net) as recorder:
+            recorder.step()
+    store = SnapshotStore.open(tmp_path)
+    assert store.row_dtype == torch.float32
+    assert recorder.rest_drift == 0.0
+    assert torch.equal(store.base("run-002")["fc.weight"], net.fc.weight)
+
+
 def test_tied_weights_are_stored_once_and_the_base_has_both_names(tmp_path):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
