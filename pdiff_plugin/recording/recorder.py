@@ -29,6 +29,7 @@ from pdiff_plugin.recording.window import Window
 from pdiff_plugin.recording.writer import BackgroundWriter, RowInfo
 from pdiff_plugin.snapshots.files import read_json
 from pdiff_plugin.snapshots.layout import DTYPES, Layout, named_tensors, unwrap, wrapped_names
+from pdiff_plugin.snapshots.remote import is_remote
 from pdiff_plugin.snapshots.shards import (
     check_sharding,
     is_sharded,
@@ -94,6 +95,8 @@ class PDiffRecorder:
                 raise ConfigError(name, value, "must be at least 1")
         if dtype not in DTYPES:
             raise ConfigError("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
+        if store is not None and is_remote(store):
+            raise ConfigError("store", store, "must be a folder of this machine; copy it to the bucket after the run")
         self.store = None if store is None else os.fspath(store)
         if freeze_rest and keep_newest:
             raise ConfigError("freeze_rest", True, "needs to know where the window begins: leave keep_newest out")

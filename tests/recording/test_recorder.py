@@ -501,6 +501,10 @@ def test_a_selection_of_nothing_is_refused_at_attach(net, tmp_path):
             {"freeze_rest": True, "keep_newest": True},
             "freeze_rest = True: it needs to know where the window begins: leave keep_newest out.",
         ),
+        (
+            {"store": "s3://bucket/run"},
+            "store = 's3://bucket/run': it must be a folder of this machine; copy it to the bucket after the run.",
+        ),
         ({"dtype": "int8"}, "dtype = 'int8': it must be one of float64, float32, float16, bfloat16."),
     ],
 )
