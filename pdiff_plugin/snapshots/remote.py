@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -23,6 +25,7 @@ from pdiff_plugin.snapshots.files import TEMP_MARK
 logger = logging.getLogger(__name__)
 
 _PUSH_EVERY_S = 2.0
+_LAST_TRIES = 5  # 30 s in all
 # Ranges asked for at once: one per snapshot, and buckets answer many at a time.
 _BATCH_BYTES = 64 << 20
 
@@ -94,20 +97,28 @@ def _copy_chunk(fs: Any, remote: str, local: Path, share: Callable[[int], slice]
 
 @contextmanager
 def mirrored(url: str) -> Iterator[Path]:
-    """Yield a local copy of a run folder in a bucket; what changes in it is put back, at the latest on leaving."""
-    with tempfile.TemporaryDirectory(prefix="pdiff-") as name:
-        folder = Path(name)
-        mirror = _Mirror(url, folder)
+    """Yield a local copy of a run folder in a bucket; what changes in it is put back, at the latest on leaving.
+
+    Raises:
+        OSError: the bucket does not take what changed last, even when asked again; the local copy then stays.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="pdiff-"))
+    mirror = _Mirror(url, folder)
+    try:
         mirror.pull()
-        stop = threading.Event()
-        thread = threading.Thread(target=mirror.push_until, args=(stop,), daemon=True)
-        thread.start()
-        try:
-            yield folder
-        finally:
-            stop.set()
-            thread.join()
-            mirror.push()
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    stop = threading.Event()
+    thread = threading.Thread(target=mirror.push_until, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield folder
+    finally:
+        stop.set()
+        thread.join()
+        mirror.push_last()
+        shutil.rmtree(folder)
 
 
 class _Mirror:
@@ -144,6 +155,21 @@ class _Mirror:
                 self.push()
             except OSError as error:
                 logger.warning("could not write to %s, trying again (%s)", self.root, error)
+
+    def push_last(self) -> None:
+        """Push, with more patience and, in vain, with an error that says where everything still is."""
+        for attempt in range(_LAST_TRIES):
+            try:
+                self.push()
+                return
+            except Exception as error:  # not every bucket raises OSError
+                if attempt + 1 == _LAST_TRIES:
+                    raise OSError(
+                        f"could not write to {self.root} ({error}). All files are in {self.folder}: "
+                        "copy them there yourself, then remove that folder."
+                    ) from error
+                logger.warning("could not write to %s, trying again (%s)", self.root, error)
+                time.sleep(_PUSH_EVERY_S * 2**attempt)
 
     def _state(self) -> dict[str, tuple[int, int]]:
         state = {}

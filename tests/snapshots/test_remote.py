@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import fsspec
@@ -53,6 +54,36 @@ def test_a_share_of_the_columns_is_copied_and_the_rest_reads_as_zeros(
 def test_no_store_in_the_bucket_is_said(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(StoreNotFoundError, match="memory://bucket/nothing is not a snapshot store"):
         copy_store(f"{bucket}/nothing", tmp_path / "copy")
+
+
+@pytest.mark.parametrize("num_failures", [1, 99])
+def test_a_bucket_that_refuses_the_last_files_is_asked_again_and_they_are_kept(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, num_failures: int
+) -> None:
+    fs = fsspec.filesystem("memory")
+    put_file, failures = type(fs).put_file, []
+
+    def refuse(self: object, *args: object, **kwargs: object) -> None:
+        if len(failures) < num_failures:
+            failures.append(1)
+            raise OSError("503 Slow Down")
+        put_file(self, *args, **kwargs)
+
+    monkeypatch.setattr("pdiff_plugin.snapshots.remote._PUSH_EVERY_S", 0.01)
+    monkeypatch.setattr("pdiff_plugin.snapshots.remote._Mirror.push_until", lambda *_: None)
+    monkeypatch.setattr(type(fs), "put_file", refuse)
+
+    if num_failures == 1:
+        with mirrored(f"{bucket}/fit") as folder:
+            (folder / "generator.safetensors").write_text("hours of work")
+        assert fs.cat(f"{bucket}/fit/generator.safetensors") == b"hours of work"
+        assert not folder.exists()
+    else:
+        with pytest.raises(OSError, match="503 Slow Down") as caught, mirrored(f"{bucket}/fit") as folder:
+            (folder / "generator.safetensors").write_text("hours of work")
+        assert f"All files are in {folder}: copy them there yourself" in str(caught.value)
+        assert (folder / "generator.safetensors").read_text() == "hours of work"
+        shutil.rmtree(folder)
 
 
 def test_what_changes_in_a_mirrored_folder_changes_in_the_bucket(bucket: str) -> None:
