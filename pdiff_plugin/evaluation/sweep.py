@@ -2,8 +2,8 @@
 
 Every way of making members has a knob: ``diversity`` of the generator, the number of snapshots in an average, the scale
 of a Gaussian or of SWAG, the size of noise. Turning it trades accuracy for novelty. One set proves little: a generator
-is worth something where its curve lies above all the others (the plane of Zeng et al. 2025, arXiv 2506.07998), above
-the snapshots themselves, and above what members of any two of these sets reach together.
+is worth something where its curve lies above all the others (the plane of Zeng et al. 2025, arXiv 2506.07998), and
+above the snapshots themselves where it is no more novel than they are.
 
 Shapes: M members of a set, n items.
 """
@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,9 @@ class Sweep:
     Attributes:
         points: one entry per set: ``set`` (snapshots, generated, average, gaussian, swag, noise), ``setting``, and the
             figures of :meth:`Evaluation.to_json`. A generated one also has ``margin``, its mean accuracy minus what the
-            alternatives, the snapshots and mixtures of two among them, reach with no more errors in common with the
-            likest snapshot, ``margin_error``, one standard error of that (over items and members), and ``margin_over``,
-            which alternative it is or mostly consists of: None where no alternative is as novel.
+            alternatives, the snapshots among them, reach with no more errors in common with the likest snapshot,
+            ``margin_error``, one standard error of that (over items and members), and ``margin_over``, which
+            alternative it is: None where no alternative is as novel.
         task: name of the task.
         num_members: of each set.
         seed: of every draw.
@@ -172,39 +172,46 @@ def sweep(
     for point in points:
         point |= work.figures[_key(point)][0]
     scores = {_key(point): work.scores[_key(point)][0] for point in points}
-    alternatives = [point for point in points if point["set"] != "generated"]
+    alternatives = [[point for point in points if point["set"] == name] for name in ("snapshots", *settings)]
     for point in points:
         if point["set"] == "generated":
             point |= _margin(point, alternatives, scores)
     return Sweep(points, task.name, num_members, seed)
 
 
-def best_at(similarity: float, points: Sequence[tuple[float, float]]) -> tuple[float, int] | None:
-    """The best accuracy that members of one or two sets reach together at no more than a similarity.
+def best_at(similarity: float, curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, int, int] | None:
+    """The best accuracy that curves reach at no more than a similarity.
 
     Args:
         similarity: share of errors in common with the likest snapshot.
-        points: (similarity, accuracy) of sets. Both are means over members: a set with members of two of them lies on
-            the straight line between their points.
+        curves: each the (similarity, accuracy) of one alternative in the order of its setting; between two settings it
+            is taken to be a straight line. One of a single point counts in full from there, and not at all before.
 
     Returns:
-        Accuracy, and which of the points is the nearest to that place; None if no point is as novel.
+        Accuracy, and which curve and which of its points is the nearest to that place; None if no curve is as novel.
     """
-    found = [(accuracy, place) for place, (s, accuracy) in enumerate(points) if s <= similarity]
-    for (place, (s0, a0)), (other, (s1, a1)) in combinations(enumerate(points), 2):
-        if min(s0, s1) <= similarity < max(s0, s1):
-            share = (similarity - s0) / (s1 - s0)
-            found.append((a0 + share * (a1 - a0), other if share > 0.5 else place))
-    return max(found, default=None)
+    best: tuple[float, int, int] | None = None
+    for number, curve in enumerate(curves):
+        found = [(a, place) for place, (s, a) in enumerate(curve) if s <= similarity]
+        for place, ((s0, a0), (s1, a1)) in enumerate(pairwise(curve)):
+            if min(s0, s1) <= similarity < max(s0, s1):
+                share = (similarity - s0) / (s1 - s0)
+                found.append((a0 + share * (a1 - a0), place + (share > 0.5)))
+        for accuracy, place in found:
+            if best is None or accuracy > best[0]:
+                best = accuracy, number, place
+    return best
 
 
-def _margin(point: dict[str, Any], alternatives: list[dict[str, Any]], scores: Mapping[str, Scores]) -> dict[str, Any]:
+def _margin(
+    point: dict[str, Any], alternatives: list[list[dict[str, Any]]], scores: Mapping[str, Scores]
+) -> dict[str, Any]:
     keys = ("wrong_iou_max_to_snapshots", "accuracy_mean")
-    found = best_at(point[keys[0]], [(p[keys[0]], p[keys[1]]) for p in alternatives])
+    found = best_at(point[keys[0]], [[(p[keys[0]], p[keys[1]]) for p in curve] for curve in alternatives])
     if found is None:
         return {"margin": None, "margin_error": None, "margin_over": None}
-    accuracy, place = found
-    rival = alternatives[place]
+    accuracy, number, place = found
+    rival = alternatives[number][place]
     return {
         "margin": point["accuracy_mean"] - accuracy,
         "margin_error": _error(scores[_key(point)], scores[_key(rival)]),

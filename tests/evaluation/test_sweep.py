@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from pdiff_plugin import DiffusionConfig, FitConfig, Task, fit
-from pdiff_plugin.evaluation.metrics import wrong_iou
 from pdiff_plugin.evaluation.sweep import Sweep, best_at, sweep
 from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -51,7 +50,10 @@ def test_more_diversity_takes_members_further_from_each_other_and_from_the_snaps
 def test_every_setting_is_judged_and_the_margin_is_over_what_is_as_novel(points) -> None:
     settings = [(point["set"], point["setting"]) for point in points if point["set"] != "generated"]
     assert settings == [("snapshots", None), ("average", 2), ("average", 8), ("noise", 0.01), ("noise", 0.1)]
-    others = [(p["wrong_iou_max_to_snapshots"], p["accuracy_mean"]) for p in points if p["set"] != "generated"]
+    others = [
+        [(p["wrong_iou_max_to_snapshots"], p["accuracy_mean"]) for p in points if p["set"] == name]
+        for name in ("snapshots", "average", "noise")
+    ]
     for point in points:
         if point["set"] == "generated":
             best = best_at(point["wrong_iou_max_to_snapshots"], others)
@@ -62,28 +64,16 @@ def test_every_setting_is_judged_and_the_margin_is_over_what_is_as_novel(points)
                 assert 0 < point["margin_error"] < 0.5
 
 
-def test_the_best_of_the_alternatives_is_read_off_the_lines_between_them() -> None:
-    points = [(0.2, 0.5), (0.4, 0.7), (0.8, 0.9)]
-    assert best_at(0.1, points) is None
-    assert best_at(0.2, points) == (0.5, 0)
-    assert best_at(0.25, points) == (pytest.approx(0.55), 0)
-    assert best_at(0.35, points) == (pytest.approx(0.65), 1)
-    assert best_at(0.5, points) == (pytest.approx(0.75), 1)
-    assert best_at(0.9, points) == (0.9, 2)
-    assert best_at(0.6, [*points, (0.5, 0.6), (0.6, 0.1)]) == (pytest.approx(0.8), 1)
-
-
-def test_a_set_with_members_of_two_others_lies_on_the_line_between_them() -> None:
-    rng = torch.Generator().manual_seed(0)
-    snapshots, other, flipped = (torch.rand(8, 200, generator=rng) < share for share in (0.2, 0.5, 0.05))
-    near = snapshots ^ flipped
-
-    def point(wrong: torch.Tensor) -> tuple[float, float]:
-        return float(wrong_iou(wrong, snapshots).max(dim=1).values.mean()), 1 - float(wrong.double().mean())
-
-    similarity, accuracy = point(torch.cat([near, near, near, other]))
-    assert point(other)[0] < similarity < point(near)[0]
-    assert best_at(similarity, [point(other), point(near)]) == (pytest.approx(accuracy), 1)
+def test_the_best_of_the_alternatives_is_read_off_their_lines() -> None:
+    rising, falling = [(0.2, 0.5), (0.4, 0.7)], [(0.8, 0.9), (0.6, 0.6)]
+    assert best_at(0.1, [rising, falling]) is None
+    assert best_at(0.25, [rising, falling]) == (pytest.approx(0.55), 0, 0)
+    assert best_at(0.35, [rising, falling]) == (pytest.approx(0.65), 0, 1)
+    assert best_at(0.65, [rising, falling]) == (pytest.approx(0.7), 0, 1)  # 0.675 on the other line
+    assert best_at(0.75, [rising, falling]) == (pytest.approx(0.825), 1, 0)
+    assert best_at(0.9, [rising, falling]) == (pytest.approx(0.9), 1, 0)
+    assert best_at(0.29, [rising, [(0.3, 0.8)]]) == (pytest.approx(0.59), 0, 0)
+    assert best_at(0.3, [rising, [(0.3, 0.8)]]) == (0.8, 1, 0)
 
 
 def test_the_snapshots_themselves_are_among_the_alternatives(walk_store: Path) -> None:
