@@ -71,7 +71,12 @@ def test_the_state_is_plain_json_and_rebuilds_the_callback(tmp_path):
 
 @pytest.mark.parametrize("make", [lambda: lambda name, _: "classifier" in name, lambda: ("norms", "head")])
 def test_a_function_or_a_tuple_as_layers_goes_on_after_a_checkpoint(tmp_path, make):
-    train(tiny_bert(), tmp_path, [PDiffRecorder(layers=make())], save_strategy="steps", save_steps=2)
+    class Stopping(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    callbacks = [Stopping(), PDiffRecorder(layers=make())]
+    train(tiny_bert(), tmp_path, callbacks, save_strategy="steps", save_steps=2)
     train(tiny_bert(), tmp_path, [PDiffRecorder(layers=make())], resume=str(tmp_path / "checkpoint-2"))
     store = SnapshotStore.open(tmp_path / "pdiff-snapshots")
     assert store.trajectories == ["run-001"]
