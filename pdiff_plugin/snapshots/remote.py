@@ -103,8 +103,8 @@ def mirrored(url: str) -> Iterator[Path]:
         OSError: the bucket does not take what changed last, even when asked again; the local copy then stays.
     """
     folder = Path(tempfile.mkdtemp(prefix="pdiff-"))
-    mirror = _Mirror(url, folder)
     try:
+        mirror = _Mirror(url, folder)
         mirror.pull()
     except BaseException:
         shutil.rmtree(folder)
