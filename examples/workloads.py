@@ -10,7 +10,7 @@ For each the evaluation table is printed, then the accuracy-novelty curve of the
 alternatives; store, fit, table (result.json) and picture (curve.png) are left in a folder. A whole ResNet-18 is in
 whole_resnet.py.
 
-    python examples/workloads.py --data ~/data w1 w2 w3
+    python examples/workloads.py --data ~/data w1 w2 w3    # eleven minutes on two CPU cores
     python examples/workloads.py --smoke w1 w2 w3          # synthetic images, a minute; figures mean nothing
 
 `--data` is a folder for torchvision's CIFAR10 (downloaded into it if need be), or one with train.parquet and
