@@ -81,7 +81,7 @@ class Evaluation:
             "cost": self.cost,
             "details": self.details,
         }
-        cleaned: dict[str, Any] = _json_safe(document)
+        cleaned: dict[str, Any] = json_safe(document)
         return cleaned
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -188,9 +188,9 @@ def _comparison(fields: Mapping[str, Any]) -> Comparison:
     return Comparison(**known)
 
 
-def _json_safe(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _json_safe(item) for key, item in value.items()}
+        return {key: json_safe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_safe(item) for item in value]
+        return [json_safe(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -24,7 +24,7 @@ import torch
 from pdiff_plugin.evaluation.alignment import aligned_rows
 from pdiff_plugin.evaluation.baselines import average, gaussian, noise, rng_for, snapshots, swag
 from pdiff_plugin.evaluation.evaluate import Work
-from pdiff_plugin.evaluation.result import _json_safe, format_figure, text_table
+from pdiff_plugin.evaluation.result import format_figure, json_safe, text_table
 from pdiff_plugin.evaluation.scores import Scores, score_sets
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.generator.generator import WeightGenerator
@@ -67,7 +67,7 @@ class Sweep:
     def to_json(self) -> dict[str, Any]:
         """One JSON document; what is undefined (the overlap within a set of one) is null."""
         document = {"task": self.task, "num_members": self.num_members, "seed": self.seed, "points": self.points}
-        cleaned: dict[str, Any] = _json_safe(document)
+        cleaned: dict[str, Any] = json_safe(document)
         return cleaned
 
     def table(self) -> tuple[list[str], list[list[str]]]:
