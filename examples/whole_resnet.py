@@ -2,7 +2,7 @@
 
 A ResNet-18 is trained on CIFAR-10 while its last 300 optimizer steps are recorded whole, the running statistics of its
 BatchNorms with it. A generator is fitted, one member is made and loaded into the model, and its accuracy is printed
-beside that of recorded snapshots, then the table of an evaluation with few members.
+beside that of recorded snapshots, then the table of an evaluation with few members, which takes 6 GB of memory.
 
     python examples/whole_resnet.py --data ~/data    # half an hour on two CPU cores; 17 GB of disk for --out
     python examples/whole_resnet.py --smoke          # a narrow network on synthetic images; figures mean nothing
