@@ -240,8 +240,9 @@ def _without(store: SnapshotStore, rows: Tensor, bad: list[int]) -> Tensor:
 
 def _check_runs(store: SnapshotStore, rows: Tensor) -> None:
     """Refuse runs without a usable snapshot, and stores without a run that is long enough to show how weights move."""
-    counts = dict(zip(store.trajectories, torch.bincount(store.trajectory_index[rows]).tolist(), strict=False))
-    if lost := [name for name in store.trajectories if not counts.get(name)]:
+    found = torch.bincount(store.trajectory_index[rows], minlength=len(store.trajectories))
+    counts = dict(zip(store.trajectories, found.tolist(), strict=True))
+    if lost := [name for name, count in counts.items() if count == 0]:
         raise UnusableSnapshotsError(
             str(store.path),
             f"no snapshot without NaN or Inf in {', '.join(lost)}",

@@ -175,7 +175,6 @@ class WeightGenerator:
         check_sampler(sampler, config.prediction_type)
         if sampler == "one-step" and self.one_step is None:
             raise ConfigError("sampler", sampler, "needs a generator that was fitted with distill_steps above 0")
-        steps = num_sampling_steps or usual_steps(self.config, sampler)
         if rng is None:
             rng = torch.Generator()
             rng.seed()
@@ -197,7 +196,7 @@ class WeightGenerator:
                 x,
                 own.to(self._device),
                 self.config,
-                steps,
+                num_sampling_steps,
                 sampler=sampler,
                 temperature=temperature,
                 rng=rng,
