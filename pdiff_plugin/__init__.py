@@ -8,7 +8,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-__version__ = "0.1.0.dev0"
+from pdiff_plugin._version import __version__ as __version__
 
 # In a bare checkout the adapters live beside this package; an installed package has them inside.
 _here = _os.path.dirname(__file__)
@@ -28,12 +28,10 @@ if _TYPE_CHECKING:
     from pdiff_plugin.ensemble.soup import best_member as best_member
     from pdiff_plugin.ensemble.soup import greedy_soup as greedy_soup
     from pdiff_plugin.ensemble.soup import uniform_soup as uniform_soup
-    from pdiff_plugin.ensemble.swap import swap_ as swap_
-    from pdiff_plugin.ensemble.swap import swapped as swapped
     from pdiff_plugin.errors import PDiffError as PDiffError
     from pdiff_plugin.evaluation.alignment import check_alignment as check_alignment
     from pdiff_plugin.evaluation.evaluate import evaluate as evaluate
-    from pdiff_plugin.evaluation.report import write_report as write_report
+    from pdiff_plugin.evaluation.page import write_report as write_report
     from pdiff_plugin.evaluation.result import Evaluation as Evaluation
     from pdiff_plugin.evaluation.sweep import Sweep as Sweep
     from pdiff_plugin.evaluation.sweep import sweep as sweep
@@ -41,6 +39,8 @@ if _TYPE_CHECKING:
     from pdiff_plugin.fitting.fit import fit as fit
     from pdiff_plugin.generator.generator import WeightGenerator as WeightGenerator
     from pdiff_plugin.generator.weights import WeightSet as WeightSet
+    from pdiff_plugin.modules.swap import swap_ as swap_
+    from pdiff_plugin.modules.swap import swapped as swapped
     from pdiff_plugin.recording.checkpoints import import_checkpoints as import_checkpoints
     from pdiff_plugin.recording.collect import collect as collect
     from pdiff_plugin.recording.recorder import PDiffRecorder as PDiffRecorder
@@ -72,10 +72,10 @@ _HOME = {
     "import_checkpoints": "recording.checkpoints",
     "recalibrate_batchnorm": "ensemble.batchnorm",
     "sweep": "evaluation.sweep",
-    "swap_": "ensemble.swap",
-    "swapped": "ensemble.swap",
+    "swap_": "modules.swap",
+    "swapped": "modules.swap",
     "uniform_soup": "ensemble.soup",
-    "write_report": "evaluation.report",
+    "write_report": "evaluation.page",
 }
 
 __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, judge)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-import pdiff_plugin
+from pdiff_plugin._version import __version__
 from pdiff_plugin.config import DistributedConfig, FitConfig, Sampler, TuneConfig
 from pdiff_plugin.errors import ConfigError, MembersExistError, MissingDependencyError, PDiffError
 from pdiff_plugin.user_code import find_function, load_model, made_by
@@ -51,7 +51,7 @@ def demo(
     """
     from pdiff_plugin import console
     from pdiff_plugin import demo as module
-    from pdiff_plugin.evaluation.report import write_report
+    from pdiff_plugin.evaluation.page import write_report
 
     if num_threads is not None:
         import torch
@@ -214,7 +214,7 @@ def fit(
         config = dataclasses.replace(published, memory_gb=config.memory_gb)
     with console.progress() as on_progress:
         if _runs_on_ray(distributed) or is_remote(store) or is_remote(out):
-            from pdiff_plugin.fitting.distributed import fit_distributed
+            from pdiff_plugin.cluster.fit import fit_distributed
 
             generator = fit_distributed(store, config, distributed, out=out, fresh=fresh, on_progress=on_progress)
         else:
@@ -258,7 +258,7 @@ def tune(
         config: Settings that are not searched, and the first trial.
     """
     from pdiff_plugin import console
-    from pdiff_plugin.fitting.tune import tune as run
+    from pdiff_plugin.cluster.tune import tune as run
 
     score = None
     if task is not None:
@@ -384,7 +384,7 @@ def generate(
     distributed = DistributedConfig(num_workers=num_workers, address=address)
     with console.progress() as on_progress:
         if _runs_on_ray(distributed):
-            from pdiff_plugin.fitting.fan_out import write_members_on_workers
+            from pdiff_plugin.cluster.members import write_members_on_workers
 
             paths = write_members_on_workers(generator, latents, out, header, distributed, on_progress)
         else:
@@ -512,7 +512,7 @@ def report(evaluation: Positional[Path], *, out: Path | None = None) -> None:
         out: Folder for report.html and the pictures; that of the evaluation unless given.
     """
     from pdiff_plugin import console
-    from pdiff_plugin.evaluation.report import write_report
+    from pdiff_plugin.evaluation.page import write_report
 
     console.say(f"Wrote {write_report(evaluation, out)}")
 
@@ -534,7 +534,7 @@ def main(args: list[str] | None = None) -> int:
     """Run `pdiff`; returns the exit code."""
     args = list(sys.argv[1:] if args is None else args)
     if "--version" in args:
-        print(pdiff_plugin.__version__)
+        print(__version__)
         return 0
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
@@ -581,8 +581,8 @@ def _scorer(distributed: DistributedConfig) -> Iterator[dict[str, Any]]:
     if not _runs_on_ray(distributed):
         yield {}
         return
-    from pdiff_plugin.evaluation.fan_out import ClusterScorer
-    from pdiff_plugin.fitting.cluster import connected, wait_for_room
+    from pdiff_plugin.cluster.connection import connected, wait_for_room
+    from pdiff_plugin.cluster.scores import ClusterScorer
 
     with connected(distributed.address):
         wait_for_room(distributed)

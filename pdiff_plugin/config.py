@@ -6,8 +6,9 @@ inside what it made. This module imports nothing heavy, so that ``pdiff --help``
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar, get_args
 
 from pdiff_plugin.errors import ConfigError
 
@@ -18,6 +19,27 @@ Standardise = Literal["tensor", "coordinate"]
 Network = Literal["residual", "conv"]
 LrSchedule = Literal["constant", "cosine"]
 Align = Literal["none", "rebasin"]
+
+C = TypeVar("C")
+
+
+def configured(kind: type[C], config: C | None, changes: Mapping[str, Any]) -> C:
+    """The settings of one job: ``config`` (the defaults unless given) with single fields changed.
+
+    So that every job can be told its settings as one object, or field by field, or both:
+    ``sample(16, SamplingConfig(diversity=0.5))`` and ``sample(16, diversity=0.5)``.
+
+    Raises:
+        TypeError: a name that is no field, as for any function that is called with an unknown argument.
+        ConfigError: a value out of range.
+    """
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass
+    for name in changes:
+        if name not in known:
+            raise TypeError(f"unexpected argument {name!r}; {kind.__name__} has {', '.join(known)}")
+    if config is None:
+        return kind(**changes)
+    return replace(config, **changes) if changes else config  # type: ignore[type-var]  # a dataclass
 
 
 def _check(name: str, value: float, low: float, high: float = float("inf")) -> None:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pdiff_plugin.ensemble.batches import Inputs, arguments_of, num_batches_in
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
-from pdiff_plugin.ensemble.swap import swap_
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.modules.batches import Inputs, arguments_of, num_batches_in
+from pdiff_plugin.modules.names import named_modules, named_tensors, unwrap, wrapped_names
+from pdiff_plugin.modules.swap import swap_
+from pdiff_plugin.modules.trunk_cache import exclusive
 from pdiff_plugin.progress import OnProgress, Progress
-from pdiff_plugin.recording.trunk_cache import exclusive
-from pdiff_plugin.snapshots.layout import named_modules, named_tensors, unwrap, wrapped_names
 
 
 def recalibrate_batchnorm(

@@ -23,16 +23,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from pdiff_plugin.ensemble.batches import Inputs, arguments_of, find_logits, num_batches_in
 from pdiff_plugin.ensemble.prediction import Prediction, PredictionSums, RegressionPrediction, join, member_axis
 from pdiff_plugin.ensemble.soup import uniform_soup
-from pdiff_plugin.ensemble.swap import swap_
 from pdiff_plugin.errors import ConfigError, FormatError, LayoutMismatchError, TrainingModeError
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.modules.batches import Inputs, arguments_of, find_logits, num_batches_in
+from pdiff_plugin.modules.names import named_tensors, unwrap, wrapped_names
+from pdiff_plugin.modules.swap import swap_
+from pdiff_plugin.modules.trunk_cache import Run, Trunk, TrunkCache, copied_inputs, exclusive
 from pdiff_plugin.progress import OnProgress, Progress
-from pdiff_plugin.recording.trunk_cache import Run, Trunk, TrunkCache, copied_inputs, exclusive
 from pdiff_plugin.snapshots.files import check_format, replacing
-from pdiff_plugin.snapshots.layout import named_tensors, unwrap, wrapped_names
 
 if TYPE_CHECKING:
     from pdiff_plugin.generator.generator import WeightGenerator

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pdiff_plugin.ensemble.swap import swapped
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.modules.swap import swapped
 
 Score = Callable[[nn.Module], float]
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pdiff_plugin.ensemble.swap import swapped
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation.rows import SnapshotRows, change_since_fit
 from pdiff_plugin.evaluation.task import Task, batches, evaluating, logits_of
 from pdiff_plugin.generator.alignment import Alignment, recognise
 from pdiff_plugin.generator.generator import WeightGenerator
-from pdiff_plugin.snapshots.layout import Layout, named_tensors
+from pdiff_plugin.modules.names import named_tensors
+from pdiff_plugin.modules.swap import swapped
+from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.evaluation.rows import BLOCK_VALUES, SnapshotRows, evenly_spaced
-from pdiff_plugin.generator.autoencoder import LOG_SUFFIX, column_blocks, inverse_transform, transform
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.layout import DTYPES
+from pdiff_plugin.snapshots.statistics import LOG_SUFFIX, column_blocks, inverse_transform, transform
 
 # Draws a set of about M members from the snapshots.
 Draw = Callable[[SnapshotRows, int, torch.Generator], WeightSet]

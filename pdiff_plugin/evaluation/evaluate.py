@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-import pdiff_plugin
+from pdiff_plugin._version import __version__
 from pdiff_plugin.ensemble.batchnorm import recalibrate_batchnorm
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
 from pdiff_plugin.errors import ConfigError
@@ -35,8 +35,9 @@ from pdiff_plugin.evaluation.task import Task, evaluating
 from pdiff_plugin.evaluation.verdict import Candidate, Strata, half_mask, judge
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.modules.names import named_tensors
 from pdiff_plugin.progress import OnProgress, Progress
-from pdiff_plugin.snapshots.layout import Layout, TensorSpec, named_tensors
+from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def evaluate(
         num_retrained: members of that ensemble.
         recalibrate: score every member, snapshots included, with BatchNorm statistics recomputed on the task's training
             data. An average of weights has none of its own; one pass over the data for each member.
-        score: scores sets of members, here unless given; see :class:`pdiff_plugin.evaluation.fan_out.ClusterScorer`.
+        score: scores sets of members, here unless given; see :class:`pdiff_plugin.cluster.scores.ClusterScorer`.
         on_progress: told the number of batches done.
 
     Raises:
@@ -358,7 +359,7 @@ class Work:
             "provenance": {
                 "store": str(self.rows.store.path),
                 "layout_digest": self.rows.layout.digest,
-                "pdiff_plugin": pdiff_plugin.__version__,
+                "pdiff_plugin": __version__,
                 "torch": torch.__version__,
                 "device": str(self.task.target_device()),
             },

@@ -122,7 +122,7 @@ class Evaluation:
 
     def save_html(self, path: str | os.PathLike[str]) -> Path:
         """Write the report as one HTML file that needs nothing else; see :func:`~pdiff_plugin.write_report`."""
-        from pdiff_plugin.evaluation.report import render_html
+        from pdiff_plugin.evaluation.page import render_html
 
         with replacing(Path(path)) as temp:
             temp.write_text(render_html(self), encoding="utf-8")

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pdiff_plugin.errors import LayoutMismatchError, UnusableSnapshotsError
 from pdiff_plugin.generator.alignment import Alignment, reader
-from pdiff_plugin.generator.autoencoder import NonFiniteRowsError, Statistics, column_blocks, measure, transform
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.statistics import NonFiniteRowsError, Statistics, column_blocks, measure, transform
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 logger = logging.getLogger(__name__)

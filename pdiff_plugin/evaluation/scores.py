@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pdiff_plugin.ensemble.batches import num_batches_in
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
 from pdiff_plugin.evaluation import metrics
 from pdiff_plugin.evaluation.task import Task, batches, check_logits, evaluating
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.modules.batches import num_batches_in
 from pdiff_plugin.progress import OnProgress, Progress
 
 # Batches whose FLOPs are counted: in the first an ensemble may still try what works, the last counted one is believed.

@@ -113,8 +113,8 @@ class Sweep:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
+        from pdiff_plugin.evaluation.page import write_figure
         from pdiff_plugin.evaluation.plots import accuracy_novelty_curves
-        from pdiff_plugin.evaluation.report import write_figure
 
         write_figure(accuracy_novelty_curves(self.points), Path(path))
         return Path(path)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdiff_plugin.ensemble.batches import arguments_of, find_logits
 from pdiff_plugin.errors import ConfigError
-from pdiff_plugin.snapshots.layout import unwrap
+from pdiff_plugin.modules.batches import arguments_of, find_logits
+from pdiff_plugin.modules.names import unwrap
 
 # Positional and keyword arguments of the model, and targets.
 Batch = tuple[tuple[Any, ...], dict[str, Any], Tensor]

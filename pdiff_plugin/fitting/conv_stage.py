@@ -27,9 +27,10 @@ from pdiff_plugin.fitting.training import (
     set_lr,
     strip,
 )
-from pdiff_plugin.generator.autoencoder import BLOCK_VALUES, ColumnReader, Encoded, column_blocks, transform
+from pdiff_plugin.generator.autoencoder import BLOCK_VALUES, Encoded
 from pdiff_plugin.generator.conv import ConvAutoencoder, ConvNetwork
 from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.statistics import ColumnReader, column_blocks, transform
 
 _REPORT_EVERY = 10
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import pdiff_plugin
+from pdiff_plugin._version import __version__
 from pdiff_plugin.config import ConvConfig, FitConfig, SubspaceConfig
 from pdiff_plugin.errors import UnusableSnapshotsError
 from pdiff_plugin.fitting.conv_stage import train_conv
@@ -25,21 +25,16 @@ from pdiff_plugin.fitting.diffusion_stage import (
     train_diffusion,
 )
 from pdiff_plugin.fitting.distill_stage import distill
-from pdiff_plugin.fitting.report import FAR_APART, measure_generator, suggest_alignment
-from pdiff_plugin.fitting.run import Run
+from pdiff_plugin.fitting.folder import Run
+from pdiff_plugin.fitting.measures import FAR_APART, measure_generator, suggest_alignment
 from pdiff_plugin.fitting.runtime import Runtime, pick_device
+from pdiff_plugin.fitting.subspace_stage import fit_subspace
 from pdiff_plugin.generator.alignment import Alignment, align, reader
-from pdiff_plugin.generator.autoencoder import (
-    ColumnReader,
-    Encoded,
-    NonFiniteRowsError,
-    Statistics,
-    fit_subspace,
-    measure,
-)
+from pdiff_plugin.generator.autoencoder import Encoded
 from pdiff_plugin.generator.frames import Frames, fit_frames, plain_frames
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress
+from pdiff_plugin.snapshots.statistics import ColumnReader, NonFiniteRowsError, Statistics, measure
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 logger = logging.getLogger(__name__)
@@ -368,6 +363,6 @@ def _provenance(store: SnapshotStore, rows: Tensor, source: str) -> dict[str, An
         "num_snapshots": len(rows),
         "num_trajectories": len(store.trajectories),
         "layout_digest": store.layout.digest,
-        "pdiff_plugin": pdiff_plugin.__version__,
+        "pdiff_plugin": __version__,
         "torch": torch.__version__,
     }

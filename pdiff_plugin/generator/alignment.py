@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.errors import ConfigError
-from pdiff_plugin.generator.autoencoder import ColumnReader, NonFiniteRowsError, column_blocks, transform
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
+from pdiff_plugin.snapshots.statistics import ColumnReader, NonFiniteRowsError, column_blocks, transform
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 # Reads columns [lo, hi) of snapshots at some places of a store: (lo, hi, indices) -> (len(indices), hi - lo).

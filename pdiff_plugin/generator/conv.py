@@ -17,16 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdiff_plugin.config import ConvConfig
-from pdiff_plugin.generator.autoencoder import (
-    BLOCK_VALUES,
-    ROWS_AT_A_TIME,
-    ColumnReader,
-    column_blocks,
-    inverse_transform,
-    transform,
-)
+from pdiff_plugin.generator.autoencoder import BLOCK_VALUES, ROWS_AT_A_TIME
 from pdiff_plugin.generator.denoiser import time_features
 from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.statistics import ColumnReader, column_blocks, inverse_transform, transform
 
 
 class ConvNetwork(nn.Module):

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pdiff_plugin.config import ConvConfig, FitConfig, Sampler, check_sampler
-from pdiff_plugin.errors import ConfigError, FormatError, GeneratorNotFoundError
+from pdiff_plugin.errors import ConfigError, GeneratorNotFoundError
 from pdiff_plugin.generator.alignment import Alignment
-from pdiff_plugin.generator.autoencoder import Autoencoder, SubspaceAutoencoder
+from pdiff_plugin.generator.autoencoder import Autoencoder
 from pdiff_plugin.generator.conv import ConvAutoencoder, ConvDenoiser
 from pdiff_plugin.generator.denoiser import Denoiser, GaussianPreconditioned, OneStepMap
 from pdiff_plugin.generator.frames import Frames
@@ -37,10 +36,10 @@ from pdiff_plugin.generator.samplers import (
     sample_flow,
     sample_turning,
 )
-from pdiff_plugin.generator.streaming import save_tensors
+from pdiff_plugin.generator.subspace import SubspaceAutoencoder
 from pdiff_plugin.generator.weights import WeightSet
-from pdiff_plugin.snapshots.files import check_format, replacing
 from pdiff_plugin.snapshots.layout import DTYPES, Layout
+from pdiff_plugin.snapshots.tensor_files import load_tensors, save_tensors
 
 FORMAT = "pdiff-generator"
 FORMAT_VERSION = 1
@@ -243,16 +242,13 @@ class WeightGenerator:
         if self.alignment is not None:
             tensors |= self.alignment.state_dict()
         header = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
             "config": json.dumps(self.config.to_json()),
             "layout": json.dumps(self.layout.to_json()),
             "trajectories": json.dumps(self.trajectories),
             "report": json.dumps(self.report),
             "provenance": json.dumps(self.provenance),
         }
-        with replacing(path) as temp:
-            save_tensors(temp, tensors, header)
+        save_tensors(path, tensors, FORMAT, FORMAT_VERSION, header)
         return path
 
     @classmethod
@@ -269,14 +265,7 @@ class WeightGenerator:
             path = path / FILE_NAME
         if not path.is_file():
             raise GeneratorNotFoundError(str(path.parent if path.name == FILE_NAME else path))
-        try:
-            with safe_open(path, framework="pt") as file:
-                opened: Any = file
-                header = opened.metadata() or {}
-                check_format(str(path), header, FORMAT, FORMAT_VERSION)
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise FormatError(str(path), f"an unreadable file ({error})", "a generator file") from error
+        tensors, header = load_tensors(path, FORMAT, FORMAT_VERSION)
         config = FitConfig.from_json(json.loads(header["config"]))
         layout = Layout.from_json(json.loads(header["layout"]))
         trajectories = json.loads(header["trajectories"])

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pdiff_plugin.generator.autoencoder import ROWS_AT_A_TIME
 from pdiff_plugin.generator.generator import WeightGenerator
-from pdiff_plugin.generator.streaming import TensorFileWriter
 from pdiff_plugin.snapshots.files import replacing
 from pdiff_plugin.snapshots.layout import DTYPES
+from pdiff_plugin.snapshots.tensor_files import TensorFileWriter
 
 # Members whose files are written side by side. As many as the autoencoders decode together, so that every way of
 # working gives the same bits.

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.modules.names import unwrap, wrapped_names
+from pdiff_plugin.modules.trunk_cache import Trunk, TrunkCache, copied_inputs
 from pdiff_plugin.recording.recorder import PDiffRecorder
-from pdiff_plugin.recording.trunk_cache import Trunk, TrunkCache, copied_inputs
-from pdiff_plugin.snapshots.layout import unwrap, wrapped_names
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from pdiff_plugin.errors import CheckpointError, LayoutMismatchError
 from pdiff_plugin.recording.selection import Layers, select
 from pdiff_plugin.recording.writer import CHUNK_BYTES, CHUNK_ROWS
+from pdiff_plugin.snapshots.chunks import FORMAT, FORMAT_VERSION
 from pdiff_plugin.snapshots.files import read_json
 from pdiff_plugin.snapshots.layout import DTYPES, Layout
-from pdiff_plugin.snapshots.store import FORMAT, FORMAT_VERSION, SnapshotStore, TrajectoryWriter
+from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.recording.hooks import StepHook, unwrap_optimizer
-from pdiff_plugin.recording.run import Run, world_size
 from pdiff_plugin.recording.selection import Layers, label, select
+from pdiff_plugin.recording.session import Run, world_size
 from pdiff_plugin.recording.window import Window
 from pdiff_plugin.snapshots.layout import DTYPES
 from pdiff_plugin.snapshots.remote import is_remote

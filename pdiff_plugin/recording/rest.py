@@ -12,8 +12,8 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
+from pdiff_plugin.modules.names import named_modules, named_tensors
 from pdiff_plugin.recording.selection import STATISTICS
-from pdiff_plugin.snapshots.layout import named_modules, named_tensors
 
 NUM_SAMPLED = 65_536
 

@@ -11,7 +11,8 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from pdiff_plugin.errors import SelectionError
-from pdiff_plugin.snapshots.layout import Kind, Layout, named_modules, named_tensors, unwrap
+from pdiff_plugin.modules.names import named_modules, named_tensors, unwrap
+from pdiff_plugin.snapshots.layout import Kind, Layout
 
 Layers = str | Sequence[str] | Callable[[str, Tensor], bool]
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.snapshots.layout import Layout
-from pdiff_plugin.snapshots.store import TrajectoryWriter
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 logger = logging.getLogger(__name__)
 

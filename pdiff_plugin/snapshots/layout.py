@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pdiff_plugin.errors import LayoutMismatchError, UnsupportedTensorError
+from pdiff_plugin.modules.names import named_tensors
 
 Kind = Literal["parameter", "buffer"]
 
@@ -183,68 +184,3 @@ class Layout:
                 raise LayoutMismatchError(spec.name, str(spec.shape), str(tuple(found.shape)), "the layout")
             lead = here
         return lead or ()
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Live parameters and buffers of ``model`` by the names it has before any wrapping, in ``state_dict`` order.
-
-    The wrappers' own steps in a name (``module.`` of DataParallel and DistributedDataParallel, ``_orig_mod.`` of
-    ``torch.compile``) are left out, wherever they are; a user's own sub-module called ``module`` keeps its name. Tied
-    tensors appear once, under their first name.
-    """
-    return {clean: tensor for clean, _, tensor in _walk_tensors(model)}
-
-
-def wrapped_names(model: nn.Module) -> dict[str, str]:
-    """Name as in :func:`named_tensors` -> name inside ``unwrap(model)``, which keeps the steps of inner wrappers."""
-    return {clean: raw for clean, raw, _ in _walk_tensors(model)}
-
-
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Sub-modules of ``model``, itself first, with the names they have before any wrapping. Shared ones come once."""
-    for clean, _, module in _walk_modules(unwrap(model)):
-        yield clean, module
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module under DataParallel, DistributedDataParallel and ``torch.compile``, in any order."""
-    while (inner := _wrapped(model)) is not None:
-        model = inner[1]
-    return model
-
-
-def _walk_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    seen: set[int] = set()
-    for clean, raw, module in _walk_modules(unwrap(model)):
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in own:
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield _join(clean, name), _join(raw, name), tensor
-
-
-def _walk_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    seen: set[int] = set()
-
-    def walk(clean: str, raw: str, module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-        inner = _wrapped(module)
-        if inner is not None:
-            yield from walk(clean, _join(raw, inner[0]), inner[1])
-        elif id(module) not in seen:
-            seen.add(id(module))
-            yield clean, raw, module
-            for name, child in module.named_children():
-                yield from walk(_join(clean, name), _join(raw, name), child)
-
-    yield from walk("", "", model)
-
-
-def _wrapped(module: nn.Module) -> tuple[str, nn.Module] | None:
-    # torch.compile's OptimizedModule is private; the attribute that gives it away is not.
-    name = "module" if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) else "_orig_mod"
-    inner = module._modules.get(name)
-    return (name, inner) if inner is not None else None
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from pdiff_plugin.errors import FormatError, UnsupportedTensorError
+from pdiff_plugin.snapshots.chunks import read_base_header, read_chunks, write_base
 from pdiff_plugin.snapshots.files import read_json, write_json
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
-from pdiff_plugin.snapshots.store import SnapshotStore, TrajectoryWriter, read_base_header, read_chunks, write_base
+from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 FORMAT = "pdiff-shard"
 FORMAT_VERSION = 1

@@ -31,7 +31,7 @@ import torch
 from pdiff_plugin import FitConfig, Layout, fit
 from pdiff_plugin.fitting import conv_stage, diffusion_stage
 from pdiff_plugin.snapshots.layout import TensorSpec
-from pdiff_plugin.snapshots.store import TrajectoryWriter
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 FIGURES = Path(__file__).parent / "figures"
 SIZES = {"default": [2_048, 65_536, 1_000_000, 2_000_000, 4_000_000, 8_000_000], "paper": [2_048, 8_192, 32_768]}

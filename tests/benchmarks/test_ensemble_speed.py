@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pdiff_plugin import DiffusionEnsemble, WeightSet
-from pdiff_plugin.snapshots.layout import named_tensors
+from pdiff_plugin.modules.names import named_tensors
 
 NUM_MEMBERS = 32
 

@@ -12,7 +12,7 @@ import torch
 
 from pdiff_plugin import DiffusionConfig, FitConfig, Layout, SnapshotStore, WeightGenerator, fit
 from pdiff_plugin.snapshots.layout import TensorSpec
-from pdiff_plugin.snapshots.store import TrajectoryWriter
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import torch
 
 from pdiff_plugin import SnapshotStore
 from pdiff_plugin.config import DistributedConfig
-from pdiff_plugin.generator.autoencoder import measure
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
-from pdiff_plugin.snapshots.store import TrajectoryWriter
+from pdiff_plugin.snapshots.statistics import measure
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 # Starting Ray and its workers leaves sockets and files of Ray's own to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -70,7 +70,7 @@ def test_in_process(benchmark, store, expected, num_threads):
 @pytest.mark.benchmark(group="statistics of 300 x 4 M")
 @pytest.mark.parametrize("num_shards", [1, 2, 4])
 def test_shards(benchmark, local_ray, store, expected, num_shards):
-    from pdiff_plugin.fitting.cluster import map_in_order
+    from pdiff_plugin.cluster.connection import map_in_order
 
     def pass_over_columns():
         shards = [(number, num_shards, 1) for number in range(num_shards)]

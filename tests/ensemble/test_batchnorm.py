@@ -5,7 +5,7 @@ from torch.optim.swa_utils import update_bn
 
 from pdiff_plugin import DiffusionEnsemble, WeightSet, recalibrate_batchnorm, swapped
 from pdiff_plugin.errors import ConfigError
-from pdiff_plugin.snapshots.layout import named_tensors
+from pdiff_plugin.modules.names import named_tensors
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from pdiff_plugin import DiffusionEnsemble, WeightSet, ensemble_from_diffusion, swapped
 from pdiff_plugin.errors import ConfigError, FormatError, FormatVersionError, LayoutMismatchError, TrainingModeError
-from pdiff_plugin.snapshots.layout import Layout, named_tensors
+from pdiff_plugin.modules.names import named_tensors
+from pdiff_plugin.snapshots.layout import Layout
 
 M, B, C = 4, 5, 3
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pdiff_plugin.evaluation.task import Task
-from pdiff_plugin.snapshots.layout import Layout, named_tensors
-from pdiff_plugin.snapshots.store import SnapshotStore, TrajectoryWriter
+from pdiff_plugin.modules.names import named_tensors
+from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 NUM_TRAIN = 200
 

@@ -11,7 +11,8 @@ from pdiff_plugin import DiffusionConfig, FitConfig, Task, check_alignment, eval
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.generator.alignment import Alignment, recognise
 from pdiff_plugin.snapshots.layout import Layout
-from pdiff_plugin.snapshots.store import SnapshotStore, TrajectoryWriter
+from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 Run = tuple[Task, SnapshotStore]
 ALIGNED = FitConfig(align="rebasin", diffusion=DiffusionConfig(width=16, num_blocks=1, max_steps=40))

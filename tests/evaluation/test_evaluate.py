@@ -20,7 +20,8 @@ from pdiff_plugin.evaluation.sweep import sweep
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.generator.weights import WeightSet
-from pdiff_plugin.snapshots.store import SnapshotStore, TrajectoryWriter
+from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 Run = tuple[Task, SnapshotStore]
 KEYS = {

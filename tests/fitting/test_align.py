@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from pdiff_plugin import DiffusionConfig, FitConfig, SubspaceConfig, WeightGenerator, fit
+from pdiff_plugin.cluster.tune import HeldoutScore
 from pdiff_plugin.config import ConvConfig
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.fitting.fit import choose_heldout
-from pdiff_plugin.fitting.tune import HeldoutScore
 from pdiff_plugin.generator.alignment import Alignment, recognise
 from pdiff_plugin.snapshots.layout import Layout
-from pdiff_plugin.snapshots.store import SnapshotStore, TrajectoryWriter
+from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 LAYOUT = Layout.from_tensors(dict(nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 3)).named_parameters()))
 PLAIN = FitConfig(

@@ -10,12 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pdiff_plugin import DiffusionConfig, FitConfig, Layout, SubspaceConfig, WeightGenerator, fit
 from pdiff_plugin.errors import FitExistsError, FormatVersionError, StoreNotFoundError, UnusableSnapshotsError
 from pdiff_plugin.fitting.fit import heldout_blocks
-from pdiff_plugin.generator.streaming import save_tensors
 from pdiff_plugin.snapshots.layout import TensorSpec
 
 QUICK = FitConfig(
@@ -81,7 +80,7 @@ def test_a_fit_from_before_a_setting_existed_counts_as_one_with_its_default(make
     tensors = load_file(tmp_path / "fit" / "generator.safetensors")
     with safe_open(tmp_path / "fit" / "generator.safetensors", framework="pt") as file:
         header = {**file.metadata(), "config": json.dumps(document["config"])}
-    save_tensors(tmp_path / "fit" / "generator.safetensors", tensors, header)
+    save_file(tensors, tmp_path / "fit" / "generator.safetensors", header)
 
     found = fit(store, QUICK, out=tmp_path / "fit")
 

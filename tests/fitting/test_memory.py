@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from pdiff_plugin import DiffusionConfig, FitConfig, Layout, SnapshotStore, SubspaceConfig, fit
 from pdiff_plugin.snapshots.layout import TensorSpec
-from pdiff_plugin.snapshots.store import TrajectoryWriter
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 folder, N, D = Path(sys.argv[1]), 300, 1_000_000
 layout = Layout((TensorSpec("w", (900, 1000), "float32", "parameter"), TensorSpec("b", (D - 900_000,), "float32",

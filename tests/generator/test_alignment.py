@@ -8,8 +8,10 @@ from torch import nn
 
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.generator.alignment import Alignment, align, match, reader, recognise
-from pdiff_plugin.snapshots.layout import Layout, named_tensors
-from pdiff_plugin.snapshots.store import SnapshotStore, TrajectoryWriter
+from pdiff_plugin.modules.names import named_tensors
+from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 MLP = nn.Sequential(
     nn.Linear(6, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 8, bias=False), nn.ReLU(), nn.Linear(8, 3)

@@ -9,8 +9,9 @@ import torch
 from sklearn.decomposition import PCA
 
 from pdiff_plugin.config import SubspaceConfig
-from pdiff_plugin.generator.autoencoder import NonFiniteRowsError, _empty_basis, column_blocks, fit_subspace, measure
+from pdiff_plugin.fitting.subspace_stage import _empty_basis, fit_subspace
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
+from pdiff_plugin.snapshots.statistics import NonFiniteRowsError, column_blocks, measure
 
 N = 24
 LAYOUT = Layout(
@@ -207,7 +208,7 @@ def test_a_bfloat16_basis_decodes_and_encodes_within_half_a_percent_of_the_movem
 
 
 def test_a_basis_is_never_converted_whole(rows, monkeypatch):
-    monkeypatch.setattr("pdiff_plugin.generator.autoencoder.BLOCK_VALUES", 8)
+    monkeypatch.setattr("pdiff_plugin.generator.subspace.BLOCK_VALUES", 8)
     autoencoder = fitted(rows, replace(FULL, basis_dtype="bfloat16")).autoencoder
     widths, convert = [], torch.Tensor.float
 
@@ -227,7 +228,7 @@ def test_a_basis_is_never_converted_whole(rows, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_basis_lies_in_a_file_that_is_gone_with_it(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("pdiff_plugin.generator.autoencoder._MAPPED_BYTES", 100)
+    monkeypatch.setattr("pdiff_plugin.fitting.subspace_stage._MAPPED_BYTES", 100)
 
     basis = _empty_basis(5, 30, dtype, tmp_path)
     basis[:] = 1.5
@@ -238,14 +239,14 @@ def test_a_large_basis_lies_in_a_file_that_is_gone_with_it(tmp_path, monkeypatch
 
 
 def test_without_a_folder_a_large_basis_lies_in_the_system_s_one_for_temporary_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("pdiff_plugin.generator.autoencoder._MAPPED_BYTES", 100)
+    monkeypatch.setattr("pdiff_plugin.fitting.subspace_stage._MAPPED_BYTES", 100)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     assert mapped_file(_empty_basis(5, 30, torch.float32, None)).parent == tmp_path
 
 
 def test_a_basis_for_which_the_disk_has_no_room_is_kept_in_memory_and_that_is_said(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("pdiff_plugin.generator.autoencoder._MAPPED_BYTES", 100)
+    monkeypatch.setattr("pdiff_plugin.fitting.subspace_stage._MAPPED_BYTES", 100)
 
     basis = _empty_basis(5, 30, torch.float32, tmp_path / "missing")
 

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from pdiff_plugin import FitConfig, WeightGenerator
 from pdiff_plugin.config import DiffusionConfig
 from pdiff_plugin.errors import ConfigError, FormatError, FormatVersionError, GeneratorNotFoundError
-from pdiff_plugin.generator.autoencoder import SubspaceAutoencoder
 from pdiff_plugin.generator.frames import Frames
 from pdiff_plugin.generator.generator import new_denoiser
+from pdiff_plugin.generator.subspace import SubspaceAutoencoder
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 
 LAYOUT = Layout(
@@ -155,7 +155,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(GeneratorNotFoundError, match=r"holds no generator\.safetensors"):
         WeightGenerator.load(tmp_path)
     path.write_bytes(b"not a tensor file")
-    with pytest.raises(FormatError, match="expected a generator file"):
+    with pytest.raises(FormatError, match="expected a pdiff-generator file"):
         WeightGenerator.load(path)
     save_file({"x": torch.zeros(1)}, path, {"format": "pdiff-snapshots", "format_version": "1"})
     with pytest.raises(FormatError, match="expected format 'pdiff-generator'"):
@@ -177,7 +177,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pdiff_plugin.generator.generator.save_tensors", full)
+    monkeypatch.setattr("pdiff_plugin.snapshots.tensor_files.TensorFileWriter.write", full)
     with pytest.raises(OSError, match="No space left"):
         make_generator().save(tmp_path)
 

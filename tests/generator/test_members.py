@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from pdiff_plugin import FitConfig, WeightGenerator
 from pdiff_plugin.config import DiffusionConfig
-from pdiff_plugin.generator.autoencoder import SubspaceAutoencoder
 from pdiff_plugin.generator.frames import Frames
 from pdiff_plugin.generator.generator import new_denoiser
 from pdiff_plugin.generator.members import MEMBER_CHUNK, write_members
+from pdiff_plugin.generator.subspace import SubspaceAutoencoder
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 
 K = 4

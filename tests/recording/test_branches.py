@@ -12,9 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pdiff_plugin import SnapshotStore, collect
 from pdiff_plugin.errors import ConfigError, TrajectoryExistsError
 
-_spec = importlib.util.spec_from_file_location(
-    "awkward_models", Path(__file__).parent.parent / "ensemble" / "models.py"
-)
+_spec = importlib.util.spec_from_file_location("awkward_models", Path(__file__).parent.parent / "modules" / "models.py")
 models = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(models)
 

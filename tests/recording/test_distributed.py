@@ -11,7 +11,7 @@ import torch
 
 from pdiff_plugin import SnapshotStore
 from pdiff_plugin.errors import FormatError
-from pdiff_plugin.snapshots.store import TrajectoryWriter
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 SCRIPT = """
 import json, os, sys

@@ -434,7 +434,7 @@ def test_a_rank_that_writes_nothing_does_not_take_the_chunks_of_rank_0_for_those
     with PDiffRecorder(tmp_path, trajectory="a").attach(net) as rank_0:
         rank_0.step()
         rank_0.state_dict()  # its first chunk is on disk
-        monkeypatch.setattr("pdiff_plugin.recording.run._rank", lambda: 1)
+        monkeypatch.setattr("pdiff_plugin.recording.session._rank", lambda: 1)
         with PDiffRecorder(tmp_path, trajectory="a").attach(net) as rank_1:
             rank_1.step()
     assert SnapshotStore.open(tmp_path).steps.tolist() == [1]

@@ -16,7 +16,7 @@ from pdiff_plugin.recording import writer as writer_module
 from pdiff_plugin.recording.writer import BackgroundWriter, RowInfo
 from pdiff_plugin.snapshots import files
 from pdiff_plugin.snapshots.layout import Layout
-from pdiff_plugin.snapshots.store import TrajectoryWriter
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 VALUE = torch.zeros(3)
 LAYOUT = Layout.from_tensors({"w": VALUE})

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pdiff_plugin.errors import LayoutMismatchError, UnsupportedTensorError
-from pdiff_plugin.snapshots.layout import DTYPES, Layout, named_modules, named_tensors, unwrap, wrapped_names
+from pdiff_plugin.modules.names import named_modules, named_tensors, unwrap, wrapped_names
+from pdiff_plugin.snapshots.layout import DTYPES, Layout
 
 shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 tensor_sets = st.lists(st.tuples(shapes, st.sampled_from(sorted(DTYPES))), min_size=1, max_size=5)

@@ -6,7 +6,8 @@ import torch
 
 from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.shards import write_shapes
-from pdiff_plugin.snapshots.store import SnapshotStore, TrajectoryWriter
+from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 WHOLE = torch.arange(4.0)
 

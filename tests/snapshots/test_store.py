@@ -14,7 +14,8 @@ from pdiff_plugin.errors import (
     TrajectoryExistsError,
 )
 from pdiff_plugin.snapshots.layout import Layout
-from pdiff_plugin.snapshots.store import SnapshotStore, TrajectoryWriter
+from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 LAYOUT = Layout.from_tensors({"a": torch.zeros(2, 2), "b": torch.zeros(3)})
 DATA = Path(__file__).parents[1] / "data"

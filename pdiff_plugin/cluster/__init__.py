@@ -1,0 +1,1 @@
+"""All of Ray: joining or starting a cluster, and the fits, members, scores and searches that run on one."""

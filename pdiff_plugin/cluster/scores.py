@@ -1,0 +1,62 @@
+"""An evaluation on the workers of a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from pdiff_plugin.cluster.connection import map_in_order
+from pdiff_plugin.config import DistributedConfig
+from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.evaluation.scores import Scores, score_sets
+from pdiff_plugin.evaluation.task import Task
+from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.progress import OnProgress, Progress
+
+
+class ClusterScorer:
+    """As :func:`score_sets`, with a task of the cluster for every set of members.
+
+    A set stays whole, because its ensemble needs all of its members on the same items; the figures are those of one
+    process. The task with its model is put into the object store once. To be used while connected.
+    """
+
+    def __init__(self, distributed: DistributedConfig) -> None:
+        self.distributed = distributed
+        self._stored: tuple[Task, Any] | None = None
+
+    def __call__(
+        self,
+        task: Task,
+        sets: Mapping[str, WeightSet],
+        *,
+        loader: Iterable[Any] | None = None,
+        name: str = "eval_loader",
+        has_targets: bool = True,
+        seed: int = 0,
+        on_progress: OnProgress | None = None,
+    ) -> tuple[dict[str, Scores], Tensor]:
+        if self._stored is None or self._stored[0] is not task:
+            self._stored = (task, ray.put(task))
+
+        def tell(done: int) -> None:
+            if on_progress is not None:
+                on_progress(Progress("score", done, len(sets)))
+
+        options = {"loader": loader, "name": name, "has_targets": has_targets, "seed": seed}
+        items = [(key, weights, options) for key, weights in sets.items()]
+        answers = map_in_order(_score_one, self._stored[1], items, self.distributed, tell)
+        targets = answers[0][1]
+        if not all(torch.equal(targets, theirs) for _, theirs in answers):
+            raise ConfigError(name, "another order in another process", "must not shuffle (shuffle=False)")
+        return {key: scores for (key, _, _), (scores, _) in zip(items, answers, strict=True)}, targets
+
+
+def _score_one(task: Task, item: tuple[str, WeightSet, dict[str, Any]]) -> tuple[Scores, Tensor]:
+    key, weights, options = item
+    scores, targets = score_sets(task, {key: weights}, **options)
+    return scores[key], targets

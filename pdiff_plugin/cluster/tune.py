@@ -1,0 +1,384 @@
+"""Searching for better settings of a fit: flat trials on Ray Tune, bad ones stopped early.
+
+    OUT/generator.safetensors, fit.json    the best fit, as `pdiff fit` would have written it
+    OUT/tune.json                          every trial: settings, score, what its fit measured
+    OUT/search/                            while running: Tune's own state and the trials' fits; gone afterwards
+
+The default settings are one of the trials, so that the best is never worse than they by its own score.
+
+The score of a generator, lower is better, is the energy distance between its samples and the held-out snapshots, over
+the mean distance between held-out snapshots:  (2 E|x - y| - E|x - x'| - E|y - y'|) / E|y - y'|, for samples x and
+held-out snapshots y as standardised weights. It is 0 for samples of the snapshots' own distribution, and rises with a
+wrong centre, with too little and with too much spread (Székely & Rizzo 2013). It does not see copying: that has a
+column of its own.
+
+Shapes: M samples, H held-out snapshots, D values in a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray.tune import Callback
+from torch import Tensor
+
+from pdiff_plugin.cluster.connection import check_shared, connected, wait_for_room
+from pdiff_plugin.config import DistributedConfig, FitConfig, TuneConfig
+from pdiff_plugin.errors import ConfigError, FitExistsError, PDiffError, WorkersFailedError
+from pdiff_plugin.fitting.fit import check_num_snapshots, choose_heldout, fit, measure_store
+from pdiff_plugin.fitting.folder import fingerprint
+from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX, Runtime
+from pdiff_plugin.generator.alignment import reader
+from pdiff_plugin.generator.generator import FILE_NAME, WeightGenerator
+from pdiff_plugin.progress import OnProgress, Progress
+from pdiff_plugin.snapshots.files import read_json, write_json
+from pdiff_plugin.snapshots.statistics import transform
+from pdiff_plugin.snapshots.store import SnapshotStore
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "pdiff-tune"
+FORMAT_VERSION = 1
+# A generator and the temperature to sample it at -> a number, lower is better.
+Score = Callable[[WeightGenerator, float], float]
+
+_NUM_SAMPLES = 64
+# A trial is fitted with a ninth of the steps, a third and all of them; ASHA stops two thirds of the trials at each.
+_RUNGS = (9, 3, 1)
+_TUNE_SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: not a line of Tune's own
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours
+    "TUNE_GLOBAL_CHECKPOINT_S": "5",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_MAX_PENDING_TRIALS_PG": "16",
+}
+
+
+def tune(
+    store: SnapshotStore | str | os.PathLike[str],
+    base: FitConfig | None = None,
+    search: TuneConfig | None = None,
+    *,
+    out: str | os.PathLike[str],
+    score: Score | None = None,
+    fresh: bool = False,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Try settings around ``base`` and keep the fit of the best. The same call goes on where one was interrupted.
+
+    Args:
+        store: a snapshot store or its folder, on storage that every node sees.
+        base: settings that are not searched for, and the first trial.
+        search: what is searched and where it runs.
+        out: run folder, on storage that every node sees.
+        score: judges a generator; the weight-space score of :class:`HeldoutScore` unless given.
+        fresh: start anew.
+        on_progress: told the number of trials that have ended.
+
+    Returns:
+        The document of ``tune.json``; ``trials`` is ordered by score.
+
+    Raises:
+        FitExistsError: ``out`` holds a search of other settings or other snapshots, or a fit.
+        WorkersFailedError: no trial succeeded.
+    """
+    base, search = base or FitConfig(), search or TuneConfig()
+    store = store if isinstance(store, SnapshotStore) else SnapshotStore.open(store)
+    check_num_snapshots(store)
+    folder = Path(out).resolve()
+    document = _open(store, base, search, folder, score, fresh=fresh)
+    if document["status"] == "finished":
+        return document
+    work = folder / "search"
+    work.mkdir(parents=True, exist_ok=True)
+    distributed = DistributedConfig(
+        address=search.address, cpus_per_worker=search.cpus_per_trial, gpus_per_worker=search.gpus_per_trial
+    )
+    path = store.path.resolve()
+    # Once for all trials: their fits go on from here.
+    rows, _, _ = measure_store(store, base, Runtime(work, on_progress))
+    if score is None:
+        score = HeldoutScore(path, rows[choose_heldout(store, rows, base.heldout_fraction)])
+    with _environment(_TUNE_SETTINGS), connected(search.address):
+        wait_for_room(distributed)
+        check_shared([path / "layout.json", folder / "tune.json"])
+        trials = _search(path, base, search, work, score, on_progress)
+    if not trials:
+        raise WorkersFailedError("the search", "no trial succeeded", "See the warnings above; --fresh starts anew.")
+    trials.sort(key=lambda trial: trial["score"])
+    best = Path(trials[0]["folder"])
+    for name in (FILE_NAME, "fit.json"):
+        os.replace(best / name, folder / name)
+    document |= {
+        "status": "finished",
+        "trials": [{k: v for k, v in trial.items() if k != "folder"} for trial in trials],
+    }
+    write_json(folder / "tune.json", document)
+    shutil.rmtree(work)
+    return document
+
+
+def _open(
+    store: SnapshotStore, base: FitConfig, search: TuneConfig, folder: Path, score: Score | None, *, fresh: bool
+) -> dict[str, Any]:
+    """The document of ``tune.json``, checked or new."""
+    where = ("address", "cpus_per_trial", "gpus_per_trial", "num_concurrent", "max_failures")
+    settings = {key: value for key, value in dataclasses.asdict(search).items() if key not in where}
+    mine: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "status": "running",
+        "store": str(store.path.resolve()),
+        "snapshots": fingerprint(store),
+        "config": base.to_json(),
+        "search": settings,
+        "score": str(score) if score is not None else HeldoutScore.name,
+        "trials": [],
+    }
+    mine = json.loads(json.dumps(mine))  # as it will be read again: with lists for tuples
+    path = folder / "tune.json"
+    if path.exists() and not fresh:
+        found = read_json(path, FORMAT, FORMAT_VERSION)
+        for key in ("store", "snapshots", "config", "search", "score"):
+            if found.get(key) != mine[key]:
+                what = "on other snapshots" if key == "snapshots" else f"with another {key}"
+                raise FitExistsError(str(folder), f"a search {what}")
+        return found
+    if (folder / "fit.json").exists() and not fresh:
+        raise FitExistsError(str(folder), "of `pdiff fit`")
+    if fresh:
+        shutil.rmtree(folder / "search", ignore_errors=True)
+        for name in ("tune.json", "fit.json", FILE_NAME):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, mine)
+    return mine
+
+
+def _search(
+    store: Path, base: FitConfig, search: TuneConfig, work: Path, score: Score, on_progress: OnProgress | None
+) -> list[dict[str, Any]]:
+    """Run the trials; the best report of each."""
+    from ray.tune import CheckpointConfig, FailureConfig, RunConfig, Tuner, with_parameters, with_resources
+    from ray.tune import TuneConfig as RayTuneConfig
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    resources = {"cpu": search.cpus_per_trial, **({"gpu": search.gpus_per_trial} if search.gpus_per_trial else {})}
+    function = with_resources(
+        with_parameters(_trial, store=str(store), base=base, work=str(work), score=score), resources
+    )
+    default = {**_searched(base), "is_default": True}
+    scheduler = ASHAScheduler(time_attr="rung", max_t=len(_RUNGS), grace_period=1, reduction_factor=3)
+    searcher = BasicVariantGenerator(
+        points_to_evaluate=[default],
+        random_state=search.seed,
+        max_concurrent=search.num_concurrent,
+    )
+    state = work / "tune"
+    if Tuner.can_restore(str(state)):
+        tuner = Tuner.restore(
+            str(state), trainable=function, resume_errored=True, restart_errored=False, param_space=_space(base)
+        )
+    else:
+        tuner = Tuner(
+            function,
+            param_space=_space(base),
+            tune_config=RayTuneConfig(
+                metric="score", mode="min", num_samples=search.num_trials, scheduler=scheduler, search_alg=searcher
+            ),
+            run_config=RunConfig(
+                name="tune",
+                storage_path=str(work),
+                verbose=0,
+                failure_config=FailureConfig(max_failures=search.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+                callbacks=[_Tell()],
+            ),
+        )
+    _Tell.listener, _Tell.num_trials = on_progress, search.num_trials
+    results = tuner.fit()
+    trials = []
+    for index in range(len(results)):
+        result = results[index]
+        if result.error is not None:
+            if isinstance(cause := getattr(result.error, "cause", None), PDiffError):
+                raise cause
+            logger.warning("a trial failed: %s", str(result.error).strip().splitlines()[-1])
+        trials += _reports_of(work, result.config or {})
+    return trials
+
+
+def _reports_of(work: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The best of a trial's own reports, as a list of at most one."""
+    reports = []
+    for path in sorted(work.glob(f"{_key(settings)}-*/trial.json")):
+        reports.append({**json.loads(path.read_text(encoding="utf-8")), "folder": str(path.parent)})
+    return sorted(reports, key=lambda report: report["score"])[:1]
+
+
+def _space(base: FitConfig) -> dict[str, Any]:
+    """What is searched."""
+    from ray.tune import choice, loguniform
+
+    return {
+        "latent_dim": choice([16, 32, 64, 128]),
+        "prediction_type": choice(["flow", "v_prediction", "epsilon"]),
+        "lr": loguniform(base.diffusion.lr / 4, base.diffusion.lr * 4),
+        "patience": choice([2, 5, 10]),
+        "temperature": choice([0.8, 0.9, 1.0, 1.1]),
+        "is_default": False,
+    }
+
+
+def _searched(config: FitConfig) -> dict[str, Any]:
+    """The values that ``config`` has for what is searched."""
+    return {
+        "latent_dim": config.autoencoder.latent_dim,
+        "prediction_type": config.diffusion.prediction_type,
+        "lr": config.diffusion.lr,
+        "patience": config.diffusion.patience,
+        "temperature": 1.0,
+    }
+
+
+def _key(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _configured(base: FitConfig, settings: dict[str, Any], max_steps: int) -> FitConfig:
+    names = ("prediction_type", "lr", "patience")
+    diffusion = {name: settings[name] for name in names} | {"max_steps": max_steps}
+    if settings["prediction_type"] != base.diffusion.prediction_type:
+        diffusion |= {"sampler": None, "num_sampling_steps": None}  # chosen for the other type
+    return dataclasses.replace(
+        base,
+        autoencoder=dataclasses.replace(base.autoencoder, latent_dim=settings["latent_dim"]),
+        diffusion=dataclasses.replace(base.diffusion, **diffusion),
+    )
+
+
+def _trial(settings: dict[str, Any], *, store: str, base: FitConfig, work: str, score: Score) -> None:
+    """One trial: fits of growing length, each judged."""
+    from ray.tune import report
+
+    for rung, divisor in enumerate(_RUNGS, start=1):
+        if settings["is_default"] and divisor > 1:
+            continue  # the yardstick is never stopped early
+        max_steps = math.ceil(base.diffusion.max_steps / divisor)
+        folder = Path(work) / f"{_key(settings)}-{rung}"
+        folder.mkdir(exist_ok=True)
+        statistics = f"statistics{CHECKPOINT_SUFFIX}"
+        if not (folder / "fit.json").exists():
+            shutil.copyfile(Path(work) / statistics, folder / statistics)
+        generator = fit(store, _configured(base, settings, max_steps), out=folder)
+        value = score(generator, settings["temperature"])
+        if not math.isfinite(value):
+            raise ValueError(f"the score is {value}")  # a failed trial: it can be neither best nor worst
+        document = {
+            "score": value,
+            **settings,
+            "max_steps": max_steps,
+            **{key: generator.report.get(key) for key in ("spread_ratio", "copy_ratio", "fidelity", "diffusion_steps")},
+        }
+        write_json(folder / "trial.json", document)
+        report({"score": document["score"], "rung": rung})
+
+
+class HeldoutScore:
+    """Energy distance of samples to the held-out snapshots, over the mean distance between those; lower is better.
+
+    Args:
+        store: the snapshots.
+        heldout: numbers of those that were held out from the fit, (H,), H at least 2.
+        seed: of the samples.
+
+    Raises:
+        ConfigError: fewer than two are held out.
+    """
+
+    name = "energy distance to held-out snapshots"
+
+    def __init__(self, store: Path, heldout: Tensor, seed: int = 0) -> None:
+        if len(heldout) < 2:
+            expected = "must hold out at least 2 snapshots to score a search; raise it, or record more snapshots"
+            raise ConfigError("heldout_fraction", f"{len(heldout)} of the snapshots", expected)
+        self.store, self.heldout, self.seed = store, heldout, seed
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, generator: WeightGenerator, temperature: float) -> float:
+        store = SnapshotStore.open(self.store)
+        latents = generator.sample_latents(
+            _NUM_SAMPLES, temperature=temperature, rng=torch.Generator().manual_seed(self.seed)
+        )
+        squares = self._squared_distances(store, generator, latents, self.heldout)
+        return energy_distance(squares.clamp_min(0).sqrt(), len(latents))
+
+    @staticmethod
+    def _squared_distances(store: SnapshotStore, generator: WeightGenerator, latents: Tensor, rows: Tensor) -> Tensor:
+        """Between samples and snapshots at ``rows``, standardised per tensor, (M + H, M + H) float64."""
+        place = {spec.name: number for number, spec in enumerate(store.layout)}
+        scales = generator.autoencoder.scales
+        read = reader(store, generator.alignment)
+        total = torch.zeros(len(latents) + len(rows), len(latents) + len(rows), dtype=torch.float64)
+        for name, columns, values in generator.autoencoder.decode_blocks(latents):
+            both = torch.cat([values, read(columns.start, columns.stop, rows).to(values)])
+            points = transform(both, name).double() / scales[place[name]]
+            total += torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").square()
+        return total
+
+
+def energy_distance(distances: Tensor, num_samples: int) -> float:
+    """Energy distance of the first ``num_samples`` points to the others, over the mean distance of the others.
+
+    Args:
+        distances: between all points, (M + H, M + H).
+        num_samples: M.
+    """
+    M, H = num_samples, len(distances) - num_samples
+    between = distances[:M, M:].mean()
+    among_samples = distances[:M, :M].sum() / (M * (M - 1))
+    among_others = distances[M:, M:].sum() / (H * (H - 1))
+    return float((2 * between - among_samples - among_others) / among_others)
+
+
+class _Tell(Callback):
+    """Reports the number of trials that have ended, and the best score so far.
+
+    Tune pickles its callbacks, and a search that goes on gets the old ones back: whom to tell is therefore not in here.
+    """
+
+    listener: OnProgress | None = None
+    num_trials = 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if _Tell.listener is None:
+            return
+        ended = {t.trial_id for t in trials if t.is_finished()} | {trial.trial_id}
+        scores = [t.last_result["score"] for t in trials if t.last_result and "score" in t.last_result]
+        _Tell.listener(Progress("tune", len(ended), _Tell.num_trials, {"best_score": min(scores, default=math.nan)}))
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Ray Tune is configured by environment variables; what a user has set stays."""
+    missing = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)

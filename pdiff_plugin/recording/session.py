@@ -1,0 +1,336 @@
+"""One training run as the recorder sees it: the window, the writer, the store, the drift of what is not recorded."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pdiff_plugin.errors import StoreNotFoundError, TrajectoryExistsError
+from pdiff_plugin.modules.names import named_tensors, unwrap, wrapped_names
+from pdiff_plugin.recording.rest import FrozenRest, RestDrift, rest_names
+from pdiff_plugin.recording.selection import select
+from pdiff_plugin.recording.window import Window
+from pdiff_plugin.recording.writer import BackgroundWriter, RowInfo
+from pdiff_plugin.snapshots.chunks import FORMAT, FORMAT_VERSION, read_base_header, read_chunks
+from pdiff_plugin.snapshots.files import read_json
+from pdiff_plugin.snapshots.layout import DTYPES, Layout
+from pdiff_plugin.snapshots.shards import (
+    check_sharding,
+    is_sharded,
+    local_part,
+    next_free_trajectory,
+    shard_folder,
+    write_shapes,
+)
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
+
+if TYPE_CHECKING:
+    from pdiff_plugin.recording.recorder import PDiffRecorder
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """One training run as the recorder sees it, from ``start`` to ``close``."""
+
+    def __init__(
+        self,
+        recorder: PDiffRecorder,
+        model: nn.Module,
+        window: Window,
+        steps_per_epoch: int | None,
+        averaged: bool,
+        store: Path,
+    ) -> None:
+        self.recorder, self.model, self.window = recorder, unwrap(model), window
+        self.steps_per_epoch, self.averaged, self.store = steps_per_epoch, averaged, store
+        self.is_writer = _rank() == 0
+        self.step, self.trajectory = 0, recorder.trajectory
+        # Ranks of a sharded model all write and must agree on a name: this is found before any of them has written.
+        self._shared_trajectory = next_free_trajectory(store) if world_size() > 1 else None
+        self._folder = store
+        self._shapes: dict[str, tuple[int, ...]] | None = None  # whole shapes, if the model is sharded
+        self.num_recorded = 0
+        self.last_recorded = 0
+        self._num_observed = 0
+        self._resume_step: int | None = None
+        self._layout: Layout | None = None
+        self._read: Callable[[], list[Tensor]] = list
+        self._drift = RestDrift(list)
+        self._frozen: FrozenRest | None = None
+        self._writer: BackgroundWriter | None = None
+        self._is_measured = False
+        check_sharding(self.model)
+        # Wrong `layers` or a store of other tensors must not surface at the end of a long training.
+        self._check_store(select(model, recorder.layers, averaged=averaged).layout)
+        self._freeze_in_window()
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self.step, self.trajectory = int(counters["step"]), counters["trajectory"]
+        self._resume_step = self.step
+        self._leave_other_runs_alone(counters.get("store"))
+        self._num_observed = self.num_recorded = 0
+        self._layout, self._is_measured = None, False
+        self._freeze_in_window()
+
+    def _leave_other_runs_alone(self, store: str | None) -> None:
+        """Begin a trajectory of its own if the checkpoint is of a run whose snapshots are not this one's to drop."""
+        if store is not None and Path(store).is_dir() and Path(store).resolve() != self.store.resolve():
+            reason, trajectory = f"it was recorded in another store, {store}", self.recorder.trajectory
+        elif self.trajectory is not None and (end := _finished_at(self.store, self.trajectory)) > self.step:
+            reason, trajectory = f"{self.trajectory} has since been recorded to its end at step {end}", None
+        else:
+            return
+        if self.is_writer:
+            logger.warning(
+                "the run of this checkpoint (step %d) is left as it is and another is begun: %s", self.step, reason
+            )
+        self.trajectory, self._resume_step = trajectory, None
+
+    def counters(self) -> dict[str, Any]:
+        return {"step": self.step, "trajectory": self.trajectory, "store": str(self.store)}
+
+    def state(self) -> dict[str, Any]:
+        if self.is_writer and self.recorder.error is None and self._num_observed:
+            # The trajectory is claimed even without rows, so that a resumed run goes on in the same one.
+            writer = self._ready_writer()
+            writer.flush()
+            if writer.trajectory is not None:
+                self.trajectory = writer.trajectory.trajectory
+        return self.counters()
+
+    def observe(
+        self, step: int, epoch: float | None, metrics: Mapping[str, Any] | None, found_inf: Tensor | None = None
+    ) -> None:
+        self.step = step
+        if self._num_observed == 0:
+            self._resolve()
+            self._check_trajectory()
+        self._num_observed += 1
+        if self.is_writer and self.recorder.error is None and self.window.is_due(step):
+            if epoch is None and self.steps_per_epoch:
+                epoch = step / self.steps_per_epoch
+            try:
+                self._record(RowInfo(step, epoch, _scalars(metrics or {})), found_inf)
+            except Exception as error:
+                # Nothing of ours may break a training step.
+                self._fail(error)
+        self._freeze_in_window()
+
+    def close(self) -> None:
+        try:
+            if self._writer is not None:
+                self._finish(self._writer)
+        finally:
+            if self._frozen is not None:
+                self._frozen.restore()
+        first = self.window.first
+        if self.is_writer and self._num_observed and self.step < first:
+            logger.warning(
+                "training ended at step %d, before the recording window opened at step %d: no snapshot was taken. "
+                "For training that may stop early, keep_newest=True keeps the newest %d snapshots, wherever it ends.",
+                *(self.step, first, self.recorder.max_snapshots),
+            )
+
+    def _record(self, info: RowInfo, found_inf: Tensor | None) -> None:
+        writer = self._ready_writer()
+        writer.add(self._read(), info, found_inf)
+        if not writer.is_active:
+            self.recorder.error = writer.error
+            return
+        is_ring = self.window.total_steps is None
+        if self.num_recorded == 0 or (is_ring and self.num_recorded % self.window.num_rows == 0):
+            self._drift.mark(info.step)
+        self.num_recorded += 1
+        self.last_recorded = info.step
+        if info.step == self.window.total_steps:
+            self._measure_end(writer)
+
+    def _ready_writer(self) -> BackgroundWriter:
+        if self._writer is None:
+            layout = self._resolve()
+            dtype = DTYPES[self.recorder.dtype]
+            folder, trajectory, resume_step, shapes = self._folder, self.trajectory, self._resume_step, self._shapes
+
+            def open_trajectory() -> TrajectoryWriter:
+                opened = TrajectoryWriter(folder, layout, dtype, trajectory, resume_step)
+                if shapes is not None:
+                    write_shapes(folder, shapes)
+                return opened
+
+            self._writer = BackgroundWriter(
+                open_trajectory,
+                layout,
+                dtype,
+                self._read()[0].device,
+                keep=self.window.num_rows if self.window.total_steps is None else None,
+            )
+            # A recorder that is forgotten without close() still leaves no thread behind.
+            weakref.finalize(self.recorder, self._writer.close).atexit = False
+        return self._writer
+
+    def _resolve(self) -> Layout:
+        """Find the tensors, as late as possible: some trainers replace parameters after the recorder was attached."""
+        if self._layout is None:
+            check_sharding(self.model)
+            selection = select(self.model, self.recorder.layers, averaged=self.averaged)
+            tensors = selection.tensors
+            if any(map(is_sharded, tensors.values())):
+                self._folder = shard_folder(self.store, tensors)
+                self.trajectory = self.trajectory or self._shared_trajectory
+                self._shapes = {n: tuple(t.shape) for n, t in named_tensors(self.model).items() if is_sharded(t)}
+                if not self.is_writer:  # rank 0 records what is not sharded
+                    tensors = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
+                self.is_writer = True
+            local = {name: local_part(tensor) for name, tensor in tensors.items()}
+            self._layout = Layout.from_tensors(local, selection.kinds)
+            self._read = _reader(self.model, self._layout.names)
+            self._drift = RestDrift(_reader(self.model, rest_names(self.model, list(selection.tensors))))
+        return self._layout
+
+    def _measure_end(self, writer: BackgroundWriter) -> None:
+        """Measure the drift and save the base, while the model is the one of the last row."""
+        drift = self.recorder.rest_drift = self._drift.measure()
+        header = {"step": str(self.last_recorded)}
+        if self.window.total_steps is not None:
+            header["total_steps"] = str(self.window.total_steps)
+        if drift is not None:
+            header |= {"rest_drift": repr(drift), "rest_drift_from_step": str(self._drift.from_step)}
+        if self.recorder.save_base:
+            state = _base_state(self.model)
+            if self._shapes is not None and _rank() != 0:
+                state = {name: tensor for name, tensor in state.items() if name in self._shapes}
+            writer.submit(lambda trajectory: trajectory.write_base(state, header))
+        self._is_measured = True
+
+    def _finish(self, writer: BackgroundWriter) -> None:
+        if self.num_recorded and not self._is_measured and writer.is_active and self.recorder.error is None:
+            try:
+                self._measure_if_unchanged(writer)
+            except Exception as error:
+                # An exception that ended training must not be hidden by one of ours.
+                self._fail(error)
+        writer.close()
+        self.recorder.error = self.recorder.error or writer.error
+        if writer.trajectory is not None:
+            self.trajectory = writer.trajectory.trajectory
+        if self.num_recorded and writer.trajectory is not None:
+            drift, from_step = self.recorder.rest_drift, self._drift.from_step
+            rest = "" if drift is None else f"; the rest of the network moved by {drift:.2%} since step {from_step}"
+            logger.info("recorded %d snapshots in %s%s", writer.trajectory.num_rows, writer.trajectory.folder, rest)
+
+    def _measure_if_unchanged(self, writer: BackgroundWriter) -> None:
+        writer.flush()
+        if writer.trajectory is not None and self._is_last_row(writer.trajectory):
+            self._measure_end(writer)
+        else:
+            logger.info(
+                "the model has changed since its last snapshot at step %d (other weights were loaded, or training "
+                "ended between two snapshots): no base weights and no drift are kept",
+                self.last_recorded,
+            )
+
+    def _is_last_row(self, trajectory: TrajectoryWriter) -> bool:
+        chunks, _ = read_chunks(trajectory.folder, trajectory.layout)
+        if not chunks:
+            return False
+        values = dict(zip(trajectory.layout.names, self._read(), strict=True))
+        last = chunks[-1].rows[len(chunks[-1].steps) - 1 : len(chunks[-1].steps)][0]
+        # Through the recorder's own dtype, as the row went: the store may keep more digits than it was given.
+        row = trajectory.layout.flatten(values, DTYPES[self.recorder.dtype])
+        return torch.equal(row.to(trajectory.row_dtype).cpu(), last)
+
+    def _check_store(self, layout: Layout) -> None:
+        if self.store.exists() and not self.store.is_dir():
+            raise StoreNotFoundError(str(self.store), "it is a file")
+        if (self.store / "layout.json").is_file():
+            document = read_json(self.store / "layout.json", FORMAT, FORMAT_VERSION)
+            Layout.from_json(document["tensors"]).check_same(layout, f"the store {self.store}")
+
+    def _check_trajectory(self) -> None:
+        # Other ranks come here when rank 0 may have written its first chunk.
+        if self.is_writer and self.trajectory is not None and self._resume_step is None:
+            folder = self._folder / "trajectories" / self.trajectory
+            if any(folder.glob("chunk-*.safetensors")):
+                raise TrajectoryExistsError(
+                    str(folder), sum(len(c.steps) for c in read_chunks(folder, self._resolve())[0])
+                )
+
+    def _freeze_in_window(self) -> None:
+        if self.recorder.freeze_rest and self._frozen is None and self.step >= self.window.first - 1:
+            self._frozen = FrozenRest(self.model, select(self.model, self.recorder.layers).tensors)
+
+    def _fail(self, error: Exception) -> None:
+        self.recorder.error = error
+        logger.warning("recording stopped, training goes on: %s", error, exc_info=error)
+
+
+def _reader(model: nn.Module, names: Sequence[str]) -> Callable[[], list[Tensor]]:
+    """A function that returns the present tensors of these names (this rank's parts of sharded ones).
+
+    They are looked up each time, should the model replace them.
+    """
+    inside = wrapped_names(model)
+    places: list[tuple[dict[str, Any], str]] = []
+    for name in names:
+        prefix, _, leaf = inside[name].rpartition(".")
+        module = model.get_submodule(prefix)
+        places.append((module._parameters if leaf in module._parameters else module._buffers, leaf))
+    if any(is_sharded(tensors[leaf]) for tensors, leaf in places):
+        return lambda: [local_part(tensors[leaf]) for tensors, leaf in places]
+    return lambda: [tensors[leaf] for tensors, leaf in places]
+
+
+def _finished_at(store: Path, trajectory: str) -> int:
+    """The last step of a run that was recorded to its planned end, else 0."""
+    header = read_base_header(store / "trajectories" / trajectory)
+    return int(header["step"]) if "step" in header and header["step"] == header.get("total_steps") else 0
+
+
+def _base_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict under the names before any wrapping; tied tensors stay tied."""
+    clean = {inside: name for name, inside in wrapped_names(model).items()}
+    copies: dict[tuple[int, Any, Any], Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            local = local_part(tensor.detach())
+            key = (local.data_ptr(), local.shape, local.stride()) if local.numel() else (id(local), (), ())
+            if key not in copies:
+                copies[key] = local.to("cpu", copy=True)
+            state[clean.get(name, name.replace("_orig_mod.", ""))] = copies[key]
+    return state
+
+
+def _scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers among ``metrics``. One on a device is copied there, to be read by the writer without waiting."""
+    scalars: dict[str, Any] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Tensor) and value.numel() == 1:
+            scalars[name] = value.detach().clone() if value.is_cuda else value.item()
+        elif hasattr(value, "__float__") and not isinstance(value, Tensor) and getattr(value, "size", 1) == 1:
+            with suppress(TypeError, ValueError):  # not a number after all; no metric is worth the recording
+                scalars[name] = float(value.item() if hasattr(value, "item") else value)  # numpy's have item()
+    return scalars
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if _is_distributed() else 0
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size() if _is_distributed() else 1
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

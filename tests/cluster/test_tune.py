@@ -1,0 +1,95 @@
+"""The search: its score against closed forms, its trials, and that an interrupted one goes on."""
+
+import json
+import shutil
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pdiff_plugin import DiffusionConfig, FitConfig, WeightGenerator, fit
+from pdiff_plugin.config import TuneConfig
+from pdiff_plugin.errors import ConfigError, FitExistsError
+
+pytest.importorskip("ray")
+from pdiff_plugin.cluster.tune import HeldoutScore, energy_distance, tune
+from pdiff_plugin.fitting.fit import heldout_blocks
+
+# Starting Ray and its workers leaves sockets and files of Ray's own to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+QUICK = FitConfig(diffusion=DiffusionConfig(width=16, num_blocks=1, max_steps=90, batch_size=16, eval_every_n_steps=10))
+
+
+def distance_of(samples, others):
+    points = torch.cat([samples, others])
+    return energy_distance(torch.cdist(points, points), len(samples))
+
+
+def test_the_energy_distance_of_normal_samples_meets_its_closed_form():
+    rng = torch.Generator().manual_seed(0)
+    others = torch.randn(2000, 1, generator=rng, dtype=torch.float64)
+    samples = torch.randn(2000, 1, generator=rng, dtype=torch.float64)
+    assert abs(distance_of(samples, others)) < 0.01
+    # E|x - y| of N(0, 1) against N(m, 1), with d = N(m, sqrt(2)): s sqrt(2/pi) exp(-m^2/2s^2) + m erf(m / s sqrt(2))
+    m, s = torch.tensor(1.5, dtype=torch.float64), 2**0.5
+    between = s * (2 / torch.pi) ** 0.5 * (-(m**2) / (2 * s**2)).exp() + m * torch.erf(m / (s * 2**0.5))
+    among = 2 / torch.pi**0.5
+    expected = float((2 * between - 2 * among) / among)
+    assert distance_of(samples + m, others) == pytest.approx(expected, rel=0.1)
+
+
+def test_the_score_tells_a_wrong_centre_and_a_wrong_spread(make_store):
+    store = make_store(num_snapshots=200)
+    generator = fit(store, FitConfig(diffusion=DiffusionConfig(width=64, max_steps=600)))
+    score = HeldoutScore(store.path, heldout_blocks(200, 0.1).nonzero().squeeze(1))
+    fair = score(generator, 1.0)
+    assert score(generator, 0.0) > fair
+    assert score(generator, 4.0) > fair
+    generator.autoencoder.mean += 1.0
+    assert score(generator, 1.0) > fair
+
+
+def test_a_search_ends_with_its_best_fit_and_is_returned_when_asked_again(local_ray, make_store, tmp_path):
+    store = make_store(num_snapshots=60)
+    seen = []
+    lock = threading.Lock()  # as a progress bar has one: what holds it cannot be pickled
+
+    def listen(report):
+        with lock:
+            seen.append(report)
+
+    document = tune(store, QUICK, TuneConfig(num_trials=3), out=tmp_path / "tuned", on_progress=listen)
+
+    scores = [trial["score"] for trial in document["trials"]]
+    assert len(scores) == 3
+    assert scores == sorted(scores)
+    (default,) = (trial for trial in document["trials"] if trial["is_default"])
+    assert default["max_steps"] == 90
+    assert scores[0] <= default["score"]
+    assert sorted(p.name for p in (tmp_path / "tuned").iterdir()) == ["fit.json", "generator.safetensors", "tune.json"]
+    generator = WeightGenerator.load(tmp_path / "tuned")
+    assert generator.config.diffusion.lr == document["trials"][0]["lr"]
+    assert [(p.step, p.total_steps) for p in seen if p.stage == "tune"] == [(1, 3), (2, 3), (3, 3)]
+    assert tune(store, QUICK, TuneConfig(num_trials=3), out=tmp_path / "tuned") == document
+    with pytest.raises(FitExistsError, match="a search with another search"):
+        tune(store, QUICK, TuneConfig(num_trials=4), out=tmp_path / "tuned")
+    shutil.rmtree(store.path)
+    recorded_anew = make_store(2.0 * torch.rand(60, 40))
+    with pytest.raises(FitExistsError, match="a search on other snapshots"):
+        tune(recorded_anew, QUICK, TuneConfig(num_trials=3), out=tmp_path / "tuned")
+
+
+@pytest.mark.parametrize("settings", [{"heldout_fraction": 0.0}, {}])
+def test_a_search_with_less_than_two_snapshots_to_score_on_is_refused(make_store, tmp_path, settings):
+    with pytest.raises(ConfigError, match="must hold out at least 2 snapshots"):
+        tune(make_store(num_snapshots=12), replace(QUICK, **settings), out=tmp_path / "tuned")
+
+
+def test_a_search_does_not_replace_a_fit(make_store, tmp_path):
+    fit(make_store(), QUICK, out=tmp_path / "fit")
+    before = (tmp_path / "fit" / "fit.json").read_text()
+    with pytest.raises(FitExistsError, match="holds another fit"):
+        tune(make_store(name="again"), QUICK, TuneConfig(), out=tmp_path / "fit")
+    assert json.loads((tmp_path / "fit" / "fit.json").read_text()) == json.loads(before)
