@@ -289,6 +289,55 @@ class FitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How members are drawn from a fitted generator."""
+
+    sampler: Sampler | None = None
+    """By default the one that the generator was configured with, else the natural one of its prediction type."""
+    num_sampling_steps: int | None = None
+    """Steps from noise to latents; the sampler's usual number unless given."""
+    temperature: float = 1.0
+    """Factor on the noise that sampling starts from. Below 1 members move toward the centre of the snapshots: a higher
+    mean accuracy, less diversity."""
+    diversity: float = 1.0
+    """Spread of the members over that of the snapshots, up to 2; it sets the temperature by what the fit measured, on
+    top of `temperature`. With a sampler that was not measured it is a temperature itself."""
+    trajectory: str | None = None
+    """Make members of this run only; all runs in equal numbers unless given."""
+
+    def __post_init__(self) -> None:
+        if self.sampler is not None:
+            _check_choice("sampler", self.sampler, Sampler)
+        if self.num_sampling_steps is not None:
+            _check("num_sampling_steps", self.num_sampling_steps, 1)
+        _check("temperature", self.temperature, 0.0)
+        if not 0 < self.diversity <= 2:
+            raise ConfigError("diversity", self.diversity, "must be above 0 and at most 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is judged, and how carefully."""
+
+    num_members: int = 32
+    """Members of every set (`last` and `swa` have one per run)."""
+    num_draws: int = 1
+    """Times that random sets are drawn, for errors that know the spread between draws."""
+    sets: tuple[str, ...] | Literal["all", "core"] = "all"
+    """Names of the sets wanted; `core` judges fewer alternatives."""
+    seed: int = 0
+    """Seed of every draw."""
+    recalibrate: bool = False
+    """Score every member, snapshots included, with BatchNorm statistics recomputed on the task's training data."""
+    num_retrained: int = 5
+    """Members of the deep ensemble, where a training function is given."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_members", "num_draws", "num_retrained"):
+            _check(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
     """Where a fit runs: in this process, on several workers of this machine, or on a Ray cluster."""
 
