@@ -22,7 +22,7 @@ problem = None if find_spec("accelerate") else ModuleNotFoundError("No module na
 
 
 class PDiffRecorder(Adapter):
-    """Records after each real step of a prepared optimizer; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records after each real step of a prepared optimizer; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     Steps in the middle of ``accelerator.accumulate`` and those that the gradient scaler skips are not recorded, and
     only the main process writes. ``accelerator.save_state`` and ``load_state`` carry the counters.

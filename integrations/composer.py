@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class PDiffRecorder(Adapter, Callback):
-    """Records snapshots while a ``Trainer`` fits; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records snapshots while a ``Trainer`` fits; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     The end is known when ``max_duration`` counts epochs or batches; else the newest snapshots are kept. The store is
     below the folder that Composer runs in, unless given.

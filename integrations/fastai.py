@@ -22,7 +22,7 @@ except ImportError as error:
 
 
 class PDiffRecorder(Adapter, Callback):
-    """Records snapshots while a ``Learner`` fits; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records snapshots while a ``Learner`` fits; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     Snapshots go below ``learn.path``. To resume with ``start_epoch``, keep ``state_dict()`` beside the saved model.
     fastai has no event for an exception: what is not yet written then follows within seconds, or on ``close()``.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class PDiffRecorder(Adapter, ExportableState, TrainerCallback):
-    """Records snapshots while a ``Trainer`` trains; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records snapshots while a ``Trainer`` trains; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     Snapshots go below ``args.output_dir``. A resumed training continues the recording of its checkpoint. The trainer
     has no event for an exception: what is not yet written then follows within seconds, or on ``close()``.

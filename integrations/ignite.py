@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class PDiffRecorder(Adapter):
-    """Records snapshots while an ``Engine`` trains; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records snapshots while an ``Engine`` trains; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     To resume, put it into ``Checkpoint({"recorder": recorder, ...})``. No handler is registered for exceptions, as that
     would swallow them: what is not yet written then follows within seconds, or on ``close()``.

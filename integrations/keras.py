@@ -24,7 +24,7 @@ except ImportError as error:
 
 
 class PDiffRecorder(Adapter, Callback):
-    """Records snapshots during ``fit``; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records snapshots during ``fit``; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     Tensors are named by their variables' paths, with dots: ``batch_normalization.gamma``; :func:`assign`
     puts such weights back. Keras has no event for an exception: what is not yet written then follows within seconds, or

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class PDiffRecorder(Adapter, Callback):
-    """Records snapshots while a ``Trainer`` fits; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records snapshots while a ``Trainer`` fits; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     With manual optimization the number of steps cannot be known, so the newest snapshots are kept.
     """

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class PDiffRecorder(Adapter):
-    """Records on rank 0 (a sharded model on all ranks); see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records on rank 0 (a sharded model on all ranks); see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     Snapshots go into the run's own folder in its storage path, if that is a file system of this machine. To resume,
     keep ``state_dict()`` in the loop's checkpoint.
