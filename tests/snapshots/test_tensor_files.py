@@ -51,7 +51,9 @@ def test_a_file_with_values_missing_is_refused_on_closing(tmp_path):
     with pytest.raises(FormatError) as error:
         writer.close()
 
-    assert str(error.value).endswith("a.safetensors: found 12 bytes unwritten, expected every declared value.")
+    assert str(error.value).endswith(
+        "a.safetensors: found 12 bytes unwritten, expected every declared value. Write the rest before closing."
+    )
 
 
 def test_an_error_inside_is_not_hidden_by_the_missing_values(tmp_path):
