@@ -163,8 +163,11 @@ def test_a_truncated_chunk_is_reported_and_the_rest_is_read(tmp_path, caplog):
         store = SnapshotStore.open(tmp_path)
         assert store.steps.tolist() == [1, 2, 3]
         assert len(store.problems) == 1
-        assert store.problems[0].startswith(f"{chunk(tmp_path, 2)}: found an unreadable chunk")
-        assert store.problems[0].endswith("expected a complete safetensors file. Its snapshots are left out.")
+        assert store.problems[0].startswith(f"{chunk(tmp_path, 2)}: found an unreadable file")
+        assert store.problems[0].endswith(
+            "expected a complete pdiff-snapshots file. Check the path; if it is right, copy the file again or write it "
+            "anew. Its snapshots are left out."
+        )
         assert store.problems[0] in caplog.text
 
 
@@ -175,7 +178,7 @@ def test_a_chunk_of_another_width_is_reported(tmp_path):
     other.write_chunk(torch.zeros(1, 14), [4]).replace(chunk(tmp_path, 2))
     store = SnapshotStore.open(tmp_path)
     assert len(store) == 3
-    assert "found rows of shape [1, 14], expected (1, 7)" in store.problems[0]
+    assert "found rows of torch.float32 (1, 14), expected torch.float32 (1, 7)" in store.problems[0]
 
 
 def test_strays_are_ignored_and_cleaned_by_the_next_writer_of_the_trajectory(tmp_path):
