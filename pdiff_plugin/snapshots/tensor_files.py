@@ -7,6 +7,7 @@ Files are written piece by piece, so that a large tensor need never be in memory
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,7 +168,9 @@ def from_json(path: Path, header: Mapping[str, str], key: str) -> Any:
     try:
         return json.loads(header[key])
     except (KeyError, ValueError, RecursionError) as error:
-        raise FormatError(str(path), f"{header.get(key)!r} as {key}", f"a header with JSON as {key}") from error
+        raise FormatError(
+            str(path), f"{reprlib.repr(header.get(key))} as {key}", f"a header with JSON as {key}"
+        ) from error
 
 
 @contextmanager
