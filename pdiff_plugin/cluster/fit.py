@@ -40,6 +40,7 @@ from pdiff_plugin.fitting.runtime import GroupRuntime
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.snapshots.remote import copy_store, is_remote, mirrored
+from pdiff_plugin.snapshots.shards import layout_files
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 logger = logging.getLogger(__name__)
@@ -130,8 +131,8 @@ class _Job:
 
     def shared_files(self) -> list[Path]:
         """Files that every node has to see."""
-        places = ((self.store, "layout.json"), (self.out, "fit.json"))
-        return [Path(folder) / name for folder, name in places if not is_remote(folder)]
+        of_store = [] if is_remote(self.store) else layout_files(Path(self.store))
+        return of_store if is_remote(self.out) else [*of_store, Path(self.out) / "fit.json"]
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from pdiff_plugin.generator.alignment import reader
 from pdiff_plugin.generator.generator import FILE_NAME, WeightGenerator
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.snapshots.files import read_json, write_json
+from pdiff_plugin.snapshots.shards import layout_files
 from pdiff_plugin.snapshots.statistics import transform
 from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -112,7 +113,7 @@ def tune(
         score = HeldoutScore(path, rows[choose_heldout(store, rows, base.heldout_fraction)])
     with _environment(_TUNE_SETTINGS), connected(search.address):
         wait_for_room(distributed)
-        check_shared([path / "layout.json", folder / "tune.json"])
+        check_shared([*layout_files(path), folder / "tune.json"])
         trials = _search(path, base, search, work, score, on_progress)
     if not trials:
         raise WorkersFailedError("the search", "no trial succeeded", "See the warnings above; --fresh starts anew.")

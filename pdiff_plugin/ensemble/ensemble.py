@@ -18,21 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from pdiff_plugin.ensemble.prediction import Prediction, PredictionSums, RegressionPrediction, join, member_axis
 from pdiff_plugin.ensemble.soup import uniform_soup
-from pdiff_plugin.errors import ConfigError, FormatError, LayoutMismatchError, TrainingModeError
+from pdiff_plugin.errors import ConfigError, DataError, FormatError, LayoutMismatchError, TrainingModeError
 from pdiff_plugin.generator.weights import WeightSet
-from pdiff_plugin.modules.batches import Inputs, arguments_of, find_logits, num_batches_in
-from pdiff_plugin.modules.names import named_tensors, unwrap, wrapped_names
+from pdiff_plugin.modules.batches import Inputs, arguments_of, logits_of, num_batches_in
+from pdiff_plugin.modules.names import check_fits, named_tensors, shapes_of, unwrap, wrapped_names
 from pdiff_plugin.modules.swap import swap_
 from pdiff_plugin.modules.trunk_cache import Run, Trunk, TrunkCache, copied_inputs, exclusive
 from pdiff_plugin.progress import OnProgress, Progress
-from pdiff_plugin.snapshots.files import check_format, replacing
+from pdiff_plugin.snapshots.tensor_files import from_json, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from pdiff_plugin.generator.generator import WeightGenerator
@@ -113,7 +111,8 @@ class DiffusionEnsemble(nn.Module):
         weights = weights if isinstance(weights, WeightSet) else WeightSet(weights)
         if weights.num_members == 0:
             raise ConfigError("weights", weights, "must hold at least one member")
-        _check_weights(self.model, weights)
+        expected = {name: tuple(stacked.shape[1:]) for name, stacked in weights.items()}
+        check_fits(expected, shapes_of(named_tensors(self.model)), "the weight set")
         self.num_members = weights.num_members
         self.names = list(weights)
         raw, live = wrapped_names(self.model), named_tensors(self.model)
@@ -202,7 +201,7 @@ class DiffusionEnsemble(nn.Module):
             if on_progress is not None:
                 on_progress(Progress("predict", done, total))
         if not parts:
-            raise ConfigError("loader", "no batches", "must give at least one batch")
+            raise DataError("loader", "no batches", "must give at least one batch")
         return cast("Prediction | RegressionPrediction", join(parts))
 
     def members_state_dicts(self) -> list[dict[str, Tensor]]:
@@ -220,19 +219,15 @@ class DiffusionEnsemble(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write members and model as one safetensors file, which :meth:`load` needs no training run to read."""
-        tensors = {f"members/{name}": tensor.cpu() for name, tensor in self.weights.items()}
-        for name, tensor in named_tensors(self.model).items():
-            if name not in self.names:
-                tensors[f"model/{name}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors = {f"members/{name}": tensor for name, tensor in self.weights.items()}
+        shared = {name: tensor for name, tensor in named_tensors(self.model).items() if name not in self.names}
+        tensors |= {f"model/{name}": tensor for name, tensor in shared.items()}
         settings = {"strategy": self.strategy, "task": self.task, "class_axis": self.class_axis}
         header = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
             "settings": json.dumps({**settings, "member_chunk": self.member_chunk}),
             "num_members": str(self.num_members),
         }
-        with replacing(Path(path)) as temp:
-            save_file(tensors, temp, header)
+        save_tensors(Path(path), tensors, FORMAT, FORMAT_VERSION, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, **options: Any) -> DiffusionEnsemble:
@@ -249,14 +244,10 @@ class DiffusionEnsemble(nn.Module):
             LayoutMismatchError: the file belongs to another model; the first differing tensor is named. The model is
                 left as it was.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                check_format(str(path), header, FORMAT, FORMAT_VERSION)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                settings = json.loads(header["settings"])
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise FormatError(str(path), f"an unreadable file ({error})", f"a {FORMAT} file") from error
+        tensors, header = load_tensors(Path(path), FORMAT, FORMAT_VERSION)
+        settings = from_json(Path(path), header, "settings")
+        if not isinstance(settings, dict):
+            raise FormatError(str(path), f"settings {settings!r}", "a JSON object of settings")
         ensemble, shared = cls(model, _under("members/", tensors), **(settings | options)), _under("model/", tensors)
         for name, tensor in named_tensors(model).items():
             if name not in shared and name not in ensemble.names:
@@ -367,7 +358,7 @@ class DiffusionEnsemble(nn.Module):
 
     def _call(self, tensors: Iterable[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         output = functional_call(self.model, dict(zip(self._raw_names, tensors, strict=True)), args, kwargs)
-        return _as_logits(output) if self.select is None else self.select(output)
+        return logits_of(output) if self.select is None else self.select(output)
 
 
 def ensemble_from_diffusion(
@@ -410,16 +401,6 @@ def ensemble_from_diffusion(
     return DiffusionEnsemble(model, weights, **(ensemble_options or {}))
 
 
-def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    live = named_tensors(model)
-    for name, stacked in weights.items():
-        found, recorded = live.get(name), str(tuple(stacked.shape[1:]))
-        if found is None:
-            raise LayoutMismatchError(name, recorded, "no such tensor in this model", "the weight set")
-        if found.shape != stacked.shape[1:]:
-            raise LayoutMismatchError(name, recorded, str(tuple(found.shape)), "the weight set")
-
-
 def _check_eval(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module.training:
@@ -431,14 +412,6 @@ def _has_conv_weights(model: nn.Module, names: Iterable[str]) -> bool:
     generated = {id(live[name]) for name in names}
     convolutions = (module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd))
     return any(id(conv.weight) in generated for conv in convolutions)
-
-
-def _as_logits(output: Any) -> Tensor:
-    """The logits in what a model returned: a tensor, a mapping or object with ``logits``, or the first of a tuple."""
-    found = find_logits(output)
-    if not isinstance(found, Tensor):
-        raise ConfigError("output of the model", type(output).__name__, "must be logits or hold them as `logits`")
-    return found
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:

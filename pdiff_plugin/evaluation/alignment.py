@@ -10,9 +10,10 @@ from torch import Tensor
 
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation.rows import SnapshotRows, change_since_fit
-from pdiff_plugin.evaluation.task import Task, batches, evaluating, logits_of
+from pdiff_plugin.evaluation.task import Task, batches, evaluating
 from pdiff_plugin.generator.alignment import Alignment, recognise
 from pdiff_plugin.generator.generator import WeightGenerator
+from pdiff_plugin.modules.batches import logits_of
 from pdiff_plugin.modules.names import named_tensors
 from pdiff_plugin.modules.swap import swapped
 from pdiff_plugin.snapshots.layout import Layout
@@ -48,9 +49,9 @@ def check_alignment(task: Task, weights: Mapping[str, Tensor] | None = None) -> 
     with evaluating(task) as model:
         args, kwargs, _ = next(batches(task.eval_loader, task.target_device(), has_targets=False))
         with swapped(model, weights):
-            before = logits_of(model(*args, **kwargs)).double()
+            before = logits_of(model(*args, **kwargs), as_matrix=True).double()
         with swapped(model, permuted):
-            after = logits_of(model(*args, **kwargs)).double()
+            after = logits_of(model(*args, **kwargs), as_matrix=True).double()
     change = float((after - before).square().mean().sqrt() / before.std().clamp_min(1e-12))
     if not change < _TOLERANCE:
         raise ConfigError(

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from pdiff_plugin.ensemble.soup import KeptMembers, keep_above
-from pdiff_plugin.evaluation.task import Task, batches, evaluating, logits_of
+from pdiff_plugin.evaluation.task import Task, batches, evaluating
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.modules.batches import logits_of
 
 
 def keep_accurate(task: Task, weights: WeightSet, threshold: float) -> KeptMembers:
@@ -31,7 +32,7 @@ def keep_accurate(task: Task, weights: WeightSet, threshold: float) -> KeptMembe
         def accuracy(member: nn.Module) -> float:
             right, total = 0, 0
             for args, kwargs, targets in batches(task.eval_loader, device):
-                right += int((logits_of(member(*args, **kwargs)).argmax(dim=1).cpu() == targets).sum())
+                right += int((logits_of(member(*args, **kwargs), as_matrix=True).argmax(dim=1).cpu() == targets).sum())
                 total += len(targets)
             return right / total
 

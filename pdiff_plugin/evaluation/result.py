@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdiff_plugin.errors import EvaluationNotFoundError
 from pdiff_plugin.evaluation.verdict import Comparison, Verdict
 from pdiff_plugin.snapshots.files import read_json, replacing, write_json
+from pdiff_plugin.snapshots.tensor_files import load_tensors, save_tensors
 
 FORMAT = "pdiff-evaluation"
 FORMAT_VERSION = 1
@@ -88,9 +88,7 @@ class Evaluation:
         """Write both files into ``folder``, which is made if missing, and return it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / ARRAYS_NAME) as temp:
-            header = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-            save_file({name: array.contiguous() for name, array in self.arrays.items()}, temp, header)
+        save_tensors(folder / ARRAYS_NAME, self.arrays, FORMAT, FORMAT_VERSION)
         write_json(folder / JSON_NAME, self.to_json())
         return folder
 
@@ -117,7 +115,7 @@ class Evaluation:
             document["seconds"],
             document["cost"],
             document["details"],
-            load_file(arrays) if arrays.is_file() else {},
+            load_tensors(arrays, FORMAT, FORMAT_VERSION)[0] if arrays.is_file() else {},
         )
 
     def save_html(self, path: str | os.PathLike[str]) -> Path:

@@ -15,10 +15,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pdiff_plugin.errors import LayoutMismatchError, UnusableSnapshotsError
+from pdiff_plugin.errors import UnusableSnapshotsError
 from pdiff_plugin.generator.alignment import Alignment, reader
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.modules.names import check_fits
 from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.statistics import NonFiniteRowsError, Statistics, column_blocks, measure, transform
 from pdiff_plugin.snapshots.store import SnapshotStore
@@ -157,10 +158,8 @@ class SnapshotRows:
 
     def check(self, weights: WeightSet, where: str) -> None:
         """Raise :class:`LayoutMismatchError` at the first tensor that ``weights`` lacks or has in another shape."""
-        for spec in self.layout:
-            found = str(tuple(weights[spec.name].shape[1:])) if spec.name in weights else "no such tensor"
-            if found != str(spec.shape):
-                raise LayoutMismatchError(spec.name, str(spec.shape), found, where)
+        found = {name: tuple(stacked.shape[1:]) for name, stacked in weights.items()}
+        check_fits(self.layout.shapes, found, where, "these weights")
 
     @cached_property
     def _moves(self) -> list[bool]:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdiff_plugin.errors import ConfigError
-from pdiff_plugin.modules.batches import arguments_of, find_logits
+from pdiff_plugin.errors import DataError
+from pdiff_plugin.modules.batches import LABELS, arguments_of
+from pdiff_plugin.modules.modes import modes_kept
 from pdiff_plugin.modules.names import unwrap
 
 # Positional and keyword arguments of the model, and targets.
 Batch = tuple[tuple[Any, ...], dict[str, Any], Tensor]
-_LABELS = ("labels", "label", "targets", "target", "label_ids")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def batches(
     Without targets, zeros stand for them.
 
     Raises:
-        ConfigError: the loader is empty, or yields something else.
+        DataError: the loader is empty, or yields something else.
     """
     empty = True
     for batch in loader:
@@ -67,54 +67,41 @@ def batches(
         args, kwargs = arguments_of(batch, device)
         yield args, kwargs, _targets_of(batch, name) if has_targets else _no_targets(args, kwargs, name)
     if empty:
-        raise ConfigError(name, "no batch", "must yield at least one batch")
+        raise DataError(name, "no batch", "must yield at least one batch")
 
 
 def _targets_of(batch: Any, name: str) -> Tensor:
     if isinstance(batch, tuple | list) and len(batch) == 2:
         targets = batch[1]
-    elif isinstance(batch, Mapping) and any(key in batch for key in _LABELS):
-        targets = next(batch[key] for key in _LABELS if key in batch)
+    elif isinstance(batch, Mapping) and any(key in batch for key in LABELS):
+        targets = next(batch[key] for key in LABELS if key in batch)
     else:
-        raise ConfigError(name, type(batch).__name__, "must yield pairs (inputs, targets), or mappings with `labels`")
+        raise DataError(name, type(batch).__name__, "must yield pairs (inputs, targets), or mappings with `labels`")
     if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
         found = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
-        raise ConfigError(f"targets of {name}", found, "must be class indices, integers of shape (B,)")
+        raise DataError(f"targets of {name}", found, "must be class indices, integers of shape (B,)")
     return targets.to(device="cpu", dtype=torch.int64)
 
 
 def _no_targets(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors:
-        raise ConfigError(name, "batches without a tensor", "must yield tensors, or tuples or dictionaries of them")
+        raise DataError(name, "batches without a tensor", "must yield tensors, or tuples or dictionaries of them")
     return torch.zeros(len(tensors[0]), dtype=torch.int64)
-
-
-def logits_of(output: Any) -> Tensor:
-    """Logits (B, C) from what a model returned: a tensor, an object or mapping with ``logits``, or a tuple.
-
-    Raises:
-        ConfigError: there are none of shape (B, C).
-    """
-    found = find_logits(output)
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        text = str(tuple(found.shape)) if isinstance(found, Tensor) else type(output).__name__
-        raise ConfigError("output of the model", text, "must be logits of shape (B, C), or hold them as `logits`")
-    return found
 
 
 def check_logits(logits: Tensor, targets: Tensor, name: str) -> Tensor:
     """``logits`` again, if they are (M, B, C) and every one of ``targets`` (B,) is a class.
 
     Raises:
-        ConfigError: they are not.
+        DataError: they are not.
     """
     if logits.ndim != 3 or logits.shape[1] != len(targets):
         found = str(tuple(logits.shape[1:]))
-        raise ConfigError("output of the model", found, f"must be logits of shape ({len(targets)}, C), one per target")
+        raise DataError("output of the model", found, f"must be logits of shape ({len(targets)}, C), one per target")
     if targets.min() < 0 or targets.max() >= logits.shape[2]:
         found = f"from {int(targets.min())} to {int(targets.max())}"
-        raise ConfigError(f"targets of {name}", found, f"must be from 0 to {logits.shape[2] - 1}, the model's classes")
+        raise DataError(f"targets of {name}", found, f"must be from 0 to {logits.shape[2] - 1}, the model's classes")
     return logits
 
 
@@ -125,19 +112,17 @@ def evaluating(task: Task) -> Iterator[nn.Module]:
     Modes are remembered module by module: a frozen BatchNorm in eval mode inside a training model stays so.
     """
     model = unwrap(task.model)
-    modes = {module: module.training for module in model.modules()}
     before = _device_of(model)
     moved = before != task.target_device()
-    try:
-        model.eval()
-        if moved:
-            model.to(task.target_device())
-        yield model
-    finally:
-        if moved:
-            model.to(before)
-        for module, mode in modes.items():
-            module.training = mode
+    with modes_kept(model):
+        try:
+            model.eval()
+            if moved:
+                model.to(task.target_device())
+            yield model
+        finally:
+            if moved:
+                model.to(before)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -28,9 +28,7 @@ from pdiff_plugin.config import Layers, RecorderConfig
 from pdiff_plugin.errors import CheckpointError, LayoutMismatchError
 from pdiff_plugin.recording.selection import select
 from pdiff_plugin.recording.writer import CHUNK_BYTES, CHUNK_ROWS
-from pdiff_plugin.snapshots.chunks import FORMAT, FORMAT_VERSION
-from pdiff_plugin.snapshots.files import read_json
-from pdiff_plugin.snapshots.layout import DTYPES, Layout
+from pdiff_plugin.snapshots.layout import DTYPES, LAYOUT_NAME, Layout, read_layout
 from pdiff_plugin.snapshots.store import SnapshotStore
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
@@ -232,8 +230,8 @@ def _state_dict(path: Path, document: dict[str, Any], ema: bool) -> dict[str, Te
 
 
 def _layout(store: Path, first: _Checkpoint, layers: Layers, model: nn.Module | None) -> Layout:
-    if (store / "layout.json").is_file():
-        return Layout.from_json(read_json(store / "layout.json", FORMAT, FORMAT_VERSION)["tensors"])
+    if (store / LAYOUT_NAME).is_file():
+        return read_layout(store)[0]
     if model is None:
         model = _skeleton(next(_renamed(first.state)))
         return select(model, layers, averaged=True).layout

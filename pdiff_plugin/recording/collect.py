@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from pdiff_plugin.config import CollectConfig, Cycle, Perturb, Reinit, configured
 from pdiff_plugin.errors import ConfigError, TrajectoryExistsError
+from pdiff_plugin.modules.modes import modes_kept
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.recording.branches import Branch, Lockstep, Reset, Values, perturb
 from pdiff_plugin.recording.recorder import PDiffRecorder
@@ -253,18 +254,12 @@ def _moved(model: nn.Module, home: torch.device, device: str | torch.device | No
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
     """Give the model back as it is, whatever happens inside."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     values = Values(model.parameters(), model.modules())
-    try:
-        yield
-    finally:
-        values.load()
-        for parameter, requires_grad, grad in flags:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        for module, mode in modes:
-            module.training = mode
+    with modes_kept(model, gradients=True):
+        try:
+            yield
+        finally:
+            values.load()
 
 
 def _to(batch: Any, device: str | torch.device) -> Any:

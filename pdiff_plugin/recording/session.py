@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from pdiff_plugin.config import RecorderConfig
-from pdiff_plugin.errors import StoreNotFoundError, TrajectoryExistsError
+from pdiff_plugin.errors import FormatError, FormatVersionError, StoreNotFoundError, TrajectoryExistsError
 from pdiff_plugin.modules.names import named_tensors, unwrap, wrapped_names
 from pdiff_plugin.recording.rest import FrozenRest, RestDrift, rest_names
 from pdiff_plugin.recording.selection import Selection, select
 from pdiff_plugin.recording.window import Window
 from pdiff_plugin.recording.writer import BackgroundWriter, RowInfo
-from pdiff_plugin.snapshots.chunks import FORMAT, FORMAT_VERSION, read_base_header, read_chunks
-from pdiff_plugin.snapshots.files import read_json
-from pdiff_plugin.snapshots.layout import DTYPES, Layout
+from pdiff_plugin.snapshots.base import read_base_header
+from pdiff_plugin.snapshots.chunks import read_chunks
+from pdiff_plugin.snapshots.layout import DTYPES, LAYOUT_NAME, Layout, read_layout
 from pdiff_plugin.snapshots.shards import (
     check_sharding,
     is_sharded,
@@ -297,11 +297,11 @@ class Session:
             )
 
     def _is_last_row(self, trajectory: TrajectoryWriter) -> bool:
-        chunks, _ = read_chunks(trajectory.folder, trajectory.layout)
+        chunks, _ = read_chunks(trajectory.folder, trajectory.layout, trajectory.row_dtype)
         if not chunks:
             return False
         values = dict(zip(trajectory.layout.names, self._read(), strict=True))
-        last = chunks[-1].rows[len(chunks[-1].steps) - 1 : len(chunks[-1].steps)][0]
+        last = chunks[-1].columns(0, trajectory.layout.num_values, torch.tensor([-1]))[0]
         # Through the recorder's own dtype, as the row went: the store may keep more digits than it was given.
         row = trajectory.layout.flatten(values, DTYPES[self.config.dtype])
         return torch.equal(row.to(trajectory.row_dtype).cpu(), last)
@@ -309,18 +309,16 @@ class Session:
     def _check_store(self, layout: Layout) -> None:
         if self.store.exists() and not self.store.is_dir():
             raise StoreNotFoundError(str(self.store), "it is a file")
-        if (self.store / "layout.json").is_file():
-            document = read_json(self.store / "layout.json", FORMAT, FORMAT_VERSION)
-            Layout.from_json(document["tensors"]).check_same(layout, f"the store {self.store}")
+        if (self.store / LAYOUT_NAME).is_file():
+            read_layout(self.store)[0].check_same(layout, f"the store {self.store}")
 
     def _check_trajectory(self) -> None:
         # Other ranks come here when rank 0 may have written its first chunk.
         if self.is_writer and self.trajectory is not None and self._resume_step is None:
             folder = self._folder / "trajectories" / self.trajectory
             if any(folder.glob("chunk-*.safetensors")):
-                raise TrajectoryExistsError(
-                    str(folder), sum(len(c.steps) for c in read_chunks(folder, self._resolve())[0])
-                )
+                chunks, _ = read_chunks(folder, *read_layout(self._folder))
+                raise TrajectoryExistsError(str(folder), sum(map(len, chunks)))
 
     def _freeze_in_window(self) -> None:
         if self.config.freeze_rest and self._frozen is None and self.step >= self.window.first - 1:
@@ -355,8 +353,15 @@ def _reader(model: nn.Module, names: Sequence[str]) -> Callable[[], list[Tensor]
 
 def _finished_at(store: Path, trajectory: str) -> int:
     """The last step of a run that was recorded to its planned end, else 0."""
-    header = read_base_header(store / "trajectories" / trajectory)
-    return int(header["step"]) if "step" in header and header["step"] == header.get("total_steps") else 0
+    ends = [0]
+    for folder in (store, *store.glob("shards/rank-00000-of-*")):
+        try:
+            header = read_base_header(folder / "trajectories" / trajectory)
+        except (FormatError, FormatVersionError) as error:
+            logger.warning("%s The run is taken for unfinished.", error)
+        else:
+            ends += [int(header["step"])] if "step" in header and header["step"] == header.get("total_steps") else []
+    return max(ends)
 
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:

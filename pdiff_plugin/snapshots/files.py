@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,23 @@ def read_json(path: Path, name: str, version: int) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a text that is no UTF-8 is a ValueError, too
         raise FormatError(str(path), f"unreadable JSON ({error})", f"a {name} document") from error
     check_format(str(path), document if isinstance(document, dict) else {}, name, version)
     return dict(document)
 
 
-def check_format(path: str, header: dict[str, Any], name: str, version: int) -> None:
-    """Check the two keys that every file of ours carries; a header may hold them as text."""
+def check_format(path: str, header: Mapping[str, object], name: str, version: int) -> None:
+    """Check the two keys that every file of ours carries; a header may hold them as text.
+
+    Raises:
+        FormatError: another format, or no version.
+        FormatVersionError: from a newer release.
+    """
     if header.get("format") != name:
         raise FormatError(path, f"format {header.get('format')!r}", f"format {name!r}")
-    found = int(header.get("format_version", 0))
-    if found > version:
-        raise FormatVersionError(path, found, version)
+    found = str(header.get("format_version"))
+    if not re.fullmatch(r"[0-9]{1,9}", found):
+        raise FormatError(path, f"format_version {found}", "a whole number")
+    if int(found) > version:
+        raise FormatVersionError(path, int(found), version)
