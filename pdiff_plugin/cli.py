@@ -258,6 +258,7 @@ def tune(
         config: Settings that are not searched, and the first trial.
     """
     from pdiff_plugin import console
+    from pdiff_plugin.cluster.tune import SPACE
     from pdiff_plugin.cluster.tune import tune as run
 
     score = None
@@ -271,7 +272,7 @@ def tune(
     if json:
         _print_json(document)
         return
-    columns = ["score", "latent_dim", "prediction_type", "lr", "patience", "temperature", "max_steps", "copy_ratio"]
+    columns = ["score", *SPACE, "max_steps", "copy_ratio"]
     rows = [
         ["default" if trial["is_default"] else str(number), *(_text(trial[column]) for column in columns)]
         for number, trial in enumerate(document["trials"], start=1)

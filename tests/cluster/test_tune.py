@@ -14,7 +14,7 @@ from pdiff_plugin.errors import ConfigError, FitExistsError
 
 pytest.importorskip("ray")
 from pdiff_plugin.cluster.tune import HeldoutScore, energy_distance, tune
-from pdiff_plugin.fitting.fit import heldout_blocks
+from pdiff_plugin.snapshots.split import heldout_blocks
 
 # Starting Ray and its workers leaves sockets and files of Ray's own to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from pdiff_plugin import DiffusionConfig, FitConfig, Layout, SubspaceConfig, WeightGenerator, fit
 from pdiff_plugin.errors import FitExistsError, FormatVersionError, StoreNotFoundError, UnusableSnapshotsError
-from pdiff_plugin.fitting.fit import heldout_blocks
 from pdiff_plugin.snapshots.layout import TensorSpec
+from pdiff_plugin.snapshots.split import heldout_blocks
 
 QUICK = FitConfig(
     autoencoder=SubspaceConfig(latent_dim=6),
@@ -281,7 +281,7 @@ def test_snapshots_with_nan_are_left_out_and_named_by_step(make_store, tmp_path,
     assert "(run-001 step 18)" in caplog.text
     assert generator.provenance["num_snapshots"] == 38
     document = json.loads((tmp_path / "fit" / "fit.json").read_text())
-    assert document["nonfinite_steps"] == ["run-001 step 18", "run-001 step 5"]
+    assert document["nonfinite_steps"] == ["run-001 step 5", "run-001 step 18"]
     assert all(t.isfinite().all() for t in generator.sample(4).values())
 
 
