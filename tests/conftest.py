@@ -135,6 +135,6 @@ def fit_in_a_group(tmp_path):
         arguments = [meeting, str(source or store.path), str(out), json.dumps(config.to_json())]
         started = [subprocess.Popen([sys.executable, "-c", RANK_OF_A_FIT, str(rank), *arguments]) for rank in (0, 1)]
         assert [process.wait(120) for process in started] == [0, 0]
-        return WeightGenerator.load(out)
+        return WeightGenerator.load(tmp_path / "fit")
 
     return fit_with_two

@@ -12,10 +12,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pdiff_plugin.config import FitConfig
 from pdiff_plugin.errors import ConfigError
@@ -61,9 +60,10 @@ def fit_on_ranks(
     runtime = GroupRuntime(None, on_progress)
     check_num_ranks(runtime.world_size, config)
     with ExitStack() as stack:
-        # Only rank 0 keeps anything; the others need a place for a large basis.
-        scratch: AbstractContextManager[Any] = tempfile.TemporaryDirectory(prefix="pdiff-")
-        runtime.folder = Path(stack.enter_context(local_folder(out) if runtime.rank == 0 else scratch))
+        if runtime.rank == 0:
+            runtime.folder = stack.enter_context(local_folder(out))
+        else:  # keeps nothing, but needs a place for a large basis
+            runtime.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdiff-")))
         opened = stack.enter_context(opened_store(source, lambda D: _columns(D, config, runtime)))
         check_num_snapshots(opened)
         folder = runtime.on_rank_0(lambda: FitFolder.open(opened, config, runtime.folder, fresh=fresh, source=source))
