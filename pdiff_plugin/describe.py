@@ -118,7 +118,9 @@ def show_layers(document: dict[str, Any]) -> None:
 
 def show_trials(folder: Path, document: dict[str, Any]) -> None:
     """Print the trials of a search, the best first."""
-    columns = ["score", "latent_dim", "prediction_type", "lr", "patience", "temperature", "max_steps", "copy_ratio"]
+    from pdiff_plugin.cluster.tune import SPACE
+
+    columns = ["score", *SPACE, "max_steps", "copy_ratio"]
     rows = [
         ["default" if trial["is_default"] else str(number), *(_text(trial[column]) for column in columns)]
         for number, trial in enumerate(document["trials"], start=1)

@@ -20,7 +20,9 @@ from pdiff_plugin.generator.alignment import Alignment, reader
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.modules.names import check_fits
+from pdiff_plugin.snapshots.fingerprint import fingerprint
 from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.split import BLOCK_SHARE
 from pdiff_plugin.snapshots.statistics import NonFiniteRowsError, Statistics, column_blocks, measure, transform
 from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -29,9 +31,6 @@ logger = logging.getLogger(__name__)
 BLOCK_VALUES = 16384
 # Stores up to this size are read once and kept; larger ones are read again, block by block, for each set.
 _KEEP_BYTES = 1 << 30
-# Share of a trajectory, to each side of a snapshot, that is too close in time to be a reference for it: +-20 of 300.
-# A snapshot is 0.06 from the step before it and 0.84 from what lies outside +-20 steps (CIFAR-10 MLP, 300 snapshots).
-_BLOCK_SHARE = 1 / 15
 # Snapshots nearer than this are one snapshot, recorded twice.
 _DUPLICATE_DISTANCE = 1e-6
 
@@ -100,7 +99,7 @@ class SnapshotRows:
         same = self.trajectory[:, None] == self.trajectory[None, :]
         places = torch.arange(len(self))
         counts = torch.bincount(self.trajectory)[self.trajectory]
-        width = (counts * _BLOCK_SHARE).round().long()
+        width = (counts * BLOCK_SHARE).round().long()
         return same & ((places[:, None] - places[None, :]).abs() <= width[:, None])
 
     @cached_property
@@ -210,6 +209,9 @@ def change_since_fit(rows: SnapshotRows, generator: WeightGenerator) -> str | No
     count = generator.provenance.get("num_snapshots", len(rows))
     if count != len(rows):
         return f"the generator was fitted on {count} snapshots, the store holds {len(rows)}; fit again"
+    known = generator.provenance.get("fingerprint")  # which generators of old do not have
+    if known is not None and known != fingerprint(rows.store):
+        return "the generator was fitted on other snapshots of the same names and number; fit again"
     return None
 
 

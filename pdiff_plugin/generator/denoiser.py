@@ -19,7 +19,7 @@ def time_features(time: Tensor, num_features: int) -> Tensor:
     """Sines and cosines of times in [0, 1], (B,) -> (B, num_features) (Vaswani et al. 2017, section 3.5)."""
     half = num_features // 2
     # 1000 t spans the range for which the usual frequencies (1 down to 1/10000) were chosen.
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=time.device) / half)
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=time.device, dtype=time.dtype) / half)
     angles = 1000.0 * time[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -153,6 +153,6 @@ class OneStepMap(nn.Module):
 
     def forward(self, noise: Tensor, trajectory: Tensor) -> Tensor:
         """Noise (B, k) of trajectories (B,) -> clean coordinates (B, k)."""
-        answer = self.network(noise, torch.ones(1, device=noise.device), trajectory)
+        answer = self.network(noise, torch.ones(1, device=noise.device, dtype=noise.dtype), trajectory)
         clean: Tensor = self.std[trajectory] * (noise + answer)
         return clean

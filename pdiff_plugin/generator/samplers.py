@@ -129,10 +129,10 @@ def sample_flow(
     """
     times = torch.linspace(1.0, 0.0, num_sampling_steps + 1, dtype=torch.float64).tolist()
     for now, after in pairwise(times):
-        velocity = predict(x, torch.full((1,), now, device=x.device))
+        velocity = predict(x, torch.full((1,), now, device=x.device, dtype=x.dtype))
         moved = x + (after - now) * velocity
         if heun:
-            ahead = predict(moved, torch.full((1,), after, device=x.device))
+            ahead = predict(moved, torch.full((1,), after, device=x.device, dtype=x.dtype))
             moved = x + (after - now) * 0.5 * (velocity + ahead)
         if on_step is not None:
             on_step(x - now * velocity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,19 @@ def write_json(path: Path, document: Any) -> None:
     """Write ``document`` as indented JSON, atomically."""
     with replacing(path) as temp:
         temp.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def json_safe(value: Any, digits: int | None = None) -> Any:
+    """``value`` as JSON can hold it, at any depth: null for NaN and infinity, floats rounded to ``digits`` if given."""
+    if isinstance(value, Mapping):
+        return {key: json_safe(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(item, digits) for item in value]
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return None
+    return value if digits is None else round(value, digits)
 
 
 def read_json(path: Path, name: str, version: int) -> dict[str, Any]:

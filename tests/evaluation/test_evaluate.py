@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,6 +171,22 @@ def test_a_store_that_has_changed_since_the_fit_is_told(
     generator.trajectories = ["another"]
     sweep(task, earlier, generator, diversities=(1.0,), settings={}, num_members=2)
     assert f"fitted on the runs another, the store holds {earlier.trajectories[0]}; fit again" in caplog.text
+
+
+def test_a_store_exchanged_for_one_of_the_same_names_and_number_is_told(
+    one_run: Run, store_of: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task, store = one_run
+    generator = fit(store, FitConfig(diffusion=DiffusionConfig(max_steps=20, width=32)))
+    rows = store.rows()
+    rows[:, -1] += 1.0
+    TrajectoryWriter(tmp_path / "exchanged", store.layout).write_chunk(rows, store.steps.tolist())
+    found = evaluate(task, tmp_path / "exchanged", generator, num_members=2, sets="core")
+    assert found.details["changed_since_fit"] in caplog.text
+    assert "the generator was fitted on other snapshots of the same names and number; fit again" in caplog.text
+    del generator.provenance["fingerprint"]  # as before there was one
+    found = evaluate(task, tmp_path / "exchanged", generator, num_members=2, sets="core")
+    assert found.details["changed_since_fit"] is None
 
 
 def test_duplicates_among_the_snapshots_are_counted(one_run: Run, store_of: Any) -> None:
