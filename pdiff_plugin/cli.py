@@ -657,10 +657,9 @@ def _describe_layout(document: dict[str, Any]) -> str:
 
 def _show_evaluation(result: Any) -> None:
     from pdiff_plugin import console
-    from pdiff_plugin.evaluation.evaluate import FOOTNOTE
 
     title = f"{result.details['task']}: {result.details['num_items']} items"
-    console.table(title, *result.table(), note=FOOTNOTE, lead=("acc mean", "ens NLL", "IoU"))
+    console.table(title, *result.table(), note=result.footnote, lead=result.lead)
     console.say(f"\n{result.verdict.sentence}")
 
 
