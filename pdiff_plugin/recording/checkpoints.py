@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pdiff_plugin.config import Layers, RecorderConfig
 from pdiff_plugin.errors import CheckpointError, LayoutMismatchError
-from pdiff_plugin.recording.selection import Layers, select
+from pdiff_plugin.recording.selection import select
 from pdiff_plugin.recording.writer import CHUNK_BYTES, CHUNK_ROWS
 from pdiff_plugin.snapshots.chunks import FORMAT, FORMAT_VERSION
 from pdiff_plugin.snapshots.files import read_json
@@ -62,12 +63,12 @@ def import_checkpoints(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
     store: str | os.PathLike[str],
-    layers: Layers = "last-norms:2",
+    layers: Layers = RecorderConfig.layers,
     model: nn.Module | None = None,
     ema: bool = False,
     trajectory: str | None = None,
-    dtype: str = "float32",
-    save_base: bool = True,
+    dtype: str = RecorderConfig.dtype,
+    save_base: bool = RecorderConfig.save_base,
 ) -> SnapshotStore:
     """Take one snapshot from each checkpoint of one run.
 
