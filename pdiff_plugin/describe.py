@@ -130,11 +130,8 @@ def show_trials(folder: Path, document: dict[str, Any]) -> None:
 
 def show_evaluation(result: Evaluation) -> None:
     """Print the table of an evaluation and its verdict."""
-    from pdiff_plugin.evaluation.evaluate import FOOTNOTE
-
     title = f"{result.details['task']}: {result.details['num_items']} items"
-    headers, rows = result.table()
-    console.table(title, headers, rows, note=FOOTNOTE, lead=("acc mean", "ens NLL", "IoU"))
+    console.table(title, *result.table(), note=result.footnote, lead=result.lead)
     console.say(f"\n{result.verdict.sentence}")
 
 

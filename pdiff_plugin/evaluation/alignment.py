@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.rows import SnapshotRows, change_since_fit
-from pdiff_plugin.evaluation.task import Task, batches, evaluating
+from pdiff_plugin.evaluation.task import Data, Task, batches, evaluating
 from pdiff_plugin.generator.alignment import Alignment, recognise
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.modules.batches import logits_of
@@ -47,11 +48,12 @@ def check_alignment(task: Task, weights: Mapping[str, Tensor] | None = None) -> 
     alignment = Alignment(layout, {"": torch.cat([torch.randperm(width, generator=rng) for width in num_units])})
     permuted = layout.unflatten(layout.flatten(weights)[alignment.columns("", 0, layout.num_values)])
     with evaluating(task) as model:
-        args, kwargs, _ = next(batches(task.eval_loader, task.target_device(), has_targets=False))
+        data = Data(task.eval_loader, has_targets=False)
+        args, kwargs, _ = next(batches(data, KINDS[task.kind], task.target_device()))
         with swapped(model, weights):
-            before = logits_of(model(*args, **kwargs), as_matrix=True).double()
+            before = logits_of(model(*args, **kwargs)).double()
         with swapped(model, permuted):
-            after = logits_of(model(*args, **kwargs), as_matrix=True).double()
+            after = logits_of(model(*args, **kwargs)).double()
     change = float((after - before).square().mean().sqrt() / before.std().clamp_min(1e-12))
     if not change < _TOLERANCE:
         raise ConfigError(
@@ -71,7 +73,7 @@ def aligned_rows(task: Task, store: SnapshotStore, generator: WeightGenerator | 
         ConfigError: it did, although that changes what the model computes.
     """
     alignment = generator.alignment if generator is not None else None
-    rows = SnapshotRows(store, alignment)
+    rows = SnapshotRows.measure(store, alignment)
     if generator is not None and (change := change_since_fit(rows, generator)):
         logger.warning("%s: %s", store.path, change)
     if alignment is not None and alignment.permutations:

@@ -49,11 +49,11 @@ def arguments_of(
     return (tuple(found), {}) if isinstance(found, tuple | list) else ((found,), {})
 
 
-def logits_of(output: Any, *, as_matrix: bool = False) -> Tensor:
+def logits_of(output: Any) -> Tensor:
     """Logits in what a model returned: a tensor, a mapping or an object with ``logits``, or the first of a tuple.
 
     Raises:
-        DataError: there are none or, where ``as_matrix`` is wanted, none of shape (B, C).
+        DataError: there are none.
     """
     if isinstance(output, Mapping) and "logits" in output:
         found = output["logits"]
@@ -61,10 +61,8 @@ def logits_of(output: Any, *, as_matrix: bool = False) -> Tensor:
         found = output.logits
     else:
         found = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(found, Tensor) or (as_matrix and found.ndim != 2):
-        text = str(tuple(found.shape)) if isinstance(found, Tensor) else type(output).__name__
-        shape = " of shape (B, C)," if as_matrix else ""
-        raise DataError("output of the model", text, f"must be logits{shape} or hold them as `logits`")
+    if not isinstance(found, Tensor):
+        raise DataError("output of the model", type(output).__name__, "must be logits or hold them as `logits`")
     return found
 
 
