@@ -108,7 +108,7 @@ def test_inspect_reports_a_truncated_chunk(walk_store: Path, capsys: pytest.Capt
     chunk = walk_store / "trajectories" / "run-001" / "chunk-000002.safetensors"
     chunk.write_bytes((chunk.parent / "chunk-000001.safetensors").read_bytes()[:500])
     assert main(["inspect", str(walk_store)]) == 0
-    assert "chunk-000002.safetensors: found an unreadable chunk" in capsys.readouterr().out
+    assert "chunk-000002.safetensors: found an unreadable file" in capsys.readouterr().out
 
 
 def test_inspect_of_something_else_says_what_was_expected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
