@@ -10,7 +10,7 @@ import dataclasses
 import json as _json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -21,11 +21,16 @@ from tyro.conf import Positional, arg
 
 from pdiff_plugin._version import __version__
 from pdiff_plugin.config import DistributedConfig, FitConfig, Sampler, TuneConfig
-from pdiff_plugin.errors import ConfigError, MembersExistError, MissingDependencyError, PDiffError
+from pdiff_plugin.errors import ConfigError, MissingDependencyError, PDiffError
 from pdiff_plugin.user_code import find_function, load_model, made_by
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pdiff_plugin.generator.generator import WeightGenerator
+    from pdiff_plugin.generator.members import LatentWriter
+    from pdiff_plugin.generator.weights import WeightSet
+    from pdiff_plugin.progress import OnProgress
     from pdiff_plugin.snapshots.store import SnapshotStore
 
 _LAYERS = "last-norms:2"
@@ -123,7 +128,7 @@ def inspect(path: Positional[Path], *, json: bool = False) -> None:
         path: A store, a generator file or the folder of a fit.
         json: Print one JSON document on stdout.
     """
-    from pdiff_plugin.generator.generator import FILE_NAME
+    from pdiff_plugin.generator.generator_file import FILE_NAME
 
     is_generator = path.suffix == ".safetensors" or (path / FILE_NAME).is_file()
     document = _describe_generator(path) if is_generator else _describe_store(path)
@@ -308,7 +313,7 @@ def generate(
         out: Folder for member-0000.safetensors and so on.
         num_members: How many members to make.
         seed: Seed of the draw.
-        num_sampling_steps: Questions asked of the denoiser; the sampler's usual number unless given.
+        num_sampling_steps: Steps from noise to latents; the sampler's usual number unless given.
         temperature: Factor on the initial noise; below 1 members move toward the centre of the snapshots.
         diversity: Spread of the members over that of the snapshots, in (0, 2], by the curve that the fit measured.
         sampler: The one that fits the generator unless given.
@@ -325,12 +330,9 @@ def generate(
         address: host:port of a running Ray cluster; RAY_ADDRESS unless given.
         json: Print the list of files as one JSON document on stdout.
     """
-    import torch
-
     from pdiff_plugin import console
     from pdiff_plugin.generator.generator import WeightGenerator
     from pdiff_plugin.generator.members import write_members
-    from pdiff_plugin.progress import Progress
 
     fitted = WeightGenerator.load(generator)
     for flag, given in (("--keep-above", keep_above), ("--sweep", sweep or None)):
@@ -353,46 +355,48 @@ def generate(
         raise ConfigError("--store", str(store), "must be given together with --sweep; members need no store")
     if keep_above is not None and not 0.0 <= keep_above <= 1.0:
         raise ConfigError("--keep-above", keep_above, "must be a share of right answers, from 0 to 1")
-    earlier = sorted(out.glob("member-*.safetensors"))
-    if earlier and not overwrite:
-        raise MembersExistError(str(out), len(earlier))
-    out.mkdir(parents=True, exist_ok=True)
-    latents = fitted.sample_latents(
-        num_members,
-        num_sampling_steps=num_sampling_steps,
-        temperature=temperature,
-        diversity=diversity,
-        sampler=sampler,
-        trajectory=trajectory,
-        rng=torch.Generator().manual_seed(seed),
-    )
-    num_dropped = 0
+    keep: Callable[[WeightSet], Sequence[int]] | None = None
     if keep_above is not None:
         from pdiff_plugin.evaluation.gate import keep_accurate
         from pdiff_plugin.evaluation.task import Task
 
-        try:
-            kept = keep_accurate(made_by("--task", str(task), Task), fitted.decode(latents), keep_above)
-        except ConfigError as error:
-            if error.field != "threshold":
-                raise
-            raise ConfigError("--keep-above", keep_above, error.expected) from error
-        latents, num_dropped = latents[list(kept.indices)], kept.num_dropped
-    for path in earlier:
-        path.unlink()
-    header = {"format": "pt", "generator": str(generator), "seed": str(seed)}
+        judge, threshold = made_by("--task", str(task), Task), keep_above
+
+        def keep(weights: WeightSet) -> Sequence[int]:
+            try:
+                return keep_accurate(judge, weights, threshold).indices
+            except ConfigError as error:
+                if error.field != "threshold":
+                    raise
+                raise ConfigError("--keep-above", threshold, error.expected) from error
+
+    write: LatentWriter | None = None
     distributed = DistributedConfig(num_workers=num_workers, address=address)
+    if _runs_on_ray(distributed):
+        from pdiff_plugin.cluster.members import write_members_on_workers
+
+        def write(
+            latents: Tensor, folder: Path, header: Mapping[str, str], on_progress: OnProgress | None
+        ) -> list[Path]:
+            return write_members_on_workers(generator, latents, folder, header, distributed, on_progress)
+
     with console.progress() as on_progress:
-        if _runs_on_ray(distributed):
-            from pdiff_plugin.cluster.members import write_members_on_workers
-
-            paths = write_members_on_workers(generator, latents, out, header, distributed, on_progress)
-        else:
-
-            def tell(number: int) -> None:
-                on_progress(Progress("generate", number + 1, len(latents)))
-
-            paths = write_members(fitted, latents, out, header, on_member=tell)
+        paths = write_members(
+            fitted,
+            out,
+            num_members=num_members,
+            seed=seed,
+            overwrite=overwrite,
+            keep=keep,
+            write=write,
+            on_progress=on_progress,
+            num_sampling_steps=num_sampling_steps,
+            temperature=temperature,
+            diversity=diversity,
+            sampler=sampler,
+            trajectory=trajectory,
+        )
+    num_dropped = num_members - len(paths)
     files = [str(path) for path in paths]
     if json:
         _print_json({"members": files, "num_values": fitted.layout.num_values, "num_dropped": num_dropped})

@@ -14,7 +14,7 @@ from pdiff_plugin.errors import ConfigError
         (DiffusionConfig, {"network": "conf"}, "network = 'conf'.*one of residual, conv"),
         (DiffusionConfig, {"lr_schedule": "linear"}, "lr_schedule = 'linear'.*one of constant, cosine"),
         (DiffusionConfig, {"sampler": "euler"}, "sampler = 'euler'.*one of ddpm"),
-        (DiffusionConfig, {"sampler": "ddim"}, "sampler = 'ddim'.*'flow' or 'dpm-solver\\+\\+'"),
+        (DiffusionConfig, {"sampler": "ddim"}, "sampler = 'ddim'.*'flow', 'heun' or 'dpm-solver\\+\\+'"),
         (DiffusionConfig, {"sampler": "flow", "prediction_type": "epsilon"}, "sampler = 'flow'.*'ddim', 'ddpm'"),
         (DiffusionConfig, {"sampler": "one-step"}, "sampler = 'one-step'.*distill_steps above 0"),
         (DiffusionConfig, {"num_sampling_steps": 0}, "num_sampling_steps = 0.*at least 1"),

@@ -40,7 +40,8 @@ from pdiff_plugin.fitting.fit import check_num_snapshots, choose_heldout, fit, m
 from pdiff_plugin.fitting.folder import fingerprint
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX, Runtime
 from pdiff_plugin.generator.alignment import reader
-from pdiff_plugin.generator.generator import FILE_NAME, WeightGenerator
+from pdiff_plugin.generator.generator import WeightGenerator
+from pdiff_plugin.generator.generator_file import FILE_NAME
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.snapshots.files import read_json, write_json
 from pdiff_plugin.snapshots.statistics import transform

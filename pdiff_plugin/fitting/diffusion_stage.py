@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdiff_plugin.config import FitConfig
+from pdiff_plugin.config import FitConfig, SamplingConfig
 from pdiff_plugin.fitting.runtime import Runtime
 from pdiff_plugin.fitting.training import (
     autocast,
@@ -26,15 +26,17 @@ from pdiff_plugin.fitting.training import (
     set_lr,
     strip,
 )
+from pdiff_plugin.generator.condition import Condition
+from pdiff_plugin.generator.denoiser import new_denoiser
 from pdiff_plugin.generator.diffusion import NoisedBatch, loss, noised_batch
 from pdiff_plugin.generator.frames import Frames
-from pdiff_plugin.generator.generator import new_denoiser, walk
+from pdiff_plugin.generator.samplers import run_sampler, sampler_for
 
 # Draws of noise and time per held-out snapshot: fixed ones, so that two measurements differ by the weights alone.
 _EVAL_REPEATS = 32
 # Samples drawn at each measurement, and the steps a preconditioned flow takes to them: a tenth of a second in all.
 _EVAL_SAMPLES = 128
-_EVAL_TURNING_STEPS = 8
+_EVAL_STEPS = 8
 # Share of a trajectory, to each side of a snapshot, that is too close in time to be a reference for it: +-20 of 300.
 BLOCK_SHARE = 1 / 15
 
@@ -163,7 +165,7 @@ def train_diffusion(
                 # Every rank draws the whole batch and answers for its share of it: the sum is the batch's own gradient.
                 own = NoisedBatch(batch.inputs[mine], batch.times[mine], batch.targets[mine])
                 with autocast(config, device):
-                    value = share * loss(partial(predict, trajectory=batch_labels[mine]), own)
+                    value = share * loss(partial(predict, condition=Condition(batch_labels[mine])), own)
                 torch.autograd.backward(value)
                 value = runtime.sum_gradients(parameters, value.detach())
                 set_lr(optimizer, settings.lr * lr_factor(step, settings.max_steps, settings.lr_schedule))
@@ -221,7 +223,7 @@ class Judge:
             # Times spread evenly over [0, 1) and shuffled over the snapshots.
             uniform = ((torch.arange(len(x0)) + 0.5) / len(x0))[torch.randperm(len(x0), generator=rng)].to(local)
             self.batch = noised_batch(x0, noise, uniform, config.diffusion)
-            self.batch_labels = labels[heldout].repeat(_EVAL_REPEATS)
+            self.batch_condition = Condition(labels[heldout]).repeat(_EVAL_REPEATS)
         self.reference = float(nearest_at_another_time(local, labels).nanmedian())
         runs = torch.tensor(sorted(set(labels.tolist())), device=local.device)
         self.sample_labels = runs[torch.arange(_EVAL_SAMPLES, device=local.device) % len(runs)]
@@ -232,11 +234,12 @@ class Judge:
     def __call__(self, denoiser: nn.Module) -> dict[str, float]:
         found = {"heldout_loss": float("nan"), "novelty": float("nan"), "spread_ratio": float("nan")}
         if self.has_heldout:
-            found["heldout_loss"] = float(loss(lambda x, t: denoiser(x, t, self.batch_labels), self.batch))
+            found["heldout_loss"] = float(loss(lambda x, t: denoiser(x, t, self.batch_condition), self.batch))
         if self.config.diffusion.min_novelty > 0:
-            turns = self.config.diffusion.precondition and self.config.diffusion.prediction_type == "flow"
-            steps = _EVAL_TURNING_STEPS if turns else None
-            samples = walk(denoiser, self.noise, self.sample_labels, self.config, steps)
+            process = self.config.diffusion
+            is_quick = sampler_for(process).needs == "preconditioned denoiser"
+            sampling = SamplingConfig(num_sampling_steps=_EVAL_STEPS if is_quick else None)
+            samples = run_sampler(denoiser, self.noise, Condition(self.sample_labels), process, sampling)
             found["spread_ratio"] = spread_about_means(samples, self.sample_labels) / max(self.spread, 1e-12)
             if self.reference > 0:  # false for NaN too: a trajectory may be too short for a reference
                 nearest = nearest_of_own_run(samples, self.sample_labels, self.local, self.labels)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from pdiff_plugin.config import FitConfig
 from pdiff_plugin.fitting.runtime import Runtime
 from pdiff_plugin.fitting.training import autocast, compiled, lr_factor, set_lr
+from pdiff_plugin.generator.condition import Condition
+from pdiff_plugin.generator.denoiser import new_one_step
 from pdiff_plugin.generator.frames import Frames
-from pdiff_plugin.generator.generator import new_one_step, walk
+from pdiff_plugin.generator.samplers import run_sampler
 
 # Pairs are made once: fewer are learned by heart, more cost as much as the training.
 _NUM_PAIRS = 8192
@@ -43,14 +45,15 @@ def distill(
         torch.default_generator.manual_seed(config.seed + 3)  # for the initial weights; the caller's state comes back
         student = new_one_step(config, frames).to(device)
     noise = torch.randn(_NUM_PAIRS, frames.width, generator=rng).to(device)
-    labels = (torch.arange(_NUM_PAIRS) % frames.num_trajectories).to(device)
-    targets = _teach(denoiser, noise, labels, config)
+    condition = Condition(torch.arange(_NUM_PAIRS) % frames.num_trajectories).to(device)
+    targets = _teach(denoiser, noise, condition, config)
+    start = torch.ones(1, device=device, dtype=noise.dtype)
     optimizer = torch.optim.AdamW(student.parameters(), lr=_LR, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
     student_map = compiled(student, config)
     for step in range(total):
         rows = torch.randint(_NUM_PAIRS, (_BATCH,), generator=rng).to(device)
         with autocast(config, device):
-            value = (student_map(noise[rows], labels[rows]) - targets[rows]).square().mean()
+            value = (student_map(noise[rows], start, condition[rows]) - targets[rows]).square().mean()
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(value)
         set_lr(optimizer, _LR * lr_factor(step, total, "cosine"))
@@ -61,6 +64,6 @@ def distill(
 
 
 @torch.no_grad()
-def _teach(denoiser: nn.Module, noise: Tensor, labels: Tensor, config: FitConfig) -> Tensor:
+def _teach(denoiser: nn.Module, noise: Tensor, condition: Condition, config: FitConfig) -> Tensor:
     pieces = [slice(start, start + _PAIR_BATCH) for start in range(0, len(noise), _PAIR_BATCH)]
-    return torch.cat([walk(denoiser, noise[piece], labels[piece], config) for piece in pieces])
+    return torch.cat([run_sampler(denoiser, noise[piece], condition[piece], config.diffusion) for piece in pieces])

@@ -31,6 +31,7 @@ from pdiff_plugin.fitting.runtime import Runtime, pick_device
 from pdiff_plugin.fitting.subspace_stage import fit_subspace
 from pdiff_plugin.generator.alignment import Alignment, align, reader
 from pdiff_plugin.generator.autoencoder import Encoded
+from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.frames import Frames, fit_frames, plain_frames
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress
@@ -96,7 +97,7 @@ def run_stages(store: SnapshotStore, config: FitConfig, run: Run, runtime: Runti
         subspace, heldout = _autoencoder(store, config, runtime, rows, statistics, alignment)
     trajectory = store.trajectory_index[rows]
     frames = runtime.on_rank_0(lambda: _frames(subspace.latents[~heldout], trajectory[~heldout], store, config))
-    local = frames.to_local(subspace.latents, trajectory)
+    local = frames.to_local(subspace.latents, Condition(trajectory))
     device = pick_device(config.device)
     with run.timed("diffusion"):
         denoiser, history = train_diffusion(
@@ -116,16 +117,15 @@ def run_stages(store: SnapshotStore, config: FitConfig, run: Run, runtime: Runti
         with run.timed("distill"):
             one_step = distill(denoiser, frames, config, device=device, runtime=runtime)
     generator = WeightGenerator(
-        store.layout,
-        config,
-        subspace.autoencoder,
-        frames,
-        denoiser,
-        store.trajectories,
-        {},
-        _provenance(store, rows, run.document["store"]),
-        one_step,
-        alignment,
+        layout=store.layout,
+        config=config,
+        autoencoder=subspace.autoencoder,
+        frames=frames,
+        denoiser=denoiser,
+        trajectories=store.trajectories,
+        provenance=_provenance(store, rows, run.document["store"]),
+        one_step=one_step,
+        alignment=alignment,
     )
     with run.timed("report"):
         generator.report = measure_generator(generator, subspace, local, trajectory, heldout, history)

@@ -15,7 +15,8 @@ from pdiff_plugin.config import FitConfig
 from pdiff_plugin.errors import FitExistsError
 from pdiff_plugin.fitting.measures import finite_or_none
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX
-from pdiff_plugin.generator.generator import FILE_NAME, WeightGenerator
+from pdiff_plugin.generator.generator import WeightGenerator
+from pdiff_plugin.generator.generator_file import FILE_NAME
 from pdiff_plugin.snapshots.files import read_json, write_json
 from pdiff_plugin.snapshots.store import SnapshotStore
 

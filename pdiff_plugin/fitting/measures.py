@@ -17,7 +17,9 @@ from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.fitting.diffusion_stage import nearest_at_another_time, nearest_of_own_run, spread_about_means
 from pdiff_plugin.generator.alignment import align
 from pdiff_plugin.generator.autoencoder import Encoded
-from pdiff_plugin.generator.generator import WeightGenerator, walk
+from pdiff_plugin.generator.condition import Condition
+from pdiff_plugin.generator.generator import WeightGenerator
+from pdiff_plugin.generator.samplers import run_sampler
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 logger = logging.getLogger(__name__)
@@ -127,7 +129,8 @@ def _samples(generator: WeightGenerator, labels: Tensor, temperature: float) -> 
     rng = torch.Generator().manual_seed(generator.config.seed + 1)
     noise = temperature * torch.randn(len(labels), generator.frames.width, generator=rng)
     device = next(generator.denoiser.parameters()).device
-    return walk(generator.denoiser, noise.to(device), labels.to(device), generator.config).cpu()
+    condition = Condition(labels).to(device)
+    return run_sampler(generator.denoiser, noise.to(device), condition, generator.config.diffusion).cpu()
 
 
 def _spread_per_direction(samples: Tensor, labels: Tensor, local: Tensor, trajectory: Tensor) -> list[float]:
@@ -143,7 +146,9 @@ def _coverage(
     generator: WeightGenerator, subspace: Encoded, samples: Tensor, labels: Tensor, trajectory: Tensor, train: Tensor
 ) -> dict[str, float]:
     """Share of the samples whose nearest snapshot of all is of each trajectory."""
-    nearest = torch.cdist(generator.frames.to_latents(samples, labels), subspace.latents[train]).argmin(dim=1)
+    nearest = torch.cdist(generator.frames.to_latents(samples, Condition(labels)), subspace.latents[train]).argmin(
+        dim=1
+    )
     owner = trajectory[train][nearest]
     return {
         name: round(float((owner == number).double().mean()), 4) for number, name in enumerate(generator.trajectories)

@@ -318,7 +318,7 @@ def _summarise(
     """
     member = torch.nn.functional.one_hot(runs).double()  # (n, R)
     average = (member / member.sum(dim=0)).T
-    means = torch.empty(len(average), layout.num_values)
+    means = torch.empty(len(average), layout.num_values, dtype=torch.float32)
     movement = torch.zeros(len(layout.tensors), dtype=torch.float64)
     for number, lo, hi in column_blocks(layout, block_values):
         rows = read(lo, hi)

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from pdiff_plugin import FitConfig, WeightGenerator
 from pdiff_plugin.config import DiffusionConfig
 from pdiff_plugin.errors import ConfigError, FormatError, FormatVersionError, GeneratorNotFoundError
+from pdiff_plugin.generator.denoiser import new_denoiser
 from pdiff_plugin.generator.frames import Frames
-from pdiff_plugin.generator.generator import new_denoiser
 from pdiff_plugin.generator.subspace import SubspaceAutoencoder
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 
@@ -39,14 +39,14 @@ def make_generator(prediction_type="flow", trajectories=("run-001",)):
         for parameter in denoiser.parameters():  # zeros at first
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
     return WeightGenerator(
-        LAYOUT,
-        config,
-        autoencoder,
-        frames,
-        denoiser.eval(),
-        list(trajectories),
-        {"fidelity": 0.93},
-        {"store": "runs/a"},
+        layout=LAYOUT,
+        config=config,
+        autoencoder=autoencoder,
+        frames=frames,
+        denoiser=denoiser.eval(),
+        trajectories=list(trajectories),
+        report={"fidelity": 0.93},
+        provenance={"store": "runs/a"},
     )
 
 
@@ -130,7 +130,7 @@ def test_members_of_a_named_trajectory_are_conditioned_on_it():
         ({"trajectory": "c"}, "trajectory = 'c': it must be one of a, b."),
         (
             {"sampler": "ddim"},
-            "sampler = 'ddim': it must be 'flow' or 'dpm-solver++' for a denoiser that predicts flow.",
+            "sampler = 'ddim': it must be 'flow', 'heun' or 'dpm-solver++' for a denoiser that predicts flow.",
         ),
     ],
 )

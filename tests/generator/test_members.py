@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from pdiff_plugin import FitConfig, WeightGenerator
 from pdiff_plugin.config import DiffusionConfig
+from pdiff_plugin.generator.denoiser import new_denoiser
 from pdiff_plugin.generator.frames import Frames
-from pdiff_plugin.generator.generator import new_denoiser
-from pdiff_plugin.generator.members import MEMBER_CHUNK, write_members
+from pdiff_plugin.generator.members import MEMBER_CHUNK, write_latents
 from pdiff_plugin.generator.subspace import SubspaceAutoencoder
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 
@@ -38,7 +38,14 @@ def make_generator(layout=MIXED, dtype=torch.float32):
     config = FitConfig(diffusion=DiffusionConfig(width=16, num_blocks=1))
     frames = Frames(torch.zeros(1, K), torch.eye(K)[None], torch.ones(1, K), 1.0)
     denoiser = new_denoiser(config, frames).eval()
-    return WeightGenerator(layout, config, autoencoder, frames, denoiser, ["run-001"])
+    return WeightGenerator(
+        layout=layout,
+        config=config,
+        autoencoder=autoencoder,
+        frames=frames,
+        denoiser=denoiser,
+        trajectories=["run-001"],
+    )
 
 
 def seeded():
@@ -50,7 +57,7 @@ def test_files_hold_what_sample_gives_bit_for_bit(tmp_path, dtype):
     generator, M = make_generator(dtype=dtype), MEMBER_CHUNK + 4
     weights = generator.sample(M, rng=seeded())
 
-    paths = write_members(generator, generator.sample_latents(M, rng=seeded()), tmp_path, {"format": "pt"}, first=3)
+    paths = write_latents(generator, generator.sample_latents(M, rng=seeded()), tmp_path, {"format": "pt"}, first=3)
 
     assert [path.name for path in paths] == [f"member-{number:04d}.safetensors" for number in range(3, M + 3)]
     assert sorted(tmp_path.iterdir()) == paths
@@ -87,7 +94,7 @@ def test_an_interrupted_run_leaves_whole_files_only(tmp_path, monkeypatch):
 
     monkeypatch.setattr(generator.autoencoder, "decode_blocks", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_members(generator, generator.sample_latents(M, rng=seeded()), tmp_path, {})
+        write_latents(generator, generator.sample_latents(M, rng=seeded()), tmp_path, {})
 
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [*(f"member-{number:04d}.safetensors" for number in range(MEMBER_CHUNK)), "member-0020.safetensors"]
@@ -106,7 +113,7 @@ def test_memory_does_not_grow_with_the_number_of_values_and_members(tmp_path, mo
             yield block
 
     monkeypatch.setattr(generator.autoencoder, "decode_blocks", watched)
-    paths = write_members(generator, generator.sample_latents(MEMBER_CHUNK, rng=seeded()), tmp_path, {})
+    paths = write_latents(generator, generator.sample_latents(MEMBER_CHUNK, rng=seeded()), tmp_path, {})
 
     # 16 members are 128 MB, a block of them 4 MB.
     assert sum(path.stat().st_size for path in paths) > 128e6
