@@ -1,9 +1,12 @@
 """Settings that cannot work are refused before anything is read."""
 
+import json
+from typing import get_args
+
 import pytest
 
 from pdiff_plugin import DiffusionConfig, FitConfig, SubspaceConfig
-from pdiff_plugin.config import ConvConfig
+from pdiff_plugin.config import AutoencoderConfig, ConvConfig, SamplingConfig
 from pdiff_plugin.errors import ConfigError
 
 
@@ -21,6 +24,9 @@ from pdiff_plugin.errors import ConfigError
         (DiffusionConfig, {"num_sampling_steps": 1001, "prediction_type": "epsilon"}, "from 1 to 1000"),
         (DiffusionConfig, {"beta_start": 0.0}, "beta_start = 0.0.*above 0"),
         (DiffusionConfig, {"width": 65}, "width = 65.*even"),
+        (SubspaceConfig, {"kind": "conv"}, "kind = 'conv'.*one of subspace"),
+        (ConvConfig, {"kind": "subspace"}, "kind = 'subspace'.*one of conv"),
+        (SamplingConfig, {"eta": -0.1}, "eta = -0.1.*from 0 to 1"),
         (SubspaceConfig, {"basis_dtype": "float16"}, "basis_dtype = 'float16'.*one of float32, bfloat16"),
         (ConvConfig, {"standardise": "row"}, "standardise = 'row'.*one of tensor, coordinate"),
         (FitConfig, {"precision": "bf16"}, "precision = 'bf16'.*one of float32, bfloat16"),
@@ -30,3 +36,19 @@ from pdiff_plugin.errors import ConfigError
 def test_a_setting_that_cannot_work_is_refused_with_what_can(kind, settings, message):
     with pytest.raises(ConfigError, match=message):
         kind(**settings)
+
+
+@pytest.mark.parametrize("autoencoder", [SubspaceConfig(latent_dim=3), ConvConfig(latent_dim=3, channels=(4, 8))])
+def test_settings_come_back_from_json_with_or_without_the_kind_of_the_autoencoder(autoencoder):
+    config = FitConfig(autoencoder=autoencoder)
+    document = json.loads(json.dumps(config.to_json()))
+
+    assert document["autoencoder"]["kind"] == autoencoder.kind
+    assert FitConfig.from_json(document) == config
+    del document["autoencoder"]["kind"]
+    assert FitConfig.from_json(document) == config
+
+
+def test_autoencoders_differ_by_their_kind():
+    kinds = [config.kind for config in get_args(AutoencoderConfig)]
+    assert len(set(kinds)) == len(kinds)

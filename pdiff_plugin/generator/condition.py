@@ -36,4 +36,4 @@ class Condition:
         return self._each(lambda tensor: tensor.repeat(times, *(1,) * (tensor.ndim - 1)))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Condition:
-        return Condition(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+        return type(self)(**{field.name: change(getattr(self, field.name)) for field in fields(self)})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pdiff_plugin.config import ConvConfig
 from pdiff_plugin.generator.autoencoder import BLOCK_VALUES, ROWS_AT_A_TIME
 from pdiff_plugin.generator.layers import BatchNorm1d, Conv1d, ConvTranspose1d, Linear
-from pdiff_plugin.generator.state import check_shapes, load_module, under
+from pdiff_plugin.generator.state import check_shapes, load_module
 from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.statistics import ColumnReader, column_blocks, inverse_transform, transform
 
@@ -172,5 +172,5 @@ class ConvAutoencoder:
     def from_state(cls, layout: Layout, config: ConvConfig, state: Mapping[str, Tensor]) -> ConvAutoencoder:
         check_shapes(state, {"mean": (layout.num_values,), "scales": (len(layout.tensors),)})
         network = ConvNetwork(layout.num_values, config)
-        load_module(network, under(state, "network."))
+        load_module(network, state, "network.")
         return cls(layout, config, network.eval(), state["mean"], state["scales"])

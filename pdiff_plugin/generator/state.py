@@ -28,21 +28,26 @@ def check_shapes(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int 
     """
     sizes: dict[str, int] = {}
     for name, shape in shapes.items():
-        letters = "(" + ", ".join(str(sizes.get(str(size), size)) for size in shape) + ")"
         if name not in state:
-            raise StateError(name, "missing", f"shape {letters}")
+            raise StateError(name, "missing", f"shape {_text(shape)}")
         found = tuple(state[name].shape)
         for size, there in zip(shape, found, strict=False):
             if isinstance(size, str):
                 sizes.setdefault(size, there)
-        if found != tuple(sizes.get(str(size), size) for size in shape):
-            raise StateError(name, f"of shape {found}", f"shape {letters}")
+        expected = tuple(sizes.get(size, size) if isinstance(size, str) else size for size in shape)
+        if found != expected:
+            raise StateError(name, f"of shape {_text(found)}", f"shape {_text(expected)}")
 
 
-def load_module(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """As ``module.load_state_dict(state)``, with a :class:`StateError` where that does not fit."""
-    own = module.state_dict()
-    check_shapes(state, {name: tuple(tensor.shape) for name, tensor in own.items()})
-    for name in sorted(state.keys() - own.keys()):
-        raise StateError(name, "present", "no such tensor with these settings")
-    module.load_state_dict(state)
+def load_module(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Load what stands under ``prefix``, with a :class:`StateError` where that does not fit."""
+    own = {prefix + name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    check_shapes(state, own)
+    for name in sorted(state):
+        if name.startswith(prefix) and name not in own:
+            raise StateError(name, "present", "no such tensor with these settings")
+    module.load_state_dict(under(state, prefix))
+
+
+def _text(shape: Sequence[int | str]) -> str:
+    return f"({', '.join(map(str, shape))})"
