@@ -32,7 +32,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from workload_data import Split, augmented, cifar10, grey, loader, synthetic
 
-from pdiff_plugin import DiffusionConfig, FitConfig, PDiffRecorder, SnapshotStore, Task, collect, evaluate, fit, sweep
+from pdiff_plugin import (
+    DiffusionConfig,
+    FitConfig,
+    PDiffRecorder,
+    Perturb,
+    Reinit,
+    SnapshotStore,
+    Task,
+    collect,
+    evaluate,
+    fit,
+    sweep,
+)
 
 
 def main() -> None:
@@ -109,7 +121,8 @@ def lora(train: Split, test: Split, store: Path, seed: int, smoke: bool) -> Task
         # LoRA starts at zero: the first steps only leave it.
         steps = 10 if smoke else 100
         count = 40 if smoke else 300
-        collect(model, batches, loss, store=store, layers="lora", num_snapshots=count, warmup_steps=steps, lr=5e-3)
+        restart = Perturb(warmup_steps=steps)
+        collect(model, batches, loss, store=store, layers="lora", num_snapshots=count, restart=restart, lr=5e-3)
     restored(model, store)
     # Each member computes the whole network: a tenth of the images will do.
     return Task(model.eval(), loader((test[0][:1000], test[1][:1000]), 500))
@@ -128,8 +141,7 @@ def eight_branches(train: Split, test: Split, store: Path, seed: int, smoke: boo
             store=store,
             layers=["stages.3", "head"],
             num_trajectories=2 if smoke else 8,
-            restart="reinit",
-            warmup_steps=10 if smoke else 200,
+            restart=Reinit(warmup_steps=10 if smoke else 200),
             num_snapshots=20 if smoke else 40,
             lr=1e-3,
         )

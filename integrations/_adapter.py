@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
+from pdiff_plugin.config import RecorderConfig
 from pdiff_plugin.errors import MissingDependencyError, NotHookableError
 from pdiff_plugin.recording.hooks import unwrap_optimizer
 from pdiff_plugin.recording.recorder import PDiffRecorder as Recorder
 
-DEFAULT_FOLDER = "pdiff-snapshots"
+
+@dataclass(frozen=True)
+class Requires:
+    """What an adapter needs, and what its import said.
+
+    Attributes:
+        module: the trainer's.
+        error: why it could not be imported, if so.
+        package: that holds it, where that has another name.
+        extra: of ours that installs it, where that has another name.
+    """
+
+    module: str
+    error: ImportError | None = None
+    package: str | None = None
+    extra: str | None = None
+
+    def check(self) -> None:
+        """Raise what a user can act on.
+
+        Raises:
+            MissingDependencyError: the trainer is not installed.
+            ImportError: it is, but cannot be imported; its own error.
+        """
+        if self.error is None:
+            return
+        if isinstance(self.error, ModuleNotFoundError) and (self.error.name or "").split(".")[0] == self.module:
+            raise MissingDependencyError(self.package or self.module, self.extra or self.module) from self.error
+        raise self.error
 
 
 class Adapter:
@@ -19,16 +49,30 @@ class Adapter:
 
     Args:
         store: the store's folder; inside the trainer's own output folder unless given.
-        settings: as for :class:`pdiff_plugin.PDiffRecorder`, with the same defaults.
+        config: what is recorded and when.
+        recorder: a core recorder with its own store and settings, instead of those.
+        changes: single fields of :class:`pdiff_plugin.RecorderConfig`.
     """
 
-    _package, _extra, _is_missing = "", "", False
+    requires: ClassVar[Requires]
 
-    def __init__(self, store: str | os.PathLike[str] | None = None, **settings: Any) -> None:
-        if self._is_missing:
-            raise MissingDependencyError(self._package, self._extra)
+    def __init__(
+        self,
+        store: str | os.PathLike[str] | None = None,
+        config: RecorderConfig | None = None,
+        *,
+        recorder: Recorder | None = None,
+        **changes: Any,
+    ) -> None:
+        self._check()
         super().__init__()
-        self.recorder = Recorder(store, **settings)
+        if recorder is not None and (store is not None or config is not None or changes):
+            raise TypeError("a recorder has its store and settings already: give it, or them")
+        self.recorder = recorder if recorder is not None else Recorder(store, config, **changes)
+
+    def _check(self) -> None:
+        """Raise where the trainer cannot be used."""
+        self.requires.check()
 
     def close(self) -> None:
         """Write what is left. Only needed where a trainer has no event for an exception in training."""

@@ -8,25 +8,33 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ._adapter import DEFAULT_FOLDER, Adapter
+from pdiff_plugin.recording.recorder import DEFAULT_FOLDER
+
+from ._adapter import Adapter, Requires
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+problem = None if find_spec("accelerate") else ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
 
 
 class PDiffRecorder(Adapter):
-    """Records after each real step of a prepared optimizer; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records after each real step of a prepared optimizer; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     Steps in the middle of ``accelerator.accumulate`` and those that the gradient scaler skips are not recorded, and
     only the main process writes. ``accelerator.save_state`` and ``load_state`` carry the counters.
     """
 
-    _package, _extra, _is_missing = "accelerate", "accelerate", find_spec("accelerate") is None
+    requires = Requires("accelerate", problem)
 
     def attach(
         self,
-        accelerator: Any,
-        model: Any,
-        optimizer: Any,
+        accelerator: Any,  # accelerate ships no type information
+        model: nn.Module,
+        optimizer: Optimizer,
         *,
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,

@@ -6,26 +6,33 @@ trainer = Trainer(..., callbacks=[PDiffRecorder()])
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ._adapter import DEFAULT_FOLDER, Adapter, hookable
+from pdiff_plugin.recording.recorder import DEFAULT_FOLDER
 
+from ._adapter import Adapter, Requires, hookable
+
+problem: ImportError | None = None
 try:
     from composer.core import Callback, TimeUnit
-except ImportError:
-    Callback = object
+except ImportError as error:
+    Callback, problem = object, error
+
+if TYPE_CHECKING:
+    from composer.core import State
+    from composer.loggers import Logger
 
 
 class PDiffRecorder(Adapter, Callback):
-    """Records snapshots while a ``Trainer`` fits; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records snapshots while a ``Trainer`` fits; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     The end is known when ``max_duration`` counts epochs or batches; else the newest snapshots are kept. The store is
     below the folder that Composer runs in, unless given.
     """
 
-    _package, _extra, _is_missing = "mosaicml", "composer", Callback is object
+    requires = Requires("composer", problem, package="mosaicml")
 
-    def fit_start(self, state: Any, logger: Any) -> None:
+    def fit_start(self, state: State, logger: Logger) -> None:
         per_epoch, end = state.dataloader_len, state.max_duration
         total_steps = None
         if end is not None and end.unit == TimeUnit.BATCH:
@@ -40,15 +47,15 @@ class PDiffRecorder(Adapter, Callback):
             watch=hookable(state.optimizers[0]) if len(state.optimizers) == 1 else None,
         )
 
-    def batch_end(self, state: Any, logger: Any) -> None:
+    def batch_end(self, state: State, logger: Logger) -> None:
         # One batch is one step: microbatches, and batches tried again after running out of memory, end inside it.
         batch, per_epoch = state.timestamp.batch.value, state.dataloader_len
         epoch = batch / per_epoch.value if per_epoch is not None else None
         self.recorder.observe(state.model, step=batch, epoch=epoch)
 
-    def fit_end(self, state: Any, logger: Any) -> None:
+    def fit_end(self, state: State, logger: Logger) -> None:
         self.recorder.close()
 
-    def close(self, state: Any = None, logger: Any = None) -> None:
+    def close(self, state: State | None = None, logger: Logger | None = None) -> None:
         """Write what is left. Composer calls this when the trainer is closed, after exceptions too."""
         self.recorder.close()

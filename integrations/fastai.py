@@ -9,23 +9,26 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from ._adapter import DEFAULT_FOLDER, Adapter
+from pdiff_plugin.recording.recorder import DEFAULT_FOLDER
 
+from ._adapter import Adapter, Requires
+
+problem: ImportError | None = None
 try:
     from fastai.callback.core import Callback
     from fastai.callback.training import GradientAccumulation
-except ImportError:
-    Callback = object
+except ImportError as error:
+    Callback, problem = object, error
 
 
 class PDiffRecorder(Adapter, Callback):
-    """Records snapshots while a ``Learner`` fits; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records snapshots while a ``Learner`` fits; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     Snapshots go below ``learn.path``. To resume with ``start_epoch``, keep ``state_dict()`` beside the saved model.
     fastai has no event for an exception: what is not yet written then follows within seconds, or on ``close()``.
     """
 
-    _package, _extra, _is_missing = "fastai", "fastai", Callback is object
+    requires = Requires("fastai", problem)
     run_valid = False
 
     def before_fit(self) -> None:

@@ -7,28 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from ._adapter import DEFAULT_FOLDER, Adapter, hookable
+from pdiff_plugin.recording.recorder import DEFAULT_FOLDER
 
+from ._adapter import Adapter, Requires, hookable
+
+problem: ImportError | None = None
 try:
     from transformers.trainer_callback import ExportableState, TrainerCallback
-except ImportError:
-    TrainerCallback, ExportableState = object, type("ExportableState", (), {})
+except ImportError as error:
+    TrainerCallback, ExportableState, problem = object, type("ExportableState", (), {}), error
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
 class PDiffRecorder(Adapter, ExportableState, TrainerCallback):
-    """Records snapshots while a ``Trainer`` trains; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records snapshots while a ``Trainer`` trains; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     Snapshots go below ``args.output_dir``. A resumed training continues the recording of its checkpoint. The trainer
     has no event for an exception: what is not yet written then follows within seconds, or on ``close()``.
     """
 
-    _package, _extra, _is_missing = "transformers", "huggingface", TrainerCallback is object
-
-    def __init__(self, store: Any = None, **settings: Any) -> None:
-        super().__init__(store, **settings)
-        self._metrics: dict[str, Any] = {}
+    requires = Requires("transformers", problem, extra="huggingface")
+    _metrics: Mapping[str, Any] = MappingProxyType({})  # the newest value of each that was logged
 
     @property
     def counters(self) -> Mapping[str, Any]:
@@ -43,7 +47,9 @@ class PDiffRecorder(Adapter, ExportableState, TrainerCallback):
         """What the trainer's checkpoint keeps: from ``args`` it can build this callback anew."""
         return {"args": self.recorder.settings(), "attributes": {"counters": self.counters}}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # Unless told to restore callbacks, a resumed trainer leaves their states in its own.
         if state.global_step:
             saved = state.stateful_callbacks.get(type(self).__name__, [])
@@ -60,11 +66,20 @@ class PDiffRecorder(Adapter, ExportableState, TrainerCallback):
             watch=hookable(kwargs.get("optimizer")),
         )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.recorder.observe(kwargs["model"], step=state.global_step, epoch=state.epoch, metrics=self._metrics)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        self._metrics |= logs or {}
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._metrics = {**self._metrics, **(logs or {})}
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.close()

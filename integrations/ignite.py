@@ -5,26 +5,34 @@ PDiffRecorder().attach(trainer, model, optimizer)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ._adapter import Adapter
+from ._adapter import Adapter, Requires
 
+problem: ImportError | None = None
 try:
     from ignite.engine import Events
-except ImportError:
-    Events = None
+except ImportError as error:
+    problem = error
+
+if TYPE_CHECKING:
+    from ignite.engine import Engine
+    from torch import nn
+    from torch.optim import Optimizer
 
 
 class PDiffRecorder(Adapter):
-    """Records snapshots while an ``Engine`` trains; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records snapshots while an ``Engine`` trains; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     To resume, put it into ``Checkpoint({"recorder": recorder, ...})``. No handler is registered for exceptions, as that
     would swallow them: what is not yet written then follows within seconds, or on ``close()``.
     """
 
-    _package, _extra, _is_missing = "pytorch-ignite", "ignite", Events is None
+    requires = Requires("ignite", problem, package="pytorch-ignite")
 
-    def attach(self, engine: Any, model: Any, optimizer: Any, *, gradient_accumulation_steps: int = 1) -> PDiffRecorder:
+    def attach(
+        self, engine: Engine, model: nn.Module, optimizer: Optimizer, *, gradient_accumulation_steps: int = 1
+    ) -> PDiffRecorder:
         """Follow ``optimizer`` while ``engine`` runs.
 
         Args:

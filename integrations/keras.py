@@ -13,35 +13,36 @@ from torch import Tensor, nn
 
 from pdiff_plugin.errors import ConfigError
 
-from ._adapter import Adapter
+from ._adapter import Adapter, Requires
 
+problem: ImportError | None = None
 try:
     import keras
     from keras.callbacks import Callback
-except ImportError:
-    Callback = object
+except ImportError as error:
+    Callback, problem = object, error
 
 
 class PDiffRecorder(Adapter, Callback):
-    """Records snapshots during ``fit``; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records snapshots during ``fit``; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     Tensors are named by their variables' paths, with dots: ``batch_normalization.gamma``; :func:`assign`
     puts such weights back. Keras has no event for an exception: what is not yet written then follows within seconds, or
     on ``close()``. To resume with ``initial_epoch``, keep ``state_dict()`` beside the saved model.
     """
 
-    _package, _extra, _is_missing = "keras", "keras", Callback is object
+    requires = Requires("keras", problem)
+    _mirror: nn.Module | None = None
 
-    def __init__(self, store: Any = None, **settings: Any) -> None:
-        super().__init__(store, **settings)
+    def _check(self) -> None:
+        super()._check()
         if keras.backend.backend() != "torch":
             raise ConfigError("KERAS_BACKEND", keras.backend.backend(), "must be 'torch' to be recorded")
-        self._mirror: nn.Module | None = None
 
-    def on_train_begin(self, logs: Any = None) -> None:
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         self._mirror = None
 
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         self._epoch = epoch
         if self._mirror is not None:
             return
@@ -62,14 +63,14 @@ class PDiffRecorder(Adapter, Callback):
         assert self._mirror is not None
         self.recorder.observe(self._mirror, step=self._num_steps(), epoch=epoch, metrics=logs)
 
-    def on_train_end(self, logs: Any = None) -> None:
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         self.close()
 
     def _num_steps(self) -> int:
         return int(self.model.optimizer.iterations)
 
 
-def mirror(model: Any) -> nn.Module:
+def mirror(model: keras.Model) -> nn.Module:
     """The variables of a Keras model as plain modules, named by their paths. Memory is shared."""
     root = nn.Module()
     # A variable's own layer comes after those around it.
@@ -90,7 +91,7 @@ def mirror(model: Any) -> nn.Module:
     return root
 
 
-def assign(model: Any, weights: Mapping[str, Tensor]) -> None:
+def assign(model: keras.Model, weights: Mapping[str, Tensor]) -> None:
     """Put recorded or generated weights into a Keras model, by their names."""
     variables = {_name(model, variable): variable for variable in model.variables}
     with torch.no_grad():
@@ -98,7 +99,7 @@ def assign(model: Any, weights: Mapping[str, Tensor]) -> None:
             variables[name].assign(tensor)
 
 
-def _name(model: Any, variable: Any) -> str:
+def _name(model: keras.Model, variable: keras.Variable) -> str:
     # Paths begin with the model's name if it was built in code and not if it was loaded from a file.
     path: str = variable.path.removeprefix(f"{model.name}/")
     return path.replace(".", "_").replace("/", ".")

@@ -7,33 +7,39 @@ from __future__ import annotations
 
 from math import ceil, isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ._adapter import DEFAULT_FOLDER, Adapter, hookable
+from pdiff_plugin.recording.recorder import DEFAULT_FOLDER
 
+from ._adapter import Adapter, Requires, hookable
+
+problem: ImportError | None = None
 try:
     from lightning.pytorch.callbacks import Callback
-except ImportError:
+except ImportError as error:
     try:
         from pytorch_lightning.callbacks import Callback
     except ImportError:
-        Callback = object
+        Callback, problem = object, error
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class PDiffRecorder(Adapter, Callback):
-    """Records snapshots while a ``Trainer`` fits; see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records snapshots while a ``Trainer`` fits; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     With manual optimization the number of steps cannot be known, so the newest snapshots are kept.
     """
 
-    _package, _extra, _is_missing = "lightning", "lightning", Callback is object
+    requires = Requires("lightning", problem)
 
     @property
     def state_key(self) -> str:
         """Tells several recorders of one trainer apart in its checkpoints."""
         return f"pdiff_plugin.PDiffRecorder{self.recorder.settings()}"
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total_steps, per_epoch = trainer.estimated_stepping_batches, trainer.num_training_batches
         is_known = pl_module.automatic_optimization and isfinite(total_steps) and total_steps > 0
         self.recorder.start(
@@ -47,7 +53,9 @@ class PDiffRecorder(Adapter, Callback):
             watch=hookable(trainer.optimizers[0]) if len(trainer.optimizers) == 1 else None,
         )
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         # Batches also end in the middle of gradient accumulation; observe() skips a step it has seen.
         per_epoch = trainer.num_training_batches
         self.recorder.observe(
@@ -57,9 +65,9 @@ class PDiffRecorder(Adapter, Callback):
             metrics=trainer.callback_metrics,
         )
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.close()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # Lightning calls neither on_train_end nor teardown after an exception.
         self.close()

@@ -8,24 +8,33 @@ def train_loop_per_worker(config):
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from ._adapter import DEFAULT_FOLDER, Adapter
+from pdiff_plugin.recording.recorder import DEFAULT_FOLDER
+
+from ._adapter import Adapter, Requires
+
+if TYPE_CHECKING:
+    from ray.train import TrainContext
+    from torch import nn
+    from torch.optim import Optimizer
 
 
 class PDiffRecorder(Adapter):
-    """Records on rank 0 (a sharded model on all ranks); see :class:`pdiff_plugin.PDiffRecorder` for the settings.
+    """Records on rank 0 (a sharded model on all ranks); see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     Snapshots go into the run's own folder in its storage path, if that is a file system of this machine. To resume,
     keep ``state_dict()`` in the loop's checkpoint.
     """
 
+    requires = Requires("ray")  # a dependency of ours
+
     def attach(
         self,
-        model: Any,
-        optimizer: Any,
+        model: nn.Module,
+        optimizer: Optimizer,
         *,
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,
@@ -52,7 +61,7 @@ class PDiffRecorder(Adapter):
         return self
 
 
-def _run_folder(context: Any) -> Path:
+def _run_folder(context: TrainContext) -> Path:
     try:
         storage = context.get_storage()
     except NotImplementedError:  # Ray's local mode (num_workers=0) has none

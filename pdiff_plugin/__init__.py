@@ -18,9 +18,16 @@ if not _os.path.isdir(_os.path.join(_here, "integrations")) and _os.path.isfile(
     __path__.append(_os.path.dirname(_here))
 
 if _TYPE_CHECKING:
+    from pdiff_plugin.config import CollectConfig as CollectConfig
     from pdiff_plugin.config import ConvConfig as ConvConfig
+    from pdiff_plugin.config import Cycle as Cycle
     from pdiff_plugin.config import DiffusionConfig as DiffusionConfig
+    from pdiff_plugin.config import EvaluateConfig as EvaluateConfig
     from pdiff_plugin.config import FitConfig as FitConfig
+    from pdiff_plugin.config import Perturb as Perturb
+    from pdiff_plugin.config import RecorderConfig as RecorderConfig
+    from pdiff_plugin.config import Reinit as Reinit
+    from pdiff_plugin.config import SamplingConfig as SamplingConfig
     from pdiff_plugin.config import SubspaceConfig as SubspaceConfig
     from pdiff_plugin.ensemble.batchnorm import recalibrate_batchnorm as recalibrate_batchnorm
     from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble as DiffusionEnsemble
@@ -48,14 +55,21 @@ if _TYPE_CHECKING:
     from pdiff_plugin.snapshots.store import SnapshotStore as SnapshotStore
 
 _HOME = {
+    "CollectConfig": "config",
     "ConvConfig": "config",
+    "Cycle": "config",
     "DiffusionConfig": "config",
     "DiffusionEnsemble": "ensemble.ensemble",
+    "EvaluateConfig": "config",
     "Evaluation": "evaluation.result",
     "FitConfig": "config",
     "Layout": "snapshots.layout",
     "PDiffError": "errors",
     "PDiffRecorder": "recording.recorder",
+    "Perturb": "config",
+    "RecorderConfig": "config",
+    "Reinit": "config",
+    "SamplingConfig": "config",
     "SnapshotStore": "snapshots.store",
     "SubspaceConfig": "config",
     "Sweep": "evaluation.sweep",
@@ -71,16 +85,21 @@ _HOME = {
     "greedy_soup": "ensemble.soup",
     "import_checkpoints": "recording.checkpoints",
     "recalibrate_batchnorm": "ensemble.batchnorm",
-    "sweep": "evaluation.sweep",
     "swap_": "modules.swap",
     "swapped": "modules.swap",
+    "sweep": "evaluation.sweep",
     "uniform_soup": "ensemble.soup",
     "write_report": "evaluation.page",
 }
 
 __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, judge)
     "PDiffRecorder",
+    "RecorderConfig",
     "collect",
+    "CollectConfig",
+    "Perturb",
+    "Reinit",
+    "Cycle",
     "import_checkpoints",
     "SnapshotStore",
     "Layout",
@@ -90,6 +109,7 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "DiffusionConfig",
     "fit",
     "WeightGenerator",
+    "SamplingConfig",
     "WeightSet",
     "swapped",
     "swap_",
@@ -102,6 +122,7 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "Task",
     "check_alignment",
     "evaluate",
+    "EvaluateConfig",
     "Evaluation",
     "sweep",
     "Sweep",

@@ -1,62 +1,78 @@
 """The `pdiff` command: one function per subcommand, whose signature is its flags and whose docstring is its help.
 
-Exit codes: 0 done, 1 an error that names the next move, 2 wrong usage, 130 interrupted (run again to go on).
-Nothing heavy is imported before a subcommand runs, so that ``pdiff --help`` is quick.
+Settings are the config dataclasses, whose fields are the flags. Exit codes: 0 done, 1 an error that names the next
+move, 2 wrong usage, 130 interrupted (run again to go on). Nothing heavy is imported before a subcommand runs, so that
+``pdiff --help`` is quick: the names of ``pdiff`` load on first use.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import json as _json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
+import docstring_parser
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from pdiff_plugin._version import __version__
-from pdiff_plugin.config import DistributedConfig, FitConfig, Sampler, TuneConfig
-from pdiff_plugin.errors import ConfigError, MissingDependencyError, PDiffError
+import pdiff_plugin as pdiff
+from pdiff_plugin import console, describe
+from pdiff_plugin.config import (
+    AUTOENCODER_CONFIGS,
+    AutoencoderName,
+    ConvConfig,
+    DiffusionConfig,
+    DistributedConfig,
+    EvaluateConfig,
+    FitConfig,
+    RecorderConfig,
+    SamplingConfig,
+    SubspaceConfig,
+    TuneConfig,
+)
+from pdiff_plugin.errors import ConfigError, MissingDependencyError, PDiffError, StoreNotFoundError
 from pdiff_plugin.user_code import find_function, load_model, made_by
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pdiff_plugin.generator.generator import WeightGenerator
-    from pdiff_plugin.generator.members import LatentWriter
-    from pdiff_plugin.generator.weights import WeightSet
-    from pdiff_plugin.progress import OnProgress
-    from pdiff_plugin.snapshots.store import SnapshotStore
-
-_LAYERS = "last-norms:2"
-_Inline = arg(name="")  # a config's fields become flags without its own name in front
+Inline = arg(name="")  # a config's fields become flags without its own name in front
+Switch = FlagCreatePairsOff[bool]  # off unless given, so that it needs no --no-...
+Json = Annotated[Switch, arg(help="Print the result as one JSON document on stdout.")]
+Seed = Annotated[int, arg(help="Seed of every draw.")]
+Fresh = Annotated[Switch, arg(help="Start anew and replace what an earlier run left in the folder.")]
+Where = Annotated[FlagCreatePairsOff[DistributedConfig], Inline]
+Layers = Annotated[
+    str, arg(help="Selection, as for PDiffRecorder: last-norms:N, norms, head, lora, all, or a glob of module names.")
+]
+FitPath = Positional[Annotated[Path, arg(metavar="FIT", help="Folder of a fit, or its generator.safetensors.")]]
+FitStore = Annotated[
+    Path | None, arg(metavar="STORE", help="The snapshot store; the one the generator was fitted on unless given.")
+]
+TaskName = Annotated[
+    str, arg(metavar="MODULE:FUNCTION", help="Returns a pdiff_plugin.Task; modules are also looked for in this folder.")
+]
 
 
 def demo(
     *,
     out: Path = Path("pdiff-demo"),
-    seed: int = 0,
+    seed: Seed = 0,
     num_threads: int | None = None,
-    fresh: bool = False,
-    json: bool = False,
+    fresh: Fresh = False,
+    json: Json = False,
 ) -> None:
     """Run the whole path on scikit-learn's digits: train with PDiffRecorder, fit, generate, swap, judge.
 
     Args:
         out: Folder for the store, the generator and the result.
-        seed: Seed of every draw.
         num_threads: CPU threads; PyTorch's choice unless given. Figures repeat exactly for one choice on one machine.
-        fresh: Replace what an earlier demo left in the folder.
-        json: Print the result as one JSON document on stdout.
     """
-    from pdiff_plugin import console
     from pdiff_plugin import demo as module
-    from pdiff_plugin.evaluation.page import write_report
 
     if num_threads is not None:
         import torch
@@ -66,13 +82,13 @@ def demo(
     with console.progress() as on_progress:
         result = module.run(out, seed=seed, fresh=fresh, on_progress=on_progress)
     try:
-        page = f"open {write_report(out / 'evaluation')}"
+        page = f"open {pdiff.write_report(out / 'evaluation')}"
     except MissingDependencyError as error:
         page = f"pdiff report {out}/evaluation   # {error}"
     if json:
-        _print_json(result.to_json())
+        describe.print_json(result.to_json())
         return
-    _show_evaluation(result)
+    describe.show_evaluation(result)
     console.say(
         f"\nEverything is in {out}/. Try next:\n"
         f"  pdiff inspect {out}/store\n"
@@ -83,168 +99,111 @@ def demo(
     )
 
 
-def layers(model: Positional[str], *, layers: str = _LAYERS, json: bool = False) -> None:
+def layers(
+    model: Positional[Annotated[str, arg(metavar="MODEL")]],
+    *,
+    layers: Layers = str(RecorderConfig.layers),
+    json: Json = False,
+) -> None:
     """Show what would be recorded of a model.
 
     Args:
         model: `timm:NAME`, or `package.module:function` returning a torch.nn.Module.
-        layers: Selection, as for PDiffRecorder: last-norms:N, norms, head, lora, all, or a glob of module names.
-        json: Print one JSON document on stdout.
     """
-    from pdiff_plugin import console
-    from pdiff_plugin.recording.selection import select
-
-    network = load_model(model)
-    selection = select(network, layers)
-    layout = selection.layout
-    total = sum(p.numel() for p in network.parameters())
-    if json:
-        _print_json(
-            {
-                "model": model,
-                "layers": layers,
-                "tensors": layout.to_json(),
-                "num_values": layout.num_values,
-                "num_model_parameters": total,
-                "frozen": list(selection.frozen),
-            }
-        )
-        return
-    rows = [[s.name, s.kind, s.dtype, " x ".join(map(str, s.shape)), f"{s.numel:,}"] for s in layout]
-    share = sum(s.numel for s in layout if s.kind == "parameter") / max(total, 1)
-    note = (
-        f"{layout.num_values:,} values in {len(layout.tensors)} tensors; {share:.3%} of the model's {total:,} "
-        f"parameters. 300 snapshots take {300 * 4 * layout.num_values / 2**20:,.1f} MiB."
-    )
-    if selection.frozen:
-        note += f"\nLeft out because frozen: {', '.join(selection.frozen)}."
-    console.table(f"{model}, layers={layers}", ["tensor", "kind", "dtype", "shape", "values"], rows, note=note)
+    document = describe.layers(model, load_model(model), layers)
+    (describe.print_json if json else describe.show_layers)(document)
 
 
-def inspect(path: Positional[Path], *, json: bool = False) -> None:
+def inspect(path: Positional[Path], *, json: Json = False) -> None:
     """Show what is in a snapshot store, or in a fitted generator.
 
     Args:
         path: A store, a generator file or the folder of a fit.
-        json: Print one JSON document on stdout.
     """
     from pdiff_plugin.generator.generator_file import FILE_NAME
 
-    is_generator = path.suffix == ".safetensors" or (path / FILE_NAME).is_file()
-    document = _describe_generator(path) if is_generator else _describe_store(path)
-    if json:
-        _print_json(document)
-        return
-    from pdiff_plugin import console
-
-    if is_generator:
-        report = document["report"]
-        rows = [[name, _text(value)] for name, value in report.items()]
-        console.table(f"generator {path}", ["measured by the fit", ""], rows, numeric=False)
-        console.say(_describe_layout(document))
-        return
-    rows = [
-        [t["id"], str(t["snapshots"]), f"{t['first_step']}..{t['last_step']}", t["base"], t["rest_drift"]]
-        for t in document["trajectories"]
-    ]
-    headers = ["trajectory", "snapshots", "steps", "base", "drift of the rest"]
-    console.table(
-        f"store {path}: {document['num_snapshots']} snapshots", headers, rows, note=_describe_layout(document)
-    )
-    for problem in document["problems"]:
-        console.say(f"! {problem}")
+    if path.suffix == ".safetensors" or (path / FILE_NAME).is_file():
+        document, show = describe.generator(str(path), pdiff.WeightGenerator.load(path)), describe.show_generator
+    else:
+        document, show = describe.store(path), describe.show_store
+    (describe.print_json if json else show)(document)
 
 
 def import_(
     paths: Positional[tuple[Path, ...]],
     *,
     store: Path,
-    layers: str = _LAYERS,
+    layers: Layers = str(RecorderConfig.layers),
     model: str | None = None,
-    ema: bool = False,
+    ema: Switch = False,
     trajectory: str | None = None,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Make a snapshot store from checkpoints that a run has left behind, one snapshot each.
 
     Args:
         paths: .pt, .pth, .ckpt or .safetensors files, checkpoint-* folders, or a folder of these, all of one run.
-        store: The store to add to.
-        layers: Selection, as for PDiffRecorder; a store that holds snapshots keeps to the tensors that it has.
+        store: The store to add to; one that holds snapshots keeps to the tensors that it has.
         model: `timm:NAME` or `package.module:function`, where names and shapes alone do not tell the layers.
         ema: Take the averaged weights that timm and others keep beside the trained ones.
         trajectory: Name of the run in the store; the next free one unless given.
-        json: Print what the store holds as one JSON document on stdout.
     """
-    from pdiff_plugin import console
-    from pdiff_plugin.recording.checkpoints import import_checkpoints
-
     network = None if model is None else load_model(model)
-    if layers != _LAYERS and (store / "layout.json").is_file():
+    if layers != RecorderConfig.layers and (store / "layout.json").is_file():
         console.tell(f"{store} holds snapshots already: the same tensors are taken, whatever --layers {layers} says.")
-    import_checkpoints(paths, store=store, layers=layers, model=network, ema=ema, trajectory=trajectory)
+    pdiff.import_checkpoints(paths, store=store, layers=layers, model=network, ema=ema, trajectory=trajectory)
     inspect(store, json=json)
 
 
 def fit(
-    store: Positional[str],
+    store: Positional[Annotated[str, arg(metavar="STORE")]],
     *,
     out: str,
-    fresh: bool = False,
-    json: bool = False,
     preset: Literal["default", "paper"] = "default",
-    config: Annotated[FitConfig, _Inline] = FitConfig(),  # noqa: B008 (frozen)
-    distributed: Annotated[DistributedConfig, _Inline] = DistributedConfig(),  # noqa: B008 (frozen)
+    autoencoder: AutoencoderName = "subspace",
+    fresh: Fresh = False,
+    json: Json = False,
+    config: Annotated[FitConfig, Inline] = FitConfig(),  # noqa: B008 (frozen)
+    distributed: Where = DistributedConfig(),  # noqa: B008 (frozen)
 ) -> None:
-    """Learn a generator from the snapshots of a store. Run again after an interruption, it goes on where it was.
+    """Learn a generator from the snapshots of a store.
+
+    Run again after an interruption, it goes on where it was.
 
     Args:
         store: The snapshot store; a URL such as s3://bucket/runs/a is read through Ray.
         out: Run folder for generator.safetensors and fit.json; may be a URL too.
-        fresh: Start anew and replace the fit in the run folder.
-        json: Print what the fit measured as one JSON document on stdout.
-        preset: `paper` is the published configuration of p-diff; with it only --seed, --device and --memory-gb apply.
-        config: Settings of the fit.
-        distributed: Where it runs.
+        preset: Settings that the other flags change: `paper` is the published configuration of p-diff.
+        autoencoder: Which one, if not the preset's; with --help, `--autoencoder conv` shows the settings of that.
     """
-    from pdiff_plugin import console
     from pdiff_plugin.snapshots.remote import is_remote
 
-    if preset == "paper":
-        if config != FitConfig(seed=config.seed, device=config.device, memory_gb=config.memory_gb):
-            raise ConfigError(
-                "--preset", preset, "cannot be combined with other settings; in Python, change FitConfig.paper()"
-            )
-        published = FitConfig.paper(seed=config.seed, device=config.device)
-        config = dataclasses.replace(published, memory_gb=config.memory_gb)
+    del preset, autoencoder  # they have chosen the settings that `config` started from, see _fit_from
     with console.progress() as on_progress:
         if _runs_on_ray(distributed) or is_remote(store) or is_remote(out):
             from pdiff_plugin.cluster.fit import fit_distributed
 
-            generator = fit_distributed(store, config, distributed, out=out, fresh=fresh, on_progress=on_progress)
+            fitted = fit_distributed(store, config, distributed, out=out, fresh=fresh, on_progress=on_progress)
         else:
-            from pdiff_plugin.fitting.fit import fit as run
-
-            generator = run(store, config, out=out, fresh=fresh, on_progress=on_progress)
+            fitted = pdiff.fit(store, config, out=out, fresh=fresh, on_progress=on_progress)
+    document = describe.generator(out, fitted)
     if json:
-        _print_json(_describe_fitted(out, generator))
+        describe.print_json(document)
         return
-    report = generator.report
-    rows = [[name, _text(value)] for name, value in report.items()]
-    console.table(f"fitted {out}", ["measured", ""], rows, numeric=False)
+    describe.show_generator(document)
     console.say(
         f"Next: pdiff generate {out} --num-members 16 --out members   or   pdiff evaluate {out} --task MODULE:FUNCTION"
     )
 
 
 def tune(
-    store: Positional[Path],
+    store: Positional[Annotated[Path, arg(metavar="STORE")]],
     *,
     out: Path,
-    task: str | None = None,
-    fresh: bool = False,
-    json: bool = False,
-    search: Annotated[TuneConfig, _Inline] = TuneConfig(),  # noqa: B008 (frozen)
+    task: TaskName | None = None,
+    fresh: Fresh = False,
+    json: Json = False,
+    search: Annotated[TuneConfig, Inline] = TuneConfig(),  # noqa: B008 (frozen)
     config: FitConfig = FitConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Search for better settings of a fit, on Ray. Run again after an interruption, it goes on where it was.
@@ -256,269 +215,193 @@ def tune(
     Args:
         store: The snapshot store.
         out: Run folder for generator.safetensors, fit.json and tune.json.
-        task: `package.module:function` returning a pdiff_plugin.Task, whose eval_loader judges the trials.
-        fresh: Start anew and replace the search in the run folder.
-        json: Print all trials as one JSON document on stdout.
-        search: What is tried and where.
+        task: Returns a pdiff_plugin.Task, whose eval_loader judges the trials.
         config: Settings that are not searched, and the first trial.
     """
-    from pdiff_plugin import console
-    from pdiff_plugin.cluster.tune import tune as run
+    from pdiff_plugin.cluster.tune import tune
 
     score = None
     if task is not None:
         from pdiff_plugin.evaluation.search_score import EnsembleNLL
-        from pdiff_plugin.evaluation.task import Task
 
-        score = EnsembleNLL(made_by("--task", task, Task), seed=search.seed)
+        score = EnsembleNLL(made_by("--task", task, pdiff.Task), seed=search.seed)
     with console.progress() as on_progress:
-        document = run(store, config, search, out=out, score=score, fresh=fresh, on_progress=on_progress)
+        document = tune(store, config, search, out=out, score=score, fresh=fresh, on_progress=on_progress)
     if json:
-        _print_json(document)
+        describe.print_json(document)
         return
-    columns = ["score", "latent_dim", "prediction_type", "lr", "patience", "temperature", "max_steps", "copy_ratio"]
-    rows = [
-        ["default" if trial["is_default"] else str(number), *(_text(trial[column]) for column in columns)]
-        for number, trial in enumerate(document["trials"], start=1)
-    ]
-    console.table(f"tuned {out}", ["trial", *columns], rows, note=f"score: {document['score']}; lower is better")
+    describe.show_trials(out, document)
     best = document["trials"][0]
     console.say(f"Next: pdiff generate {out} --temperature {best['temperature']} --num-members 16 --out members")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gate:
+    """Which members are good enough."""
+
+    keep_above: float | None = None
+    """Drop members whose accuracy on the task's evaluation data is below this share; needs --task. Judge what is left
+    on other data, for it was chosen on these."""
+    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """Returns a pdiff_plugin.Task, for --keep-above."""
+
+    def check(self) -> None:
+        """Raise :class:`ConfigError` for what cannot work, before anything is made."""
+        if self.keep_above is None:
+            return
+        if self.task is None:
+            raise ConfigError(
+                "--keep-above", self.keep_above, "must be given together with --task package.module:function"
+            )
+        if not 0.0 <= self.keep_above <= 1.0:
+            raise ConfigError("--keep-above", self.keep_above, "must be a share of right answers, from 0 to 1")
+
+    def keep(self, weights: pdiff.WeightSet) -> Sequence[int]:
+        """Places of the members that are good enough."""
+        from pdiff_plugin.evaluation.gate import keep_accurate
+
+        try:
+            return keep_accurate(made_by("--task", str(self.task), pdiff.Task), weights, self.keep_above or 0.0).indices
+        except ConfigError as error:
+            if error.field != "threshold":
+                raise
+            raise ConfigError("--keep-above", self.keep_above, error.expected) from error
+
+
 def generate(
-    generator: Positional[Path],
+    generator: FitPath,
     *,
     out: Path,
     num_members: int = 16,
-    seed: int = 0,
-    num_sampling_steps: int | None = None,
-    temperature: float = 1.0,
-    diversity: float = 1.0,
-    sampler: Sampler | None = None,
-    trajectory: str | None = None,
-    keep_above: float | None = None,
-    sweep: bool = False,
-    task: str | None = None,
-    store: Path | None = None,
-    overwrite: bool = False,
-    num_workers: int = 1,
-    address: str | None = None,
-    json: bool = False,
+    seed: Seed = 0,
+    overwrite: Switch = False,
+    json: Json = False,
+    sampling: Annotated[SamplingConfig, Inline] = SamplingConfig(),  # noqa: B008 (frozen)
+    gate: Annotated[Gate, Inline] = Gate(),
+    distributed: Where = DistributedConfig(),  # noqa: B008 (frozen)
 ) -> None:
-    """Sample new weights: one safetensors state dict per member, for `model.load_state_dict(..., strict=False)`.
+    """Sample new weights, one state dict a file, for `model.load_state_dict(..., strict=False)`.
 
     Args:
-        generator: Folder of a fit, or its generator.safetensors.
         out: Folder for member-0000.safetensors and so on.
         num_members: How many members to make.
-        seed: Seed of the draw.
-        num_sampling_steps: Steps from noise to latents; the sampler's usual number unless given.
-        temperature: Factor on the initial noise; below 1 members move toward the centre of the snapshots.
-        diversity: Spread of the members over that of the snapshots, in (0, 2], by the curve that the fit measured.
-        sampler: The one that fits the generator unless given.
-        trajectory: Make members of this run only.
-        keep_above: Drop members whose accuracy on the task's evaluation data is below this share; needs --task. Judge
-            what is left on other data, for it was chosen on these.
-        sweep: Make no members, but a table and a picture (sweep.json, sweep.png) of accuracy against novelty over a
-            range of diversities, beside those of the cheap alternatives; needs --task, and takes only --num-members,
-            --seed and --store besides.
-        task: `package.module:function` returning a pdiff_plugin.Task, for --keep-above and --sweep.
-        store: The snapshot store for --sweep; the one the generator was fitted on unless given.
         overwrite: Replace members that are in the folder already.
-        num_workers: Processes that share the work; with more than one, or an address, it runs on Ray.
-        address: host:port of a running Ray cluster; RAY_ADDRESS unless given.
-        json: Print the list of files as one JSON document on stdout.
     """
-    from pdiff_plugin import console
-    from pdiff_plugin.generator.generator import WeightGenerator
+    fitted = pdiff.WeightGenerator.load(generator)
+    gate.check()
     from pdiff_plugin.generator.members import write_members
 
-    fitted = WeightGenerator.load(generator)
-    for flag, given in (("--keep-above", keep_above), ("--sweep", sweep or None)):
-        if given is not None and task is None:
-            raise ConfigError(flag, given, "must be given together with --task package.module:function")
-    if sweep:
-        _refuse_beside_sweep(
-            num_sampling_steps=num_sampling_steps,
-            temperature=temperature,
-            diversity=diversity,
-            sampler=sampler,
-            trajectory=trajectory,
-            keep_above=keep_above,
-            num_workers=num_workers,
-            address=address,
-        )
-        _sweep(fitted, str(task), store, out, num_members, seed, json)
-        return
-    if store is not None:
-        raise ConfigError("--store", str(store), "must be given together with --sweep; members need no store")
-    if keep_above is not None and not 0.0 <= keep_above <= 1.0:
-        raise ConfigError("--keep-above", keep_above, "must be a share of right answers, from 0 to 1")
-    keep: Callable[[WeightSet], Sequence[int]] | None = None
-    if keep_above is not None:
-        from pdiff_plugin.evaluation.gate import keep_accurate
-        from pdiff_plugin.evaluation.task import Task
-
-        judge, threshold = made_by("--task", str(task), Task), keep_above
-
-        def keep(weights: WeightSet) -> Sequence[int]:
-            try:
-                return keep_accurate(judge, weights, threshold).indices
-            except ConfigError as error:
-                if error.field != "threshold":
-                    raise
-                raise ConfigError("--keep-above", threshold, error.expected) from error
-
-    write: LatentWriter | None = None
-    distributed = DistributedConfig(num_workers=num_workers, address=address)
+    write = None
     if _runs_on_ray(distributed):
         from pdiff_plugin.cluster.members import write_members_on_workers
 
-        def write(
-            latents: Tensor, folder: Path, header: Mapping[str, str], on_progress: OnProgress | None
-        ) -> list[Path]:
-            return write_members_on_workers(generator, latents, folder, header, distributed, on_progress)
-
+        write = partial(write_members_on_workers, generator=generator, distributed=distributed)
     with console.progress() as on_progress:
         paths = write_members(
             fitted,
             out,
+            sampling,
             num_members=num_members,
             seed=seed,
             overwrite=overwrite,
-            keep=keep,
+            keep=gate.keep if gate.keep_above is not None else None,
             write=write,
             on_progress=on_progress,
-            num_sampling_steps=num_sampling_steps,
-            temperature=temperature,
-            diversity=diversity,
-            sampler=sampler,
-            trajectory=trajectory,
         )
     num_dropped = num_members - len(paths)
-    files = [str(path) for path in paths]
     if json:
-        _print_json({"members": files, "num_values": fitted.layout.num_values, "num_dropped": num_dropped})
-    else:
-        if num_dropped:
-            console.say(f"{num_dropped} of {num_members} members dropped: accuracy below {keep_above}")
-        console.say(f"{len(files)} members of {fitted.layout.num_values:,} values each in {out}")
+        files = [str(path) for path in paths]
+        describe.print_json({"members": files, "num_values": fitted.layout.num_values, "num_dropped": num_dropped})
+        return
+    if num_dropped:
+        console.say(f"{num_dropped} of {num_members} members dropped: accuracy below {gate.keep_above}")
+    console.say(f"{len(paths)} members of {fitted.layout.num_values:,} values each in {out}")
 
 
-def _refuse_beside_sweep(**given: Any) -> None:
-    for name, value in given.items():
-        if value != signature(generate).parameters[name].default:
-            raise ConfigError(
-                f"--{name.replace('_', '-')}", value, "cannot be combined with --sweep, which chooses its own settings"
-            )
-
-
-def _sweep(
-    fitted: WeightGenerator, task: str, store: Path | None, out: Path, num_members: int, seed: int, json: bool
+def sweep(
+    generator: FitPath,
+    *,
+    task: TaskName,
+    out: Path,
+    store: FitStore = None,
+    num_members: int = 32,
+    seed: Seed = 0,
+    json: Json = False,
 ) -> None:
-    from pdiff_plugin import console
-    from pdiff_plugin.evaluation.sweep import sweep
-    from pdiff_plugin.evaluation.task import Task
+    """Draw accuracy against novelty over a range of diversities, beside the cheap alternatives.
+
+    Args:
+        out: Folder for sweep.json and sweep.png.
+        num_members: Members of every set.
+    """
     from pdiff_plugin.snapshots.files import write_json
 
-    made, snapshots = made_by("--task", task, Task), _store_of(fitted.provenance["store"], store)
+    fitted = pdiff.WeightGenerator.load(generator)
+    judged, snapshots = made_by("--task", task, pdiff.Task), _store_of(fitted, store)
     out.mkdir(parents=True, exist_ok=True)
     with console.progress() as on_progress:
-        found = sweep(made, snapshots, fitted, num_members=num_members, seed=seed, on_progress=on_progress)
-    write_json(out / "sweep.json", found.to_json())
+        result = pdiff.sweep(judged, snapshots, fitted, num_members=num_members, seed=seed, on_progress=on_progress)
+    write_json(out / "sweep.json", result.to_json())
     try:
-        found.save_picture(out / "sweep.png")
+        result.save_picture(out / "sweep.png")
     except MissingDependencyError as error:
         console.tell(f"no picture is drawn: {error}")
     if json:
-        _print_json(found.to_json())
+        describe.print_json(result.to_json())
         return
-    console.table(f"{made.name}: accuracy against novelty, {num_members} members each", *found.table(), keys=2)
-    console.say(found.sentence)
+    headers, rows = result.table()
+    console.table(f"{judged.name}: accuracy against novelty, {num_members} members each", headers, rows, keys=2)
+    console.say(result.sentence)
 
 
 def evaluate(
-    generator: Positional[Path],
+    generator: FitPath,
     *,
-    task: str,
-    store: Path | None = None,
-    num_members: int = 32,
-    num_draws: int = 1,
-    sets: Literal["all", "core"] = "all",
-    retrain: int = 0,
-    train_with: str | None = None,
-    seed: int = 0,
+    task: TaskName,
+    store: FitStore = None,
+    train_with: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None,
     out: Path | None = None,
-    num_workers: int = 1,
-    address: str | None = None,
-    json: bool = False,
+    json: Json = False,
+    config: Annotated[FlagCreatePairsOff[EvaluateConfig], Inline] = EvaluateConfig(),  # noqa: B008 (frozen)
+    distributed: Where = DistributedConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Judge generated members beside the snapshots and the cheap alternatives.
 
     Args:
-        generator: Folder of a fit, or its generator.safetensors.
-        task: `package.module:function` returning a pdiff_plugin.Task; modules are also looked for in this folder.
-        store: The snapshot store; the one the generator was fitted on unless given.
-        num_members: Members of every set.
-        num_draws: Times that random sets are drawn, for errors that know the spread between draws.
-        sets: `core` judges fewer alternatives.
-        retrain: Also train this many models anew, for a real deep ensemble; needs --train-with.
-        train_with: `package.module:function` that takes a seed and returns a trained model.
-        seed: Seed of every draw.
+        train_with: Takes a seed and returns a trained model; with it a real deep ensemble is trained and judged, too.
         out: Folder for the result, from which `pdiff report` draws; evaluation/ beside the generator unless given.
-        num_workers: Processes that share the work; with more than one, or an address, it runs on Ray.
-        address: host:port of a running Ray cluster; RAY_ADDRESS unless given.
-        json: Print the result as one JSON document on stdout.
     """
-    from pdiff_plugin import console
-    from pdiff_plugin.evaluation.evaluate import evaluate as run
-    from pdiff_plugin.evaluation.task import Task
-    from pdiff_plugin.generator.generator import WeightGenerator
-
-    if bool(retrain) != bool(train_with):
-        raise ConfigError("--retrain", retrain, "must be given together with --train-with package.module:function")
-    fitted = WeightGenerator.load(generator)
-    made = made_by("--task", task, Task)
+    if train_with is None and config.num_retrained != EvaluateConfig.num_retrained:
+        raise ConfigError(
+            "--num-retrained", config.num_retrained, "must be given together with --train-with package.module:function"
+        )
+    fitted = pdiff.WeightGenerator.load(generator)
+    judged = made_by("--task", task, pdiff.Task)
     train = find_function("--train-with", train_with, "seed") if train_with else None
-    snapshots = _store_of(fitted.provenance["store"], store)
+    snapshots = _store_of(fitted, store)
     # Before the scoring, which may take hours: a folder that cannot be made is told at once.
     folder = out or (generator if generator.is_dir() else generator.parent) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
-    distributed = DistributedConfig(num_workers=num_workers, address=address)
     with console.progress() as on_progress, _scorer(distributed) as options:
-        result = run(
-            made,
-            snapshots,
-            fitted,
-            num_members=num_members,
-            seed=seed,
-            sets=sets,
-            num_draws=num_draws,
-            retrain=train,
-            num_retrained=retrain or 1,
-            on_progress=on_progress,
-            **options,
+        result = pdiff.evaluate(
+            judged, snapshots, fitted, **vars(config), retrain=train, on_progress=on_progress, **options
         )
     result.save(folder)
     if json:
-        _print_json(result.to_json())
-    else:
-        _show_evaluation(result)
-        console.say(f"\nPictures: pdiff report {folder}")
+        describe.print_json(result.to_json())
+        return
+    describe.show_evaluation(result)
+    console.say(f"\nPictures: pdiff report {folder}")
 
 
-def report(evaluation: Positional[Path], *, out: Path | None = None) -> None:
+def report(evaluation: Positional[Annotated[Path, arg(metavar="EVALUATION")]], *, out: Path | None = None) -> None:
     """Draw a saved evaluation as one self-contained HTML page and PNG pictures.
 
     Args:
         evaluation: Folder that `pdiff evaluate` or `pdiff demo` wrote.
         out: Folder for report.html and the pictures; that of the evaluation unless given.
     """
-    from pdiff_plugin import console
-    from pdiff_plugin.evaluation.page import write_report
-
-    console.say(f"Wrote {write_report(evaluation, out)}")
+    console.say(f"Wrote {pdiff.write_report(evaluation, out)}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -529,35 +412,41 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fit": fit,
     "tune": tune,
     "generate": generate,
+    "sweep": sweep,
     "evaluate": evaluate,
     "report": report,
 }
+_CONFIGS = (
+    *(FitConfig, SubspaceConfig, ConvConfig, DiffusionConfig, TuneConfig),
+    *(SamplingConfig, Gate, EvaluateConfig, DistributedConfig),
+)
+_PRESETS: dict[str, Callable[[], FitConfig]] = {"default": FitConfig, "paper": FitConfig.paper}
 
 
 def main(args: list[str] | None = None) -> int:
     """Run `pdiff`; returns the exit code."""
     args = list(sys.argv[1:] if args is None else args)
     if "--version" in args:
-        print(__version__)
+        print(pdiff.__version__)
         return 0
     debug = "--debug" in args
-    args = [a for a in args if a != "--debug"]
-    from pdiff_plugin import console
-
+    args = _present_spelling([a for a in args if a != "--debug"])
     console.log_to_stderr()
+    if {"-h", "--help"} & set(args[1:]):
+        for kind in _CONFIGS:
+            _join_help_lines(kind)
     app = tyro.extras.SubcommandApp()
     for name, function in COMMANDS.items():
-        app.command(name=name)(function)
+        app.command(name=name)(_fit_from(args) if function is fit else function)
     try:
         app.cli(
             prog="pdiff",
             description=(
-                "Neural Network Diffusion as a plug-in: fit a generator to recorded snapshots of chosen layers, sample "
-                "new weights, and find out whether that was worth it. Start with `pdiff demo`. "
-                "--version and --debug (tracebacks) go with every command."
+                "Fit a generator to recorded snapshots of a model's layers, sample new weights, judge them.\n\n"
+                "Start with `pdiff demo`. --version and --debug (tracebacks) go with every command."
             ),
             args=args,
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+            config=(tyro.conf.AvoidSubcommands,),
         )
     except BrokenPipeError:
         # The reader of a pipe (`| head`) has left. Python would complain once more on flushing stdout at exit.
@@ -573,6 +462,43 @@ def main(args: list[str] | None = None) -> int:
         console.tell("Interrupted. What was finished is kept; run the same command again to go on.")
         return 130
     return 0
+
+
+def _fit_from(args: list[str]) -> Callable[..., None]:
+    """The command `fit` whose settings start from the preset and the autoencoder that ``args`` ask for.
+
+    These decide which flags there are and their defaults, so they are looked for before the parser is built.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?")
+    parser.add_argument("--autoencoder", nargs="?")
+    given, _ = parser.parse_known_args(args)
+    config = _PRESETS.get(given.preset, FitConfig)()  # a name that is none is refused by the parser
+    kind = AUTOENCODER_CONFIGS.get(given.autoencoder, type(config.autoencoder))
+    if kind is not type(config.autoencoder):
+        config = dataclasses.replace(config, autoencoder=kind())
+    return partial(fit, config=config, autoencoder=config.autoencoder.kind)
+
+
+def _present_spelling(args: list[str]) -> list[str]:
+    """``args`` in the present spelling; one that will be removed is told on stderr."""
+    if args[:1] == ["generate"] and "--sweep" in args:
+        console.tell("DeprecationWarning: `pdiff generate --sweep` will be removed; use `pdiff sweep`.")
+        kept = [a for a in args[1:] if a not in ("--sweep", "--overwrite")]
+        is_counted = any(a.startswith(("--num-members", "--num_members")) for a in kept)
+        return ["sweep", *kept, *([] if is_counted else ["--num-members", "16"])]
+    if args[:1] == ["evaluate"] and any(a.partition("=")[0] == "--retrain" for a in args):
+        console.tell("DeprecationWarning: `pdiff evaluate --retrain` will be removed; use --num-retrained.")
+        return [a.replace("--retrain", "--num-retrained") if a.startswith("--retrain") else a for a in args]
+    return args
+
+
+def _join_help_lines(kind: type[Any]) -> None:
+    """Let the field docstrings of ``kind`` flow: in those of several lines tyro keeps the line breaks of the source."""
+    texts = {p.arg_name: p.description for p in docstring_parser.parse_from_object(kind).params}
+    for field in dataclasses.fields(kind):
+        if text := texts.get(field.name):
+            field.metadata = MappingProxyType({"help": " ".join(text.split())})
 
 
 def _runs_on_ray(distributed: DistributedConfig) -> bool:
@@ -593,93 +519,15 @@ def _scorer(distributed: DistributedConfig) -> Iterator[dict[str, Any]]:
         yield {"score": ClusterScorer(distributed)}
 
 
-def _store_of(recorded: str, given: Path | None) -> SnapshotStore:
-    from pdiff_plugin.errors import StoreNotFoundError
-    from pdiff_plugin.snapshots.store import SnapshotStore
-
+def _store_of(fitted: pdiff.WeightGenerator, given: Path | None) -> pdiff.SnapshotStore:
+    """The store that was given, else the one that the generator was fitted on."""
+    recorded: str = fitted.provenance["store"]
     try:
-        return SnapshotStore.open(given or recorded)
+        return pdiff.SnapshotStore.open(given or recorded)
     except StoreNotFoundError as error:
         if given is not None:
             raise
         raise StoreNotFoundError(recorded, "the fit names it, but it is not there; pass --store") from error
-
-
-def _describe_store(path: Path) -> dict[str, Any]:
-    from pdiff_plugin.snapshots.store import SnapshotStore
-
-    store = SnapshotStore.open(path)
-    trajectories = []
-    for number, name in enumerate(store.trajectories):
-        steps = store.steps[store.trajectory_index == number]
-        header = store.base_header(name)
-        drift = header.get("rest_drift")
-        trajectories.append(
-            {
-                "id": name,
-                "snapshots": len(steps),
-                "first_step": int(steps[0]),
-                "last_step": int(steps[-1]),
-                "base": "yes" if header else "no",
-                "rest_drift": f"{float(drift):.2%}" if drift else "-",
-            }
-        )
-    return {
-        "store": str(path),
-        "num_snapshots": len(store),
-        "num_values": store.layout.num_values,
-        "row_dtype": str(store.row_dtype).removeprefix("torch."),
-        "tensors": store.layout.to_json(),
-        "trajectories": trajectories,
-        "problems": store.problems,
-    }
-
-
-def _describe_generator(path: Path) -> dict[str, Any]:
-    from pdiff_plugin.generator.generator import WeightGenerator
-
-    return _describe_fitted(str(path), WeightGenerator.load(path))
-
-
-def _describe_fitted(path: str, fitted: WeightGenerator) -> dict[str, Any]:
-    return {
-        "generator": path,
-        "num_values": fitted.layout.num_values,
-        "tensors": fitted.layout.to_json(),
-        "trajectories": fitted.trajectories,
-        "config": fitted.config.to_json(),
-        "report": fitted.report,
-        "provenance": fitted.provenance,
-    }
-
-
-def _describe_layout(document: dict[str, Any]) -> str:
-    tensors = document["tensors"]
-    names = ", ".join(t["name"] for t in tensors[:6]) + (", ..." if len(tensors) > 6 else "")
-    return f"{document['num_values']:,} values in {len(tensors)} tensors: {names}"
-
-
-def _show_evaluation(result: Any) -> None:
-    from pdiff_plugin import console
-    from pdiff_plugin.evaluation.evaluate import FOOTNOTE
-
-    title = f"{result.details['task']}: {result.details['num_items']} items"
-    console.table(title, *result.table(), note=FOOTNOTE, lead=("acc mean", "ens NLL", "IoU"))
-    console.say(f"\n{result.verdict.sentence}")
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
-    if isinstance(value, list):
-        return " ".join(_text(v) for v in value)
-    return str(value)
-
-
-def _print_json(document: Any) -> None:
-    print(_json.dumps(document, indent=2))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,14 @@ inside what it made. This module imports nothing heavy, so that ``pdiff --help``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from pdiff_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 # Samplers by what the denoiser must predict; the table in generator/samplers.py says how each of them works. The names
@@ -20,10 +23,12 @@ FlowSampler = Literal["flow", "heun"]
 AnySampler = Literal["dpm-solver++"]
 Sampler = Literal[NoiseSampler, AnySampler, FlowSampler, "one-step"]
 DType = Literal["float32", "bfloat16"]
+RowDType = Literal["float64", "float32", "float16", "bfloat16"]
 Standardise = Literal["tensor", "coordinate"]
 Network = Literal["residual", "conv"]
 LrSchedule = Literal["constant", "cosine"]
 Align = Literal["none", "rebasin"]
+Layers = str | Sequence[str] | Callable[[str, "Tensor"], bool]
 
 C = TypeVar("C")
 
@@ -68,10 +73,171 @@ def check_sampler(sampler: Sampler, prediction_type: PredictionType) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecorderConfig:
+    """What a recorder takes of a training, and when."""
+
+    layers: Layers = "last-norms:2"
+    """Which tensors: last-norms:N, norms, head, lora, all, a glob of names, a list of these, or a function."""
+    every_n_steps: int | None = None
+    """Optimizer steps between snapshots. Unless given, as few as `max_snapshots` allows."""
+    last_epochs: int = 1
+    """The window is this many epochs at the end of training, where their length is known, unless `last_steps` is
+    given."""
+    last_steps: int | None = None
+    """The window is this many optimizer steps at the end of training."""
+    max_snapshots: int = 300
+    """Most snapshots kept. Without a length of epochs and `last_steps` the window is as many steps; while the end of
+    training is not known, the newest are kept."""
+    keep_newest: bool = False
+    """Take the end as not known, even from a trainer that plans one: for training that may stop early. Snapshots are
+    then written from the first step on, and the oldest deleted."""
+    trajectory: str | None = None
+    """Name of this run in the store; the next free `run-001`, `run-002`, ... unless given."""
+    freeze_rest: bool = False
+    """Train only the chosen tensors during the window, as the p-diff paper does."""
+    dtype: RowDType = "float32"
+    """Of the numbers on disk; `bfloat16` is half the size."""
+    save_base: bool = True
+    """Also keep the whole model of the last snapshot, once."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_n_steps", "last_epochs", "last_steps", "max_snapshots"):
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), 1)
+        _check_choice("dtype", self.dtype, RowDType)
+        _keep_layers(self)
+        if self.freeze_rest and self.keep_newest:
+            raise ConfigError("freeze_rest", True, "needs to know where the window begins: leave keep_newest out")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON; of a function as ``layers`` only its name."""
+        layers = self.layers
+        plain = layers_name(layers) if callable(layers) else layers if isinstance(layers, str) else list(layers)
+        return {**vars(self), "layers": plain}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perturb:
+    """The first branch starts from the given weights, the others from them plus noise.
+
+    The cheapest and the least different: where training removes the noise again, there is one mode several times.
+    """
+
+    noise: float = 0.5
+    """In standard deviations of each tensor's own values; a constant tensor gets none."""
+    warmup_steps: int = 0
+    """Steps of each trajectory before its first snapshot."""
+
+    def __post_init__(self) -> None:
+        if self.noise <= 0:
+            raise ConfigError("noise", self.noise, "must be positive, or all branches would be the same")
+        _check("warmup_steps", self.warmup_steps, 0)
+
+    def num_warmup(self, num_snapshots: int) -> int:
+        """Steps before the first of ``num_snapshots``."""
+        return self.warmup_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinit:
+    """Each branch starts from newly initialised layers.
+
+    More different, at the price of a warm-up each; what these layers had learnt is learnt anew, so compare the losses
+    with the given model's.
+    """
+
+    warmup_steps: int | None = None
+    """Steps of each trajectory before its first snapshot, whose weights are worth nothing; as many as there are
+    snapshots unless given."""
+
+    def __post_init__(self) -> None:
+        _check("warmup_steps", self.warmup_steps or 0, 0)
+
+    def num_warmup(self, num_snapshots: int) -> int:
+        """Steps before the first of ``num_snapshots``."""
+        return num_snapshots if self.warmup_steps is None else self.warmup_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cycle:
+    """One run after the other, each from where the last one ended.
+
+    The learning rate falls from its top to almost 0 along a cosine, then starts again (Huang et al. 2017, arXiv
+    1704.00109); only the low end of each cycle is recorded. The longest: every trajectory costs full training steps.
+    """
+
+    warmup_steps: int | None = None
+    """Steps of each trajectory before its first snapshot; three times the snapshots unless given, so that a cycle is
+    recorded in its last quarter, below 15 % of its top rate."""
+
+    def __post_init__(self) -> None:
+        _check("warmup_steps", self.warmup_steps or 0, 0)
+
+    def num_warmup(self, num_snapshots: int) -> int:
+        """Steps before the first of ``num_snapshots``."""
+        return 3 * num_snapshots if self.warmup_steps is None else self.warmup_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """The paper's own procedure: which layers of a finished model are trained further, and how they are recorded."""
+
+    layers: Layers = "last-norms:2"
+    """Which tensors, as for the recorder."""
+    num_snapshots: int = 300
+    """Of each trajectory: its last steps, one snapshot each."""
+    lr: float = 3e-2
+    """Learning rate of AdamW: constant, or the top of each cycle."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    trajectory: str | None = None
+    """Name of this run in the store (of several: NAME-1, NAME-2, ...); the next free one unless given."""
+    num_trajectories: int = 1
+    """How many short trainings of the chosen layers are recorded, each a trajectory of its own."""
+    restart: Perturb | Reinit | Cycle = field(default_factory=Perturb)
+    """How they come to differ."""
+    seed: int = 0
+    """Seed of the noise or the new values that they start from."""
+    dtype: RowDType = "float32"
+    """Of the numbers on disk; `bfloat16` is half the size."""
+    save_base: bool = True
+    """Also keep the whole model of the last snapshot of each trajectory."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_snapshots", "num_trajectories"):
+            _check(name, getattr(self, name), 1)
+        for name in ("lr", "weight_decay"):
+            _check(name, getattr(self, name), 0)
+        _check_choice("dtype", self.dtype, RowDType)
+        _keep_layers(self)
+        if not isinstance(self.restart, Perturb | Reinit | Cycle):
+            raise ConfigError("restart", self.restart, "must be Perturb(), Reinit() or Cycle()")
+
+
+def layers_name(layers: Callable[..., bool]) -> str:
+    """A function given as ``layers`` as text: the same for the same function in another process."""
+    return f"<function {getattr(layers, '__name__', type(layers).__name__)}>"
+
+
+def _keep_layers(config: RecorderConfig | CollectConfig) -> None:
+    """Check ``layers``, and keep several as a tuple: one that came through JSON is then equal to the one that went."""
+    layers = config.layers
+    if isinstance(layers, str) and layers.startswith("<function "):
+        raise ConfigError(
+            "layers",
+            layers,
+            "was a function, which settings in a checkpoint only name: pass the function itself "
+            "(in transformers, without restore_callback_states_from_checkpoint)",
+        )
+    if not isinstance(layers, str) and not callable(layers):
+        object.__setattr__(config, "layers", tuple(layers))
+
+
+@dataclass(frozen=True, kw_only=True)
 class SubspaceConfig:
     """The `subspace` autoencoder: leading principal directions of the standardised snapshots."""
 
-    kind: Literal["subspace"] = "subspace"
+    kind: Literal["subspace"] = field(default="subspace", init=False)
     """Name of this autoencoder."""
     latent_dim: int = 64
     """Largest number of directions per trajectory; fewer are kept when fewer reach `explained_variance`."""
@@ -85,7 +251,6 @@ class SubspaceConfig:
     """Share of the held-out snapshots' variance that must survive encoding and decoding; below it the fit says so."""
 
     def __post_init__(self) -> None:
-        _check_choice("kind", self.kind, Literal["subspace"])
         _check("latent_dim", self.latent_dim, 1)
         _check_choice("basis_dtype", self.basis_dtype, DType)
         _check("explained_variance", self.explained_variance, 0.0, 1.0)
@@ -96,7 +261,7 @@ class SubspaceConfig:
 class ConvConfig:
     """The `conv` autoencoder of the p-diff paper: strided 1-D convolutions with noise on inputs and latents."""
 
-    kind: Literal["conv"] = "conv"
+    kind: Literal["conv"] = field(default="conv", init=False)
     """Name of this autoencoder."""
     latent_dim: int = 128
     """Latent width, of each chunk if there are several."""
@@ -128,7 +293,6 @@ class ConvConfig:
     """Reproduce the published script, which decodes one sample at a time with BatchNorm in train mode."""
 
     def __post_init__(self) -> None:
-        _check_choice("kind", self.kind, Literal["conv"])
         for name in ("latent_dim", "kernel_size", "max_steps"):
             _check(name, getattr(self, name), 1)
         _check("batch_size", self.batch_size, 2)
@@ -143,6 +307,8 @@ class ConvConfig:
 
 
 AutoencoderConfig = SubspaceConfig | ConvConfig
+AutoencoderName = Literal["subspace", "conv"]
+AUTOENCODER_CONFIGS: dict[AutoencoderName, type[AutoencoderConfig]] = {"subspace": SubspaceConfig, "conv": ConvConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,14 +440,13 @@ class FitConfig:
 
         autoencoder = plain(document["autoencoder"])
         # Files from before there was a `kind`.
-        kind = autoencoder.get("kind", "conv" if "channels" in autoencoder else "subspace")
-        kinds = {config.kind: config for config in get_args(AutoencoderConfig)}
-        if kind not in kinds:
-            raise ConfigError("autoencoder.kind", kind, f"must be one of {', '.join(kinds)}")
+        kind = autoencoder.pop("kind", "conv" if "channels" in autoencoder else "subspace")
+        if kind not in AUTOENCODER_CONFIGS:
+            raise ConfigError("autoencoder.kind", kind, f"must be one of {', '.join(AUTOENCODER_CONFIGS)}")
         return cls(
             **{
                 **document,
-                "autoencoder": kinds[kind](**autoencoder),
+                "autoencoder": AUTOENCODER_CONFIGS[kind](**autoencoder),
                 "diffusion": DiffusionConfig(**plain(document["diffusion"])),
             }
         )
@@ -349,7 +514,7 @@ class EvaluateConfig:
     """Members of every set (`last` and `swa` have one per run)."""
     num_draws: int = 1
     """Times that random sets are drawn, for errors that know the spread between draws."""
-    sets: tuple[str, ...] | Literal["all", "core"] = "all"
+    sets: Literal["all", "core"] | tuple[str, ...] = "all"
     """Names of the sets wanted; `core` judges fewer alternatives."""
     seed: int = 0
     """Seed of every draw."""
@@ -365,20 +530,20 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-    """Where a fit runs: in this process, on several workers of this machine, or on a Ray cluster."""
+    """Where work is done: in this process, on several workers of this machine, or on a Ray cluster."""
 
     num_workers: int = 1
-    """Processes that share the fit. With more than one, or an address, it runs on Ray."""
+    """Processes that share the work. With more than one, or an address, it runs on Ray."""
     address: str | None = None
     """host:port of a running Ray cluster; RAY_ADDRESS unless given. Without both, Ray starts on this machine."""
     gpus_per_worker: float = 0.0
-    """GPUs that each worker gets; 0 fits on the CPU."""
+    """GPUs that each worker gets; 0 works on the CPU."""
     cpus_per_worker: float = 1.0
     """CPUs that each worker gets."""
     elastic: bool = False
     """Start, and go on after a loss, with as many workers as there is room for, up to `num_workers`."""
     max_failures: int = 3
-    """Times that lost or failed workers are replaced before the fit is given up; -1 is without end."""
+    """Times that lost or failed workers are replaced before the work is given up; -1 is without end."""
     start_timeout_s: float = 60.0
     """Seconds to wait until the cluster has room for the workers, at the start and after a loss."""
 

@@ -6,6 +6,7 @@ Results go to stdout; progress, logs and errors go to stderr, so that ``pdiff in
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from pdiff_plugin.progress import OnProgress, Progress
 
 _PLAIN_LINE_EVERY_S = 10.0
 _NO_LIMIT = 1_000_000  # characters in a line
+# Names of tensors, runs and folders come out of strangers' files: what would move the cursor, colour the rest of the
+# screen or turn the direction of text is shown as an escape instead.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -56,7 +60,7 @@ def table(
         for number in columns:
             made.add_column(headers[number], justify="right" if numeric and number else "left", overflow="fold")
         for row in rows:
-            made.add_row(*(Text(row[number]) for number in columns))
+            made.add_row(*(Text(_visible(row[number])) for number in columns))
         return made
 
     def width_of(columns: Sequence[int]) -> int:
@@ -74,7 +78,7 @@ def table(
             blocks[-1] = [*blocks[-1], number]
     for block in blocks:
         part = grid(block)
-        part.title = title if block is blocks[0] else None
+        part.title = Text(_visible(title)) if block is blocks[0] else None
         # One column too wide for the terminal is left to the terminal to wrap: a figure cut short is a wrong figure.
         part.width = width_of(block) if numeric else min(width_of(block), limit)
         out.print(part, crop=False)
@@ -84,17 +88,19 @@ def table(
 
 def say(text: str) -> None:
     """Print a line of a result on stdout, as it is."""
-    out.print(text, markup=False, soft_wrap=True)
+    out.print(_visible(text), markup=False, soft_wrap=True)
 
 
 def tell(text: str) -> None:
     """Print a line about what is going on, on stderr."""
-    err.print(text, markup=False, soft_wrap=True)
+    err.print(_visible(text), markup=False, soft_wrap=True)
 
 
 def error(exception: BaseException) -> None:
     """Print an error on stderr: one panel that says what was found, what was expected and the next move."""
-    err.print(Panel(Text(str(exception)), title=type(exception).__name__, title_align="left", border_style="red"))
+    err.print(
+        Panel(Text(_visible(str(exception))), title=type(exception).__name__, title_align="left", border_style="red")
+    )
 
 
 def log_to_stderr() -> None:
@@ -103,8 +109,18 @@ def log_to_stderr() -> None:
     if logger.handlers:
         return
     handler = RichHandler(console=err, show_path=False, show_time=False)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_VisibleMessage("%(message)s"))
     logger.addHandler(handler)
+
+
+class _VisibleMessage(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _visible(super().format(record))
+
+
+def _visible(text: str) -> str:
+    """``text`` with its control characters as escapes; line breaks and tabs stay."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 @contextmanager

@@ -14,9 +14,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,11 +24,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pdiff_plugin.config import FitConfig
 from pdiff_plugin.errors import FitExistsError
-from pdiff_plugin.evaluation.evaluate import Evaluation, evaluate
-from pdiff_plugin.evaluation.result import JSON_NAME
+from pdiff_plugin.evaluation.evaluate import evaluate
+from pdiff_plugin.evaluation.result import JSON_NAME, Evaluation
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.fit import fit
-from pdiff_plugin.progress import OnProgress, Progress
+from pdiff_plugin.progress import OnProgress, Progress, timed
 from pdiff_plugin.recording.recorder import PDiffRecorder
 from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -151,20 +148,13 @@ def run(
     seconds: dict[str, float] = {}
     if not store.exists():
         shutil.rmtree(unfinished, ignore_errors=True)
-        with _timed(seconds, "train"), torch.random.fork_rng(devices=[]):
+        with timed(seconds, "train"), torch.random.fork_rng(devices=[]):
             train(unfinished, seed, on_progress)
         unfinished.rename(store)  # so that a store with this name is complete
-    with _timed(seconds, "fit"):
+    with timed(seconds, "fit"):
         generator = fit(store, FitConfig(seed=seed), out=folder / "fit", on_progress=on_progress)
     task = load_task(folder)
     result = evaluate(task, store, generator, num_members=NUM_MEMBERS, seed=seed, on_progress=on_progress)
     result = dataclasses.replace(result, seconds=seconds | result.seconds)
     result.save(folder / "evaluation")
     return result
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage] = round(time.perf_counter() - start, 3)

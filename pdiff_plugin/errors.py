@@ -1,10 +1,11 @@
 """Every error this package raises on purpose.
 
-Each one names the thing, what was found, what was expected and the next move. The fields go to ``super()`` and the text
-is built in ``__str__``, so that an error survives the pickle trip home from a worker process.
+Each one names the thing, what was found, what was expected and the next move. It is rebuilt from its fields, so that it
+survives the pickle trip home from a worker process.
 
     PDiffError
     ├── ConfigError               (ValueError)         a setting is out of range
+    │   └── DataError                                  what a user's loader or model gave
     ├── SelectionError            (ValueError)         `layers` picks nothing, or nothing that is trained
     ├── LayoutMismatchError       (ValueError)         tensors differ from those recorded
     ├── UnsupportedTensorError    (TypeError)          a tensor that cannot be recorded
@@ -31,6 +32,7 @@ is built in ``__str__``, so that an error survives the pickle trip home from a w
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "ClusterUnreachableError",
     "ConcurrentUseError",
     "ConfigError",
+    "DataError",
     "EvaluationNotFoundError",
     "FitExistsError",
     "FormatError",
@@ -62,27 +65,42 @@ __all__ = [
 
 
 class PDiffError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose. Each one is a dataclass; its ``args`` are the text that it shows."""
+
+    def __post_init__(self) -> None:
+        # OSError would read two arguments as errno and strerror: here they are neither, and both stay None.
+        self.args = (str(self),)
+
+    def __reduce__(self) -> Any:
+        if not is_dataclass(self):  # somebody's own subclass
+            return super().__reduce__()
+        return type(self), tuple(getattr(self, field.name) for field in fields(self)), vars(self)
 
 
+@dataclass(eq=False)
 class ConfigError(PDiffError, ValueError):
     """A setting has a value that cannot work."""
 
-    def __init__(self, field: str, found: Any, expected: str) -> None:
-        # The text goes to super() here, because the command line's parser shows args[0]; pickling rebuilds from fields.
-        super().__init__(f"{field} = {found!r}: it {expected}.")
-        self.field, self.found, self.expected = field, found, expected
+    field: str
+    found: Any
+    expected: str
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, Any, str]]:
-        return type(self), (self.field, self.found, self.expected)
+    def __str__(self) -> str:
+        return f"{self.field} = {self.found!r}: it {self.expected}."
 
 
+class DataError(ConfigError):
+    """What a user's loader or model gave is not what it must be."""
+
+
+@dataclass(eq=False)
 class SelectionError(PDiffError, ValueError):
     """``layers`` picks nothing that can be recorded."""
 
-    def __init__(self, layers: str, reason: str, nearest: tuple[str, ...] = (), advice: str = "") -> None:
-        super().__init__(layers, reason, nearest, advice)
-        self.layers, self.reason, self.nearest, self.advice = layers, reason, tuple(nearest), advice
+    layers: str
+    reason: str
+    nearest: tuple[str, ...] = ()
+    advice: str = ""
 
     def __str__(self) -> str:
         text = f"layers={self.layers} {self.reason}."
@@ -91,12 +109,14 @@ class SelectionError(PDiffError, ValueError):
         return f"{text} {self.advice}".rstrip()
 
 
+@dataclass(eq=False)
 class LayoutMismatchError(PDiffError, ValueError):
     """Tensors differ from the recorded layout; the first difference is named."""
 
-    def __init__(self, name: str, expected: str, found: str, where: str = "the store") -> None:
-        super().__init__(name, expected, found, where)
-        self.name, self.expected, self.found, self.where = name, expected, found, where
+    name: str
+    expected: str
+    found: str
+    where: str = "the store"
 
     def __str__(self) -> str:
         return (
@@ -105,70 +125,72 @@ class LayoutMismatchError(PDiffError, ValueError):
         )
 
 
+@dataclass(eq=False)
 class UnsupportedTensorError(PDiffError, TypeError):
     """A tensor that cannot be part of a snapshot."""
 
-    def __init__(self, name: str, found: str, expected: str) -> None:
-        super().__init__(name, found, expected)
-        self.name, self.found, self.expected = name, found, expected
+    name: str
+    found: str
+    expected: str
 
     def __str__(self) -> str:
         return f"tensor {self.name!r} is {self.found}; {self.expected}."
 
 
+@dataclass(eq=False)
 class StoreNotFoundError(PDiffError, FileNotFoundError):
     """A path that is not a snapshot store."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
+    path: str
+    reason: str
 
     def __str__(self) -> str:
         return (
             f"{self.path} is not a snapshot store: {self.reason}. "
-            "Give the folder that PDiffRecorder wrote (it holds layout.json and trajectories/)."
+            "Give the folder that PDiffRecorder wrote (it holds layout.json and trajectories/, or shards/)."
         )
 
 
+@dataclass(eq=False)
 class GeneratorNotFoundError(PDiffError, FileNotFoundError):
     """A path without a generator file."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.path = path
+    path: str
 
     def __str__(self) -> str:
         return f"{self.path} holds no generator.safetensors. Give the --out folder of a finished `pdiff fit`."
 
 
+@dataclass(eq=False)
 class EvaluationNotFoundError(PDiffError, FileNotFoundError):
     """A path without an evaluation."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.path = path
+    path: str
 
     def __str__(self) -> str:
         return f"{self.path} holds no evaluation.json. Give the --out folder of `pdiff evaluate` or of `pdiff demo`."
 
 
+@dataclass(eq=False)
 class FormatError(PDiffError, ValueError):
     """A file is not what its place says it is."""
 
-    def __init__(self, path: str, found: str, expected: str) -> None:
-        super().__init__(path, found, expected)
-        self.path, self.found, self.expected = path, found, expected
+    path: str
+    found: str
+    expected: str
+    advice: str = "Check the path; if it is right, copy the file again or write it anew."
 
     def __str__(self) -> str:
-        return f"{self.path}: found {self.found}, expected {self.expected}."
+        return f"{self.path}: found {self.found}, expected {self.expected}. {self.advice}".rstrip()
 
 
+@dataclass(eq=False)
 class FormatVersionError(PDiffError, ValueError):
     """A file was written by a newer release."""
 
-    def __init__(self, path: str, found: int, supported: int) -> None:
-        super().__init__(path, found, supported)
-        self.path, self.found, self.supported = path, found, supported
+    path: str
+    found: int
+    supported: int
 
     def __str__(self) -> str:
         return (
@@ -177,23 +199,24 @@ class FormatVersionError(PDiffError, ValueError):
         )
 
 
+@dataclass(eq=False)
 class CheckpointError(PDiffError, ValueError):
     """A checkpoint that cannot be imported."""
 
-    def __init__(self, path: str, reason: str, advice: str) -> None:
-        super().__init__(path, reason, advice)
-        self.path, self.reason, self.advice = path, reason, advice
+    path: str
+    reason: str
+    advice: str
 
     def __str__(self) -> str:
         return f"{self.path} cannot be imported: {self.reason}. {self.advice}"
 
 
+@dataclass(eq=False)
 class TrajectoryExistsError(PDiffError, FileExistsError):
     """Recording would add to a trajectory that already holds snapshots."""
 
-    def __init__(self, path: str, num_snapshots: int) -> None:
-        super().__init__(path, num_snapshots)
-        self.path, self.num_snapshots = path, num_snapshots
+    path: str
+    num_snapshots: int
 
     def __str__(self) -> str:
         return (
@@ -202,23 +225,25 @@ class TrajectoryExistsError(PDiffError, FileExistsError):
         )
 
 
+@dataclass(eq=False)
 class UnusableSnapshotsError(PDiffError, ValueError):
     """The snapshots of a store cannot be fitted."""
 
-    def __init__(self, path: str, found: str, expected: str, advice: str) -> None:
-        super().__init__(path, found, expected, advice)
-        self.path, self.found, self.expected, self.advice = path, found, expected, advice
+    path: str
+    found: str
+    expected: str
+    advice: str
 
     def __str__(self) -> str:
         return f"{self.path}: found {self.found}, expected {self.expected}. {self.advice}"
 
 
+@dataclass(eq=False)
 class FitExistsError(PDiffError, FileExistsError):
     """The output folder holds a fit of other settings or other snapshots."""
 
-    def __init__(self, path: str, difference: str) -> None:
-        super().__init__(path, difference)
-        self.path, self.difference = path, difference
+    path: str
+    difference: str
 
     def __str__(self) -> str:
         return (
@@ -227,12 +252,12 @@ class FitExistsError(PDiffError, FileExistsError):
         )
 
 
+@dataclass(eq=False)
 class MembersExistError(PDiffError, FileExistsError):
     """The output folder of `pdiff generate` holds members already."""
 
-    def __init__(self, path: str, num_members: int) -> None:
-        super().__init__(path, num_members)
-        self.path, self.num_members = path, num_members
+    path: str
+    num_members: int
 
     def __str__(self) -> str:
         return (
@@ -241,12 +266,11 @@ class MembersExistError(PDiffError, FileExistsError):
         )
 
 
+@dataclass(eq=False)
 class TrainingModeError(PDiffError, RuntimeError):
     """An ensemble was given a model in train mode."""
 
-    def __init__(self, module: str) -> None:
-        super().__init__(module)
-        self.module = module
+    module: str
 
     def __str__(self) -> str:
         return (
@@ -255,12 +279,11 @@ class TrainingModeError(PDiffError, RuntimeError):
         )
 
 
+@dataclass(eq=False)
 class ConcurrentUseError(PDiffError, RuntimeError):
     """A model is in use by an ensemble that is running."""
 
-    def __init__(self, module: str) -> None:
-        super().__init__(module)
-        self.module = module
+    module: str
 
     def __str__(self) -> str:
         return (
@@ -269,12 +292,11 @@ class ConcurrentUseError(PDiffError, RuntimeError):
         )
 
 
+@dataclass(eq=False)
 class NotHookableError(PDiffError, TypeError):
     """An optimizer whose steps cannot be observed."""
 
-    def __init__(self, optimizer: str) -> None:
-        super().__init__(optimizer)
-        self.optimizer = optimizer
+    optimizer: str
 
     def __str__(self) -> str:
         return (
@@ -283,23 +305,23 @@ class NotHookableError(PDiffError, TypeError):
         )
 
 
+@dataclass(eq=False)
 class MissingDependencyError(PDiffError, ImportError):
     """An optional package is not installed."""
 
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(package, extra)
-        self.package, self.extra = package, extra
+    package: str
+    extra: str
 
     def __str__(self) -> str:
         return f'{self.package} is not installed. Install it with: pip install "pdiff-plugin[{self.extra}]"'
 
 
+@dataclass(eq=False)
 class ClusterUnreachableError(PDiffError, ConnectionError):
     """No Ray cluster answers at an address."""
 
-    def __init__(self, address: str, reason: str) -> None:
-        super().__init__(address, reason)
-        self.address, self.reason = address, reason
+    address: str
+    reason: str
 
     def __str__(self) -> str:
         return (
@@ -308,12 +330,12 @@ class ClusterUnreachableError(PDiffError, ConnectionError):
         )
 
 
+@dataclass(eq=False)
 class ClusterAccessError(PDiffError, PermissionError):
     """A Ray cluster refuses us."""
 
-    def __init__(self, address: str, reason: str) -> None:
-        super().__init__(address, reason)
-        self.address, self.reason = address, reason
+    address: str
+    reason: str
 
     def __str__(self) -> str:
         return (
@@ -323,12 +345,13 @@ class ClusterAccessError(PDiffError, PermissionError):
         )
 
 
+@dataclass(eq=False)
 class ClusterTooSmallError(PDiffError, RuntimeError):
     """A cluster can never run what was asked of it."""
 
-    def __init__(self, asked: str, found: str, waited_s: int) -> None:
-        super().__init__(asked, found, waited_s)
-        self.asked, self.found, self.waited_s = asked, found, waited_s
+    asked: str
+    found: str
+    waited_s: int
 
     def __str__(self) -> str:
         return (
@@ -337,12 +360,12 @@ class ClusterTooSmallError(PDiffError, RuntimeError):
         )
 
 
+@dataclass(eq=False)
 class StorageNotSharedError(PDiffError, FileNotFoundError):
     """A node of the cluster cannot see a path that its workers need."""
 
-    def __init__(self, path: str, node: str) -> None:
-        super().__init__(path, node)
-        self.path, self.node = path, node
+    path: str
+    node: str
 
     def __str__(self) -> str:
         return (
@@ -351,12 +374,13 @@ class StorageNotSharedError(PDiffError, FileNotFoundError):
         )
 
 
+@dataclass(eq=False)
 class WorkersFailedError(PDiffError, RuntimeError):
     """Workers died or failed more often than allowed, or could not be replaced."""
 
-    def __init__(self, worker: str, cause: str, advice: str) -> None:
-        super().__init__(worker, cause, advice)
-        self.worker, self.cause, self.advice = worker, cause, advice
+    worker: str
+    cause: str
+    advice: str
 
     def __str__(self) -> str:
         return f"{self.worker}: {self.cause}. {self.advice}"

@@ -86,18 +86,14 @@ LAYOUT = Layout(
 
 RANK_OF_A_FIT = """
 import json, sys
-from pathlib import Path
 from torch import distributed
-from pdiff_plugin import FitConfig, SnapshotStore
-from pdiff_plugin.fitting.fit import run_stages
-from pdiff_plugin.fitting.folder import Run
-from pdiff_plugin.fitting.runtime import GroupRuntime
+from pdiff_plugin import FitConfig
+from pdiff_plugin.fitting.ranks import fit_on_ranks
 
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-store, config = SnapshotStore.open(sys.argv[3]), FitConfig.from_json(json.loads(sys.argv[4]))
-run = Run.open(store, config, folder / "fit" if rank == 0 else None, fresh=False)
-run_stages(store, config, run, GroupRuntime(folder / "fit"))
+rank, meeting, store, out, config = int(sys.argv[1]), *sys.argv[2:]
+distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+generator = fit_on_ranks(store, FitConfig.from_json(json.loads(config)), out=out)
+assert (generator is None) == (rank == 1)
 distributed.destroy_process_group()
 """
 
@@ -131,11 +127,12 @@ def make_store(tmp_path):
 
 @pytest.fixture
 def fit_in_a_group(tmp_path):
-    """Fit in two processes without Ray: ``fit_in_a_group(store, config)`` is the generator of rank 0."""
+    """Fit in two processes without Ray: ``fit_in_a_group(store, config)`` is the generator of rank 0, in ``fit``."""
 
-    def fit_with_two(store, config):
-        (tmp_path / "fit").mkdir()
-        arguments = [str(tmp_path), str(store.path), json.dumps(config.to_json())]
+    def fit_with_two(store, config, *, source=None, out=None):
+        out = out or tmp_path / "fit"
+        meeting = tempfile.mktemp(prefix="meet-", dir=tmp_path)
+        arguments = [meeting, str(source or store.path), str(out), json.dumps(config.to_json())]
         started = [subprocess.Popen([sys.executable, "-c", RANK_OF_A_FIT, str(rank), *arguments]) for rank in (0, 1)]
         assert [process.wait(120) for process in started] == [0, 0]
         return WeightGenerator.load(tmp_path / "fit")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pdiff_plugin import SnapshotStore, cli
+from pdiff_plugin import FitConfig, SnapshotStore, __version__, cli
 from pdiff_plugin.cli import main
+from pdiff_plugin.config import ConvConfig, SubspaceConfig
 
 TASK = """
 import torch
@@ -59,7 +62,7 @@ def test_help_answers_within_a_second() -> None:
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out.strip() == cli.pdiff_plugin.__version__
+    assert capsys.readouterr().out.strip() == __version__
 
 
 def test_wrong_usage_exits_with_2() -> None:
@@ -242,13 +245,13 @@ def test_generate_drops_members_that_are_not_good_enough(
     assert len(list((tmp_path / "members").iterdir())) == len(document["members"])
 
 
-def test_generate_sweeps_the_diversity_beside_the_alternatives(
+def test_sweep_draws_the_diversity_beside_the_alternatives(
     fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_swept_task.py").write_text(TASK.replace("CLASS", "0"))
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    command = ["generate", str(fitted), "--sweep", "--num-members", "4", "--out", str(tmp_path / "sweep")]
+    command = ["sweep", str(fitted), "--num-members", "4", "--out", str(tmp_path / "sweep")]
     assert main([*command, "--task", "my_swept_task:task"]) == 0
     shown = capsys.readouterr().out
     assert "accuracy against novelty" in shown
@@ -258,8 +261,26 @@ def test_generate_sweeps_the_diversity_beside_the_alternatives(
     assert generated == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
     assert {point["set"] for point in curve} == {"snapshots", "generated", "average", "gaussian", "swag", "noise"}
     assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert main(command) == 1
-    assert "must be given together with --task" in error_text(capsys)
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 2
+    assert "--task" in error_text(capsys)
+
+
+def test_the_old_spelling_of_a_sweep_does_the_same_and_says_so(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_old_task.py").write_text(TASK.replace("CLASS", "0"))
+    monkeypatch.chdir(tmp_path)
+    rest = [str(fitted), "--task", "my_old_task:task", "--seed", "3", "--json"]
+    capsys.readouterr()
+    assert main(["generate", *rest, "--sweep", "--overwrite", "--out", "old"]) == 0
+    old = capsys.readouterr()
+    assert "DeprecationWarning: `pdiff generate --sweep` will be removed; use `pdiff sweep`" in old.err
+    assert main(["sweep", *rest, "--num-members", "16", "--out", "new"]) == 0
+    new = capsys.readouterr()
+    assert json.loads(old.out) == json.loads(new.out)
+    assert "DeprecationWarning" not in new.err
 
 
 def test_a_sweep_finds_a_store_that_has_moved_and_writes_json_for_a_single_member(
@@ -272,7 +293,7 @@ def test_a_sweep_finds_a_store_that_has_moved_and_writes_json_for_a_single_membe
     (tmp_path / "my_moved_task.py").write_text(TASK.replace("CLASS", "0"))
     monkeypatch.chdir(tmp_path)
     walk_store.rename(tmp_path / "elsewhere")
-    command = ["generate", str(fitted), "--sweep", "--num-members", "1", "--out", "sweep", "--json"]
+    command = ["sweep", str(fitted), "--num-members", "1", "--out", "sweep", "--json"]
     command += ["--task", "my_moved_task:task"]
     capsys.readouterr()
     assert main(command) == 1
@@ -302,11 +323,11 @@ def test_a_sweep_finds_a_store_that_has_moved_and_writes_json_for_a_single_membe
 def test_a_sweep_refuses_settings_that_it_would_not_use(
     setting: tuple[str, str], fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["generate", str(fitted), "--out", str(tmp_path / "sweep"), "--sweep", "--task", "no_such_module:task"]
-    assert main([*command, *setting]) == 1
-    text = error_text(capsys)
-    assert f"{setting[0]} = " in text
-    assert "cannot be combined with --sweep" in text
+    for spelling in (["sweep"], ["generate", "--sweep"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*spelling, str(fitted), "--out", str(tmp_path / "sweep"), "--task", "no_such_module:task", *setting])
+        assert caught.value.code == 2
+        assert re.search(rf"[Uu]nrecognized .*{setting[0]}", error_text(capsys))
 
 
 def test_keep_above_is_a_share_and_is_named_in_its_errors(
@@ -324,16 +345,121 @@ def test_keep_above_is_a_share_and_is_named_in_its_errors(
 
 
 def test_members_need_no_store(fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", str(fitted), "--out", str(tmp_path / "members"), "--store", "elsewhere"]) == 1
-    assert "--store = 'elsewhere': it must be given together with --sweep" in error_text(capsys)
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", str(fitted), "--out", str(tmp_path / "members"), "--store", "elsewhere"])
+    assert caught.value.code == 2
+    assert "--store" in error_text(capsys)
 
 
-def test_the_published_preset_takes_no_other_settings(
-    walk_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def fit_settings(args: list[str], monkeypatch: pytest.MonkeyPatch) -> FitConfig:
+    """The settings that `pdiff fit` with these flags would fit with."""
+    seen: list[FitConfig] = []
+
+    class StopError(Exception):
+        pass
+
+    def instead(store: str, config: FitConfig, **options: object) -> None:
+        seen.append(config)
+        raise StopError
+
+    monkeypatch.setattr("pdiff_plugin.fit", instead)
+    with pytest.raises(StopError):
+        main(["fit", "store", "--out", "fit", *args])
+    return seen[0]
+
+
+def test_flags_change_the_settings_of_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fit_settings(["--preset", "paper"], monkeypatch) == FitConfig.paper()
+    changed = fit_settings(
+        ["--preset=paper", "--diffusion.max-steps", "50", "--autoencoder.lr", "0.1", "--seed", "3"], monkeypatch
+    )
+    paper = FitConfig.paper(seed=3)
+    assert changed == dataclasses.replace(
+        paper,
+        autoencoder=dataclasses.replace(paper.autoencoder, lr=0.1),
+        diffusion=dataclasses.replace(paper.diffusion, max_steps=50),
+    )
+
+
+@pytest.mark.parametrize("flag", ["--diffusion.precondition", "--diffusion.no-precondition"])
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_a_switch_of_the_diffusion_can_be_set_either_way(
+    flag: str, preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["fit", str(walk_store), "--out", str(tmp_path / "fit"), "--preset", "paper"]
-    assert main([*command, "--diffusion.lr", "0.1"]) == 1
-    assert "in Python, change FitConfig.paper()" in error_text(capsys)
+    args = ["--preset", preset, "--diffusion.network", "residual", flag]
+    assert fit_settings(args, monkeypatch).diffusion.precondition == ("no-" not in flag)
+
+
+def test_either_autoencoder_can_be_chosen_with_all_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = ["--autoencoder", "conv", "--autoencoder.latent-dim", "9", "--autoencoder.channels", "8", "4"]
+    assert fit_settings(conv, monkeypatch).autoencoder == ConvConfig(latent_dim=9, channels=(8, 4))
+    plain = fit_settings(["--autoencoder.latent-dim", "32"], monkeypatch)
+    assert plain.autoencoder == SubspaceConfig(latent_dim=32)
+    other = fit_settings(["--preset", "paper", "--autoencoder", "subspace"], monkeypatch)
+    assert other == dataclasses.replace(FitConfig.paper(), autoencoder=SubspaceConfig())
+
+
+def test_the_help_of_fit_shows_every_setting_of_the_chosen_autoencoder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, kind in (("subspace", SubspaceConfig), ("conv", ConvConfig)):
+        with pytest.raises(SystemExit):
+            main(["fit", "--autoencoder", name, "--help"])
+        text = capsys.readouterr().out
+        shown = set(re.findall(r"--autoencoder\.([a-z-]+)", text))
+        assert {field.name.replace("_", "-") for field in dataclasses.fields(kind)} <= shown
+        assert f"(default: {name})" in text
+
+
+def test_help_texts_of_several_lines_flow(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    text = flowing(capsys.readouterr().out)
+    assert "Factor on the noise that sampling starts from. Below 1 members move toward the centre of the" in text
+    assert not re.search(r"questions asked", text, re.IGNORECASE)
+
+
+def flowing(text: str) -> str:
+    """Help without its frame and line breaks."""
+    return " ".join(text.replace("│", " ").split())
+
+
+def test_a_retrained_ensemble_needs_a_training_function(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_trained_task.py").write_text(
+        TASK.replace("CLASS", "0") + "\n\ndef train(seed):\n    torch.manual_seed(seed)\n    return Net()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    command = ["evaluate", str(fitted), "--task", "my_trained_task:task", "--num-members", "2", "--sets", "core"]
+    assert main([*command, "--num-retrained", "3"]) == 1
+    assert "--num-retrained = 3: it must be given together with --train-with" in error_text(capsys)
+
+    assert main([*command, "--json", "--retrain", "2", "--train-with", "my_trained_task:train"]) == 0
+
+    told = capsys.readouterr()
+    assert json.loads(told.out)["sets"]["deep-ensemble"]["members"] == 2
+    assert "`pdiff evaluate --retrain` will be removed; use --num-retrained" in told.err
+
+
+@pytest.mark.parametrize(("given", "sets"), [(["core"], "core"), (["swa", "average"], ("swa", "average"))])
+def test_sets_are_a_choice_or_names(
+    given: list[str], sets: object, fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StopError(Exception):
+        pass
+
+    def instead(*args: object, sets: object, **options: object) -> None:
+        seen.append(sets)
+        raise StopError
+
+    seen: list[object] = []
+    (tmp_path / "my_chosen_task.py").write_text(TASK.replace("CLASS", "0"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pdiff_plugin.evaluate", instead)
+    with pytest.raises(StopError):
+        main(["evaluate", str(fitted), "--task", "my_chosen_task:task", "--sets", *given])
+    assert seen == [sets]
 
 
 def test_generate_without_a_generator_says_where_one_comes_from(
@@ -370,13 +496,13 @@ def test_an_out_that_is_a_file_is_told_before_the_work(
     (fitted.parent / "my_plain_task.py").write_text(TASK.replace("CLASS", "0"))
     (fitted.parent / "taken").write_text("a file of the user's")
     monkeypatch.chdir(fitted.parent)
-    monkeypatch.setattr("pdiff_plugin.evaluation.evaluate.evaluate", lambda *a, **k: pytest.fail("scored first"))
-    monkeypatch.setattr("pdiff_plugin.evaluation.sweep.sweep", lambda *a, **k: pytest.fail("scored first"))
+    monkeypatch.setattr("pdiff_plugin.evaluate", lambda *a, **k: pytest.fail("scored first"))
+    monkeypatch.setattr("pdiff_plugin.sweep", lambda *a, **k: pytest.fail("scored first"))
     task = ["--task", "my_plain_task:task"]
     for command in (
         ["fit", str(walk_store)],
         ["generate", str(fitted)],
-        ["generate", str(fitted), "--sweep", *task],
+        ["sweep", str(fitted), *task],
         ["evaluate", str(fitted), *task],
     ):
         capsys.readouterr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 
 import pytest
@@ -77,3 +78,28 @@ def test_long_words_of_a_table_of_text_go_on_in_the_next_line(monkeypatch: pytes
     console.table("fitted", ["measured", ""], [["store", "x" * 50]], numeric=False)
     assert file.getvalue().count("x") == 50
     assert "…" not in file.getvalue()
+
+
+def test_control_characters_are_shown_as_escapes_and_line_breaks_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {name: io.StringIO() for name in ("out", "err")}
+    for name, file in files.items():
+        monkeypatch.setattr(console, name, Console(file=file, force_terminal=True, width=80, color_system=None))
+    nasty = "bn\x1b[2J\x07\x9b31m\u202eweight"
+    shown = r"bn\x1b[2J\x07\x9b31m\u202eweight"
+    console.table(nasty, ["tensor", "kind"], [[nasty, nasty]], note=nasty, numeric=False)
+    console.say(f"{nasty}\nnext line")
+    console.tell(nasty)
+    console.error(ValueError(nasty))
+    for name, count in (("out", 5), ("err", 2)):
+        text = re.sub(r"\x1b\[\d*m", "", files[name].getvalue())  # rich's own bold title
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text), name
+        assert text.count(shown) == count, name
+    assert "\nnext line" in files["out"].getvalue()
+
+
+def test_control_characters_in_log_messages_are_shown_as_escapes() -> None:
+    logged = io.StringIO()
+    handler = logging.StreamHandler(logged)
+    handler.setFormatter(console._VisibleMessage("%(message)s"))
+    handler.emit(logging.LogRecord("pdiff_plugin", logging.WARNING, "", 0, "left out: %s", ("a\x1b[2J",), None))
+    assert logged.getvalue() == "left out: a\\x1b[2J\n"

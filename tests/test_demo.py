@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pdiff_plugin import Evaluation, cli, console, demo
+from pdiff_plugin import Evaluation, console, demo, describe
 from pdiff_plugin.cli import main
 from pdiff_plugin.config import DiffusionConfig, FitConfig
 from pdiff_plugin.errors import FitExistsError
@@ -91,7 +91,7 @@ def test_its_table_is_whole_in_a_terminal_of_80_columns(
     folder, _ = finished
     monkeypatch.setattr(console, "out", Console(force_terminal=True, width=80, color_system=None, highlight=False))
     evaluation = Evaluation.load(folder / "evaluation")
-    cli._show_evaluation(evaluation)
+    describe.show_evaluation(evaluation)
     table = capsys.readouterr().out.partition("best*: chosen")[0]
     lines = [" ".join(line.split()) for line in table.splitlines()]
     assert max(map(len, table.splitlines())) <= 80

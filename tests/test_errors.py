@@ -20,8 +20,47 @@ def test_an_error_survives_pickling_with_its_text(kind: type[errors.PDiffError])
 
     again = pickle.loads(pickle.dumps(error))
 
+    assert type(again) is kind
     assert str(again) == str(error)
-    assert vars(again) == vars(error)
+    assert vars(again) == vars(error) == dict(zip(fields, vars(error).values(), strict=True))
+    assert again.args == error.args
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_arguments_may_be_named_and_the_text_is_all_that_args_hold(kind: type[errors.PDiffError]) -> None:
+    fields = list(inspect.signature(kind.__init__).parameters)[1:]
+    values = {field: 3 if field.startswith("num_") else f"<{field}>" for field in fields}
+    named, in_order = kind(**values), kind(*values.values())
+
+    assert str(named) == str(in_order)
+    assert named.args == in_order.args == (str(named),)
+    if isinstance(named, OSError):
+        # Two positional arguments of an OSError are an errno and its text.
+        assert (in_order.errno, in_order.strerror, in_order.filename) == (None, None, None)
+
+
+def test_notes_and_a_subclass_of_somebody_else_survive_pickling_too() -> None:
+    error = errors.ConfigError("lr", -1, "must be positive")
+    error.__notes__ = ["in the second trial"]
+    assert pickle.loads(pickle.dumps(error)).__notes__ == ["in the second trial"]
+    assert pickle.loads(pickle.dumps(Theirs("a", "b"))).args == ("a", "b")
+
+
+class Theirs(errors.PDiffError):
+    """An error of a user's own."""
+
+
+def test_wrong_data_are_caught_as_a_wrong_setting_is() -> None:
+    assert issubclass(errors.DataError, errors.ConfigError)
+    assert str(errors.DataError("loader", 3, "must yield pairs")) == "loader = 3: it must yield pairs."
+
+
+def test_a_file_that_is_another_says_what_to_do() -> None:
+    text = str(errors.FormatError("a/layout.json", "a list", "a JSON object"))
+    assert text == (
+        "a/layout.json: found a list, expected a JSON object. "
+        "Check the path; if it is right, copy the file again or write it anew."
+    )
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)

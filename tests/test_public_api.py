@@ -28,6 +28,7 @@ def test_the_names_that_the_documentation_promises_are_public() -> None:
     promised = {
         "PDiffRecorder", "collect", "SnapshotStore", "Layout", "FitConfig", "fit", "WeightGenerator", "WeightSet",
         "swapped", "swap_", "ensemble_from_diffusion", "DiffusionEnsemble", "Task", "evaluate", "PDiffError",
+        "RecorderConfig", "CollectConfig", "Perturb", "Reinit", "Cycle", "SamplingConfig", "EvaluateConfig",
     }  # fmt: skip
     assert promised <= set(pdiff_plugin.__all__)
 

@@ -23,7 +23,7 @@ ORDER = [
     ("ensemble",),
     ("evaluation",),
     ("cluster",),
-    ("console", "user_code", "demo", "cli"),
+    ("console", "describe", "user_code", "demo", "cli"),
 ]
 FLOOR = {name: floor for floor, names in enumerate(ORDER) for name in names}
 RAY_ADAPTERS = {"integrations/ray_train.py", "integrations/ray_tune.py"}

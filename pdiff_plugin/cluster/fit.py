@@ -1,6 +1,6 @@
 """The fit on several workers, through Ray Train.
 
-    driver ── supervisor ── Ray Train's controller ── worker 0 .. W-1     the stages of fit.py on a GroupRuntime
+    driver ── supervisor ── Ray Train's controller ── worker 0 .. W-1     fit_on_ranks(), in a process group
        └──── board         what workers say to the driver: progress, warnings, errors
 
 Workers keep their checkpoints in the run folder, as a fit in one process does, so that a lost worker, a lost driver and
@@ -14,8 +14,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +31,16 @@ from pdiff_plugin.cluster.connection import (
     room_for,
     wait_for_room,
 )
-from pdiff_plugin.config import DistributedConfig, FitConfig, SubspaceConfig
+from pdiff_plugin.config import DistributedConfig, FitConfig
 from pdiff_plugin.errors import ConfigError, PDiffError, WorkersFailedError
-from pdiff_plugin.fitting.fit import check_num_snapshots, run_stages
-from pdiff_plugin.fitting.folder import Run, fingerprint_columns
-from pdiff_plugin.fitting.runtime import GroupRuntime
+from pdiff_plugin.fitting.folder import FitFolder, local_folder
+from pdiff_plugin.fitting.ranks import check_num_ranks, fit_on_ranks, opened_store, whole_path
+from pdiff_plugin.fitting.statistics_stage import check_num_snapshots
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress, Progress
-from pdiff_plugin.snapshots.remote import copy_store, is_remote, mirrored
+from pdiff_plugin.snapshots.fingerprint import first_columns
+from pdiff_plugin.snapshots.remote import is_remote
+from pdiff_plugin.snapshots.shards import layout_files
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 logger = logging.getLogger(__name__)
@@ -87,26 +88,22 @@ def fit_distributed(
         WorkersFailedError: workers were lost more often than ``max_failures``, or could not be replaced.
     """
     config, distributed = config or FitConfig(), distributed or DistributedConfig()
-    if distributed.num_workers > config.diffusion.batch_size:
-        raise ConfigError("num_workers", distributed.num_workers, "must be at most diffusion.batch_size")
-    job = _Job(_absolute(store.path if isinstance(store, SnapshotStore) else store), _absolute(out), config)
+    check_num_ranks(distributed.num_workers, config)
+    job = _Job(whole_path(store.path if isinstance(store, SnapshotStore) else store), whole_path(out), config)
     with ExitStack() as stack:
         # Of a store in a bucket the driver needs all but the rows.
-        opened = store if isinstance(store, SnapshotStore) else job.open_store(stack, fingerprint_columns)
-        check_num_snapshots(opened)
-        with job.run_folder() as folder:
-            run = Run.open(opened, config, folder, fresh=fresh, source=job.store)
-        if not run.is_finished:
+        if not isinstance(store, SnapshotStore):
+            store = stack.enter_context(opened_store(job.store, first_columns))
+        check_num_snapshots(store)
+        with local_folder(job.out) as path:
+            is_finished = FitFolder.open(store, config, path, fresh=fresh, source=job.store).is_finished
+        if not is_finished:
             with connected(distributed.address):
                 wait_for_room(distributed)
                 check_shared(job.shared_files())
                 _Watch(job, distributed, on_progress).run()
-    with job.run_folder() as folder:
-        return WeightGenerator.load(folder)  # its file stays mapped where the folder is only a copy
-
-
-def _absolute(path: str | os.PathLike[str]) -> str:
-    return str(path) if is_remote(path) else str(Path(path).resolve())
+    with local_folder(job.out) as path:
+        return WeightGenerator.load(path)  # its file stays mapped where the folder is only a copy
 
 
 @dataclass(frozen=True)
@@ -117,21 +114,10 @@ class _Job:
     out: str
     config: FitConfig
 
-    def open_store(self, stack: ExitStack, share: Callable[[int], slice]) -> SnapshotStore:
-        """The store; of one in a bucket, a copy of its share that lives as long as ``stack``."""
-        if not is_remote(self.store):
-            return SnapshotStore.open(self.store)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdiff-")))
-        return SnapshotStore.open(copy_store(self.store, folder / "store", share))
-
-    def run_folder(self) -> AbstractContextManager[Path]:
-        """The run folder; of one in a bucket, a copy whose changes are put back."""
-        return mirrored(self.out) if is_remote(self.out) else nullcontext(Path(self.out))
-
     def shared_files(self) -> list[Path]:
         """Files that every node has to see."""
-        places = ((self.store, "layout.json"), (self.out, "fit.json"))
-        return [Path(folder) / name for folder, name in places if not is_remote(folder)]
+        of_store = [] if is_remote(self.store) else layout_files(Path(self.store))
+        return of_store if is_remote(self.out) else [*of_store, Path(self.out) / "fit.json"]
 
 
 @dataclass(frozen=True)
@@ -241,25 +227,7 @@ def _work(settings: dict[str, Any]) -> None:
     if rank == 0:
         package.addHandler(handler)
     try:
-        with ExitStack() as stack:
-            # Only rank 0 keeps anything; the others need a place for a large basis.
-            scratch: AbstractContextManager[Any] = tempfile.TemporaryDirectory(prefix="pdiff-")
-            folder = Path(stack.enter_context(job.run_folder() if rank == 0 else scratch))
-            runtime = GroupRuntime(folder, _Teller(board))
-            # What is trained on whole rows needs all of a store's columns, and what is aligned mixes them.
-            is_shared_out = isinstance(job.config.autoencoder, SubspaceConfig) and job.config.align == "none"
-
-            def share(D: int) -> slice:
-                own = runtime.share(D) if is_shared_out else slice(0, D)
-                return slice(0, max(own.stop, fingerprint_columns(D).stop)) if rank == 0 else own
-
-            store = job.open_store(stack, share)
-            run = Run.open(store, job.config, folder if rank == 0 else None, fresh=False, source=job.store)
-            run.document.setdefault("attempts", []).append(
-                {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_workers": world_size}
-            )
-            run.write()
-            run_stages(store, job.config, run, runtime)
+        fit_on_ranks(job.store, job.config, out=job.out, on_progress=_Teller(board))
     except PDiffError as error:
         ray.get(board.put.remote(_Failed(error)), timeout=_BOARD_TIMEOUT_S)
         raise

@@ -18,24 +18,25 @@ from pdiff_plugin.snapshots.files import TEMP_MARK
 
 
 def write_members_on_workers(
-    generator: Path,
     latents: Tensor,
     folder: Path,
     header: Mapping[str, str],
-    distributed: DistributedConfig,
     on_progress: OnProgress | None = None,
+    *,
+    generator: Path,
+    distributed: DistributedConfig,
 ) -> list[Path]:
     """As :func:`write_latents`, a few members to a task of the cluster; the same files, in the order of the members.
 
     Workers map the generator's file instead of getting a copy, because a basis may be as large as many models.
 
     Args:
-        generator: folder or file, on storage that every node sees.
         latents: (M, K).
         folder: exists, on storage that every node sees.
         header: of every file.
-        distributed: where to work.
         on_progress: told the number of members done.
+        generator: folder or file, on storage that every node sees.
+        distributed: where to work.
     """
     path = (generator / FILE_NAME if generator.is_dir() else generator).resolve()
     starts = list(range(0, len(latents), MEMBER_CHUNK))

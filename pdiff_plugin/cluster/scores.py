@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -12,8 +12,9 @@ from torch import Tensor
 from pdiff_plugin.cluster.connection import map_in_order
 from pdiff_plugin.config import DistributedConfig
 from pdiff_plugin.errors import ConfigError
-from pdiff_plugin.evaluation.scores import Scores, score_sets
-from pdiff_plugin.evaluation.task import Task
+from pdiff_plugin.evaluation.kind import Scores
+from pdiff_plugin.evaluation.scores import score_sets
+from pdiff_plugin.evaluation.task import Data, Task
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.progress import OnProgress, Progress
 
@@ -33,10 +34,8 @@ class ClusterScorer:
         self,
         task: Task,
         sets: Mapping[str, WeightSet],
+        data: Data | None = None,
         *,
-        loader: Iterable[Any] | None = None,
-        name: str = "eval_loader",
-        has_targets: bool = True,
         seed: int = 0,
         on_progress: OnProgress | None = None,
     ) -> tuple[dict[str, Scores], Tensor]:
@@ -47,16 +46,17 @@ class ClusterScorer:
             if on_progress is not None:
                 on_progress(Progress("score", done, len(sets)))
 
-        options = {"loader": loader, "name": name, "has_targets": has_targets, "seed": seed}
-        items = [(key, weights, options) for key, weights in sets.items()]
+        items = [(key, weights, data, seed) for key, weights in sets.items()]
         answers = map_in_order(_score_one, self._stored[1], items, self.distributed, tell)
         targets = answers[0][1]
         if not all(torch.equal(targets, theirs) for _, theirs in answers):
-            raise ConfigError(name, "another order in another process", "must not shuffle (shuffle=False)")
-        return {key: scores for (key, _, _), (scores, _) in zip(items, answers, strict=True)}, targets
+            raise ConfigError(
+                (data or task.data).name, "another order in another process", "must not shuffle (shuffle=False)"
+            )
+        return {key: scores for key, (scores, _) in zip(sets, answers, strict=True)}, targets
 
 
-def _score_one(task: Task, item: tuple[str, WeightSet, dict[str, Any]]) -> tuple[Scores, Tensor]:
-    key, weights, options = item
-    scores, targets = score_sets(task, {key: weights}, **options)
+def _score_one(task: Task, item: tuple[str, WeightSet, Data | None, int]) -> tuple[Scores, Tensor]:
+    key, weights, data, seed = item
+    scores, targets = score_sets(task, {key: weights}, data, seed=seed)
     return scores[key], targets

@@ -26,8 +26,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from ray.tune import Callback
@@ -36,14 +38,16 @@ from torch import Tensor
 from pdiff_plugin.cluster.connection import check_shared, connected, wait_for_room
 from pdiff_plugin.config import DistributedConfig, FitConfig, TuneConfig
 from pdiff_plugin.errors import ConfigError, FitExistsError, PDiffError, WorkersFailedError
-from pdiff_plugin.fitting.fit import check_num_snapshots, choose_heldout, fit, measure_store
-from pdiff_plugin.fitting.folder import fingerprint
+from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX, Runtime
+from pdiff_plugin.fitting.statistics_stage import check_num_snapshots, measure_store
 from pdiff_plugin.generator.alignment import reader
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.generator_file import FILE_NAME
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.snapshots.files import read_json, write_json
+from pdiff_plugin.snapshots.fingerprint import fingerprint, fingerprint_of_first_columns
+from pdiff_plugin.snapshots.shards import layout_files
 from pdiff_plugin.snapshots.statistics import transform
 from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -63,6 +67,34 @@ _TUNE_SETTINGS = {
     "TUNE_GLOBAL_CHECKPOINT_S": "5",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_MAX_PENDING_TRIALS_PG": "16",
+}
+
+
+@dataclass(frozen=True)
+class Searched:
+    """One setting that is searched.
+
+    Attributes:
+        part: of a :class:`FitConfig` where it is; that of sampling is in none.
+        choices: what is tried.
+        factor: without choices, tried is anything between the base's value over and times this, by its logarithm.
+    """
+
+    part: Literal["autoencoder", "diffusion", "sampling"]
+    choices: tuple[Any, ...] = ()
+    factor: float = 1.0
+
+    def value(self, name: str, config: FitConfig) -> Any:
+        """What ``config`` has; samples are judged at their natural temperature."""
+        return 1.0 if self.part == "sampling" else getattr(getattr(config, self.part), name)
+
+
+SPACE = {
+    "latent_dim": Searched("autoencoder", (16, 32, 64, 128)),
+    "prediction_type": Searched("diffusion", ("flow", "v_prediction", "epsilon")),
+    "lr": Searched("diffusion", factor=4.0),
+    "patience": Searched("diffusion", (2, 5, 10)),
+    "temperature": Searched("sampling", (0.8, 0.9, 1.0, 1.1)),
 }
 
 
@@ -108,12 +140,12 @@ def tune(
     )
     path = store.path.resolve()
     # Once for all trials: their fits go on from here.
-    rows, _, _ = measure_store(store, base, Runtime(work, on_progress))
+    split, _, _ = measure_store(store, base, Runtime(work, on_progress))
     if score is None:
-        score = HeldoutScore(path, rows[choose_heldout(store, rows, base.heldout_fraction)])
+        score = HeldoutScore(path, split.rows[split.heldout])
     with _environment(_TUNE_SETTINGS), connected(search.address):
         wait_for_room(distributed)
-        check_shared([path / "layout.json", folder / "tune.json"])
+        check_shared([*layout_files(path), folder / "tune.json"])
         trials = _search(path, base, search, work, score, on_progress)
     if not trials:
         raise WorkersFailedError("the search", "no trial succeeded", "See the warnings above; --fresh starts anew.")
@@ -141,7 +173,8 @@ def _open(
         "format_version": FORMAT_VERSION,
         "status": "running",
         "store": str(store.path.resolve()),
-        "snapshots": fingerprint(store),
+        "snapshots": fingerprint_of_first_columns(store),
+        "fingerprint": fingerprint(store),
         "config": base.to_json(),
         "search": settings,
         "score": str(score) if score is not None else HeldoutScore.name,
@@ -151,9 +184,12 @@ def _open(
     path = folder / "tune.json"
     if path.exists() and not fresh:
         found = read_json(path, FORMAT, FORMAT_VERSION)
-        for key in ("store", "snapshots", "config", "search", "score"):
+        found.setdefault("fingerprint", mine["fingerprint"])  # which searches of old do not have
+        # By way of the dataclass, so that a setting which came later has its default.
+        found["config"] = json.loads(json.dumps(FitConfig.from_json(found["config"]).to_json()))
+        for key in ("store", "snapshots", "fingerprint", "config", "search", "score"):
             if found.get(key) != mine[key]:
-                what = "on other snapshots" if key == "snapshots" else f"with another {key}"
+                what = "on other snapshots" if key in ("snapshots", "fingerprint") else f"with another {key}"
                 raise FitExistsError(str(folder), f"a search {what}")
         return found
     if (folder / "fit.json").exists() and not fresh:
@@ -180,7 +216,7 @@ def _search(
     function = with_resources(
         with_parameters(_trial, store=str(store), base=base, work=str(work), score=score), resources
     )
-    default = {**_searched(base), "is_default": True}
+    default = {name: searched.value(name, base) for name, searched in SPACE.items()} | {"is_default": True}
     scheduler = ASHAScheduler(time_attr="rung", max_t=len(_RUNGS), grace_period=1, reduction_factor=3)
     searcher = BasicVariantGenerator(
         points_to_evaluate=[default],
@@ -208,8 +244,11 @@ def _search(
                 callbacks=[_Tell()],
             ),
         )
-    _Tell.listener, _Tell.num_trials = on_progress, search.num_trials
-    results = tuner.fit()
+    token = _LISTENER.set((on_progress, search.num_trials))
+    try:
+        results = tuner.fit()
+    finally:
+        _LISTENER.reset(token)
     trials = []
     for index in range(len(results)):
         result = results[index]
@@ -230,28 +269,17 @@ def _reports_of(work: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _space(base: FitConfig) -> dict[str, Any]:
-    """What is searched."""
+    """What is searched, as Tune draws from it."""
     from ray.tune import choice, loguniform
 
-    return {
-        "latent_dim": choice([16, 32, 64, 128]),
-        "prediction_type": choice(["flow", "v_prediction", "epsilon"]),
-        "lr": loguniform(base.diffusion.lr / 4, base.diffusion.lr * 4),
-        "patience": choice([2, 5, 10]),
-        "temperature": choice([0.8, 0.9, 1.0, 1.1]),
-        "is_default": False,
-    }
-
-
-def _searched(config: FitConfig) -> dict[str, Any]:
-    """The values that ``config`` has for what is searched."""
-    return {
-        "latent_dim": config.autoencoder.latent_dim,
-        "prediction_type": config.diffusion.prediction_type,
-        "lr": config.diffusion.lr,
-        "patience": config.diffusion.patience,
-        "temperature": 1.0,
-    }
+    space: dict[str, Any] = {}
+    for name, searched in SPACE.items():
+        if searched.choices:
+            space[name] = choice(list(searched.choices))
+        else:
+            value = searched.value(name, base)
+            space[name] = loguniform(value / searched.factor, value * searched.factor)
+    return {**space, "is_default": False}
 
 
 def _key(settings: dict[str, Any]) -> str:
@@ -259,14 +287,15 @@ def _key(settings: dict[str, Any]) -> str:
 
 
 def _configured(base: FitConfig, settings: dict[str, Any], max_steps: int) -> FitConfig:
-    names = ("prediction_type", "lr", "patience")
-    diffusion = {name: settings[name] for name in names} | {"max_steps": max_steps}
+    changes: dict[str, dict[str, Any]] = {"autoencoder": {}, "diffusion": {"max_steps": max_steps}, "sampling": {}}
+    for name, searched in SPACE.items():
+        changes[searched.part][name] = settings[name]
     if settings["prediction_type"] != base.diffusion.prediction_type:
-        diffusion |= {"sampler": None, "num_sampling_steps": None}  # chosen for the other type
+        changes["diffusion"] |= {"sampler": None, "num_sampling_steps": None}  # chosen for the other type
     return dataclasses.replace(
         base,
-        autoencoder=dataclasses.replace(base.autoencoder, latent_dim=settings["latent_dim"]),
-        diffusion=dataclasses.replace(base.diffusion, **diffusion),
+        autoencoder=dataclasses.replace(base.autoencoder, **changes["autoencoder"]),
+        diffusion=dataclasses.replace(base.diffusion, **changes["diffusion"]),
     )
 
 
@@ -356,21 +385,21 @@ def energy_distance(distances: Tensor, num_samples: int) -> float:
     return float((2 * between - among_samples - among_others) / among_others)
 
 
+# Whom to tell of the search that this thread runs, and its number of trials. Tune pickles its callbacks, and a search
+# that goes on gets the old ones back: it is therefore not in them.
+_LISTENER: ContextVar[tuple[OnProgress | None, int]] = ContextVar("listener", default=(None, 0))
+
+
 class _Tell(Callback):
-    """Reports the number of trials that have ended, and the best score so far.
-
-    Tune pickles its callbacks, and a search that goes on gets the old ones back: whom to tell is therefore not in here.
-    """
-
-    listener: OnProgress | None = None
-    num_trials = 0
+    """Reports the number of trials that have ended, and the best score so far."""
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if _Tell.listener is None:
+        listener, num_trials = _LISTENER.get()
+        if listener is None:
             return
         ended = {t.trial_id for t in trials if t.is_finished()} | {trial.trial_id}
         scores = [t.last_result["score"] for t in trials if t.last_result and "score" in t.last_result]
-        _Tell.listener(Progress("tune", len(ended), _Tell.num_trials, {"best_score": min(scores, default=math.nan)}))
+        listener(Progress("tune", len(ended), num_trials, {"best_score": min(scores, default=math.nan)}))
 
 
 @contextmanager

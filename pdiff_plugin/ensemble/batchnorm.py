@@ -16,9 +16,10 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
-from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.errors import DataError
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.modules.batches import Inputs, arguments_of, num_batches_in
+from pdiff_plugin.modules.modes import modes_kept
 from pdiff_plugin.modules.names import named_modules, named_tensors, unwrap, wrapped_names
 from pdiff_plugin.modules.swap import swap_
 from pdiff_plugin.modules.trunk_cache import exclusive
@@ -52,7 +53,7 @@ def recalibrate_batchnorm(
         Names of the recalibrated layers.
 
     Raises:
-        ConfigError: the loader gave no batch.
+        DataError: the loader gave no batch.
     """
     if isinstance(target, DiffusionEnsemble):
         model, since = target.model, target.names if since is None else since
@@ -63,7 +64,8 @@ def recalibrate_batchnorm(
     total = num_batches or num_batches_in(loader)
     layers: dict[str, _BatchNorm] = {}
     statistics: list[dict[str, Tensor]] = []
-    with torch.inference_mode(False), torch.no_grad(), exclusive(model), _in_eval_mode(model):
+    with torch.inference_mode(False), torch.no_grad(), exclusive(model), modes_kept(model):
+        model.eval()
         for done, batch in enumerate(islice(loader, num_batches), start=1):
             args, kwargs = arguments_of(batch, device, inputs)
             if not statistics:
@@ -75,7 +77,7 @@ def recalibrate_batchnorm(
             if on_progress is not None:
                 on_progress(Progress("recalibrate", done, total))
     if not statistics:
-        raise ConfigError("loader", "no batches", "must give at least one batch")
+        raise DataError("loader", "no batches", "must give at least one batch")
     measured = [{name: t for name, t in fresh.items() if t.is_floating_point()} for fresh in statistics]
     if isinstance(target, DiffusionEnsemble):
         if layers:
@@ -130,18 +132,6 @@ def _layers_since(
     first = next((index for index, module in enumerate(called) if id(module) in owner_ids), 0)
     after = {id(module) for module in called[first:]}
     return {name: layer for name, layer in tracked.items() if id(layer) in after}
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Everything in eval mode; afterwards each module is in its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -8,49 +8,35 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
+from pdiff_plugin.config import SamplingConfig, configured
 from pdiff_plugin.ensemble.prediction import Prediction, PredictionSums, RegressionPrediction, join, member_axis
+from pdiff_plugin.ensemble.runner import Execution, MemberRunner, Strategy, check_eval
 from pdiff_plugin.ensemble.soup import uniform_soup
-from pdiff_plugin.errors import ConfigError, FormatError, LayoutMismatchError, TrainingModeError
+from pdiff_plugin.errors import ConfigError, DataError, FormatError, LayoutMismatchError
 from pdiff_plugin.generator.weights import WeightSet
-from pdiff_plugin.modules.batches import Inputs, arguments_of, find_logits, num_batches_in
-from pdiff_plugin.modules.names import named_tensors, unwrap, wrapped_names
+from pdiff_plugin.modules.batches import Inputs, arguments_of, num_batches_in
+from pdiff_plugin.modules.names import check_fits, named_tensors, shapes_of, unwrap
 from pdiff_plugin.modules.swap import swap_
-from pdiff_plugin.modules.trunk_cache import Run, Trunk, TrunkCache, copied_inputs, exclusive
 from pdiff_plugin.progress import OnProgress, Progress
-from pdiff_plugin.snapshots.files import check_format, replacing
+from pdiff_plugin.snapshots.tensor_files import from_json, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from pdiff_plugin.generator.generator import WeightGenerator
 
-logger = logging.getLogger(__name__)
-
 FORMAT = "pdiff-ensemble"
 FORMAT_VERSION = 1
 
-Strategy = Literal["auto", "trunk", "loop"]
 EnsembleTask = Literal["classification", "regression"]
-Evaluation = Literal["vmap tail", "cached loop", "plain loop"]
-
-# Beyond this a larger chunk of members is no faster (measured on a ResNet-18: 8 members take as long as 32, each).
-_MAX_CHUNK_BYTES = 2 * 2**30
-# On a CPU, glibc gives large tensors back to the system at once, and faulting their pages in again takes as long as the
-# arithmetic (last two norms of a small ResNet, 32 members: 2.1 s of CPU time in one chunk, 1.5 s with this bound).
-_MAX_CPU_TENSOR_BYTES = 8 * 2**20
 
 
 class DiffusionEnsemble(nn.Module):
@@ -62,7 +48,7 @@ class DiffusionEnsemble(nn.Module):
     recorded, else the model's. Members take turns inside the live model, so only one thread may run it at a time.
 
     What comes before the first member-specific operation is computed once per batch, and the rest for several members
-    at once, as far as the model allows; :attr:`evaluation` tells what was found to work.
+    at once, as far as the model allows; :attr:`execution` tells what was found to work.
 
     Args:
         model: the user's model, in eval mode. Kept as :attr:`model`, without its outer wrappers, and not copied.
@@ -102,7 +88,7 @@ class DiffusionEnsemble(nn.Module):
         if member_chunk is not None and member_chunk < 1:
             raise ConfigError("member_chunk", member_chunk, "must be at least 1")
         self.model = unwrap(model)
-        _check_eval(self.model)
+        check_eval(self.model)
         self.strategy, self.task, self.class_axis, self.member_chunk = strategy, task, class_axis, member_chunk
         self.vectorize, self.select = vectorize, select
         self.set_weights(weights)
@@ -113,11 +99,11 @@ class DiffusionEnsemble(nn.Module):
         weights = weights if isinstance(weights, WeightSet) else WeightSet(weights)
         if weights.num_members == 0:
             raise ConfigError("weights", weights, "must hold at least one member")
-        _check_weights(self.model, weights)
+        expected = {name: tuple(stacked.shape[1:]) for name, stacked in weights.items()}
+        check_fits(expected, shapes_of(named_tensors(self.model)), "the weight set")
         self.num_members = weights.num_members
         self.names = list(weights)
-        raw, live = wrapped_names(self.model), named_tensors(self.model)
-        self._raw_names = [raw[name] for name in self.names]
+        live = named_tensors(self.model)
         # Names hold dots, which a buffer's may not: buffers are numbered in the order of `names`.
         self._stack = nn.Module()
         for index, name in enumerate(self.names):
@@ -125,12 +111,15 @@ class DiffusionEnsemble(nn.Module):
             stacked = weights[name].detach().to(live[name], copy=True, memory_format=torch.contiguous_format)
             self._stack.register_buffer(str(index), stacked)
         self._stack.eval()
-        self._cache = TrunkCache(self.model, self.names)
-        has_conv = _has_conv_weights(self.model, self.names)
-        self._vectorize = not has_conv if self.vectorize is None else self.vectorize
-        # Compiled parts would be compiled anew for every routed call.
-        self._is_plain = self.strategy == "loop" or any(clean != inner for clean, inner in raw.items())
-        self._is_checked = self.strategy == "trunk"
+        self._runner = MemberRunner(
+            self.model,
+            self._stack,
+            self.names,
+            strategy=self.strategy,
+            vectorize=self.vectorize,
+            member_chunk=self.member_chunk,
+            select=self.select,
+        )
 
     @property
     def weights(self) -> WeightSet:
@@ -138,14 +127,18 @@ class DiffusionEnsemble(nn.Module):
         return WeightSet(dict(zip(self.names, self._stack.buffers(), strict=True)))
 
     @property
-    def evaluation(self) -> Evaluation:
+    def execution(self) -> Execution:
         """How members are computed, as far as is known: it gets simpler when a batch shows that it must."""
-        if self._is_plain:
-            return "plain loop"
-        return "vmap tail" if self._vectorize else "cached loop"
+        return self._runner.execution
+
+    @property
+    def evaluation(self) -> Execution:
+        """The former name of :attr:`execution`."""
+        warnings.warn("DiffusionEnsemble.evaluation is now called execution", DeprecationWarning, stacklevel=2)
+        return self.execution
 
     def extra_repr(self) -> str:
-        return f"num_members={self.num_members}, tensors={len(self.names)}, evaluation={self.evaluation!r}"
+        return f"num_members={self.num_members}, tensors={len(self.names)}, execution={self.execution!r}"
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Log of the mean member probability, (B, C, ...), for the model's own arguments; mean output in regression."""
@@ -160,14 +153,14 @@ class DiffusionEnsemble(nn.Module):
                 part = self._log_probabilities(outputs).logsumexp(0)
                 total = part if total is None else torch.logaddexp(total, part)
 
-        self._each_chunk(args, kwargs, add)
+        self._runner.each_chunk(args, kwargs, add)
         assert total is not None  # an ensemble has at least one member
         return total / self.num_members if self.task == "regression" else total - math.log(self.num_members)
 
     def members(self, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (in regression, outputs) of every member, (M, B, C, ...)."""
         chunks: list[Tensor] = []
-        self._each_chunk(args, kwargs, chunks.append)
+        self._runner.each_chunk(args, kwargs, chunks.append)
         return torch.cat(chunks)
 
     def predict(self, *args: Any, **kwargs: Any) -> Prediction | RegressionPrediction:
@@ -176,7 +169,7 @@ class DiffusionEnsemble(nn.Module):
             outputs = _at_least_float32(self.members(*args, **kwargs))  # (M, B, ...)
             return RegressionPrediction(outputs.mean(0), outputs.var(0, correction=0))
         sums = PredictionSums(self.class_axis)
-        self._each_chunk(args, kwargs, lambda logits: sums.add(self._log_probabilities(logits)))
+        self._runner.each_chunk(args, kwargs, lambda logits: sums.add(self._log_probabilities(logits)))
         return sums.prediction()
 
     def predict_loader(
@@ -197,12 +190,12 @@ class DiffusionEnsemble(nn.Module):
         total = num_batches_in(loader)
         parts: list[Any] = []
         for done, batch in enumerate(loader, start=1):
-            args, kwargs = arguments_of(batch, self._device, inputs)
+            args, kwargs = arguments_of(batch, self._runner.device, inputs)
             parts.append(self.predict(*args, **kwargs))
             if on_progress is not None:
                 on_progress(Progress("predict", done, total))
         if not parts:
-            raise ConfigError("loader", "no batches", "must give at least one batch")
+            raise DataError("loader", "no batches", "must give at least one batch")
         return cast("Prediction | RegressionPrediction", join(parts))
 
     def members_state_dicts(self) -> list[dict[str, Tensor]]:
@@ -220,19 +213,15 @@ class DiffusionEnsemble(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write members and model as one safetensors file, which :meth:`load` needs no training run to read."""
-        tensors = {f"members/{name}": tensor.cpu() for name, tensor in self.weights.items()}
-        for name, tensor in named_tensors(self.model).items():
-            if name not in self.names:
-                tensors[f"model/{name}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors = {f"members/{name}": tensor for name, tensor in self.weights.items()}
+        shared = {name: tensor for name, tensor in named_tensors(self.model).items() if name not in self.names}
+        tensors |= {f"model/{name}": tensor for name, tensor in shared.items()}
         settings = {"strategy": self.strategy, "task": self.task, "class_axis": self.class_axis}
         header = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
             "settings": json.dumps({**settings, "member_chunk": self.member_chunk}),
             "num_members": str(self.num_members),
         }
-        with replacing(Path(path)) as temp:
-            save_file(tensors, temp, header)
+        save_tensors(Path(path), tensors, FORMAT, FORMAT_VERSION, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, **options: Any) -> DiffusionEnsemble:
@@ -249,24 +238,16 @@ class DiffusionEnsemble(nn.Module):
             LayoutMismatchError: the file belongs to another model; the first differing tensor is named. The model is
                 left as it was.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                check_format(str(path), header, FORMAT, FORMAT_VERSION)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                settings = json.loads(header["settings"])
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise FormatError(str(path), f"an unreadable file ({error})", f"a {FORMAT} file") from error
+        tensors, header = load_tensors(Path(path), FORMAT, FORMAT_VERSION)
+        settings = from_json(Path(path), header, "settings")
+        if not isinstance(settings, dict):
+            raise FormatError(str(path), f"settings {settings!r}", "a JSON object of settings")
         ensemble, shared = cls(model, _under("members/", tensors), **(settings | options)), _under("model/", tensors)
         for name, tensor in named_tensors(model).items():
             if name not in shared and name not in ensemble.names:
                 raise LayoutMismatchError(name, "no such tensor", str(tuple(tensor.shape)), str(path))
         swap_(model, shared)
         return ensemble
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._stack.buffers()).device
 
     def _log_probabilities(self, logits: Tensor) -> Tensor:
         axis = member_axis(self.class_axis)
@@ -279,104 +260,13 @@ class DiffusionEnsemble(nn.Module):
             )
         return _at_least_float32(logits).log_softmax(axis)
 
-    def _each_chunk(self, args: tuple[Any, ...], kwargs: dict[str, Any], consume: Callable[[Tensor], None]) -> None:
-        """Hand the logits of members 0..M-1 to ``consume`` in order, (m, B, C, ...) at a time."""
-        if torch.compiler.is_compiling():
-            # Traced code has one way to go; a change of gradient mode would cut an exported graph in pieces.
-            consume(self._several(slice(None))(args, kwargs).detach())
-            return
-        _check_eval(self.model)
-        # Tensors made in inference mode do not count the writes into them. Leaving it turns gradients on.
-        with torch.inference_mode(False), torch.no_grad(), exclusive(self.model):
-            start = 0
-            if not self._is_plain:
-                with self._cache.batch(self._stack.buffers(), args, kwargs) as trunk:
-                    start = self._over_trunk(trunk, args, kwargs, consume)
-            for index in range(start, self.num_members):
-                consume(self._whole(index, args, kwargs))
-
-    def _over_trunk(
-        self, trunk: Trunk, args: tuple[Any, ...], kwargs: dict[str, Any], consume: Callable[[Tensor], None]
-    ) -> int:
-        """Members by recording and replaying; returns how many were done before replaying was given up."""
-        index = 0
-        while index < self.num_members:
-            if not trunk.is_recorded:
-                consume(trunk.record(self._one(index)))
-                index += 1
-                if not trunk.is_sound:
-                    return self._give_up(index, "a part that all members share overwrites what another has read")
-                continue
-            size = self._chunk_size(trunk) if self._vectorize else 1
-            run = self._several(slice(index, index + size)) if self._vectorize else self._one(index)
-            try:
-                with _quiet_vmap():
-                    logits = trunk.replay(run)
-            except RuntimeError as error:
-                if not self._vectorize:
-                    raise
-                # vmap refuses in many words, some of them a kernel's own. If it was not vmap, this raises again.
-                logits = trunk.replay(self._one(index))
-                logger.info("members of %s run one by one: %s", type(self.model).__name__, error)
-                self._vectorize = False
-            if logits is None:
-                continue
-            if not self._is_checked:
-                self._is_checked = True
-                last = index + len(logits) - 1
-                if not _agree(logits[-1:], self._whole(last, args, kwargs)):
-                    return self._give_up(index, "its members differ when their common part is computed once")
-            consume(logits)
-            index += len(logits)
-        return index
-
-    def _give_up(self, done: int, reason: str) -> int:
-        logger.warning("%s is run whole for every member: %s", type(self.model).__name__, reason)
-        self._is_plain = True
-        return done
-
-    def _chunk_size(self, trunk: Trunk) -> int:
-        if self.member_chunk is not None:
-            return self.member_chunk
-        # About four of the largest activations live at once: input, output, shortcut and the kernel's workspace.
-        member_bytes = 4 * trunk.largest_tail_bytes + 1
-        most = min(_MAX_CHUNK_BYTES, _free_bytes(self._device) // 4) // member_bytes
-        if self._device.type == "cpu":
-            most = min(most, _MAX_CPU_TENSOR_BYTES // (trunk.largest_tail_bytes + 1))
-        return max(1, most)
-
-    def _whole(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """One member, (1, B, C, ...), that shares nothing with others."""
-        return self._one(index)(*copied_inputs((args, kwargs)))
-
-    def _one(self, index: int) -> Run:
-        """Computes one member, (1, B, C, ...)."""
-        # Sliced here: taking a slice is already a use of a generated tensor, which would end the recorded trunk.
-        tensors = [stacked[index] for stacked in self._stack.buffers()]
-        return lambda args, kwargs: self._call(tensors, args, kwargs)[None]
-
-    def _several(self, chunk: slice) -> Run:
-        """Computes a chunk of members at once, (m, B, C, ...)."""
-        stacked = [tensor[chunk] for tensor in self._stack.buffers()]
-
-        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            logits: Tensor = vmap(lambda *tensors: self._call(tensors, args, kwargs))(*stacked)
-            return logits
-
-        return run
-
-    def _call(self, tensors: Iterable[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        output = functional_call(self.model, dict(zip(self._raw_names, tensors, strict=True)), args, kwargs)
-        return _as_logits(output) if self.select is None else self.select(output)
-
 
 def ensemble_from_diffusion(
     model: nn.Module,
     generator: WeightGenerator | str | os.PathLike[str],
     *,
     num_members: int = 32,
-    num_sampling_steps: int | None = None,
-    temperature: float = 1.0,
+    sampling: SamplingConfig | None = None,
     rng: torch.Generator | None = None,
     ensemble_options: Mapping[str, Any] | None = None,
     **sample_options: Any,
@@ -387,65 +277,26 @@ def ensemble_from_diffusion(
         model: the model whose snapshots were recorded, in eval mode.
         generator: a :class:`WeightGenerator`, or the path of its file or of the folder that ``pdiff fit`` wrote.
         num_members: M.
-        num_sampling_steps: of the sampler; the generator's own default unless given.
-        temperature: scales the spread of the draws.
+        sampling: how they are drawn.
         rng: source of the draws.
         ensemble_options: further arguments of :class:`DiffusionEnsemble`.
-        **sample_options: further arguments of :meth:`WeightGenerator.sample`.
+        **sample_options: single fields of ``sampling``, as ``temperature=0.9``.
 
     Raises:
+        ConfigError: an option of sampling out of range.
         LayoutMismatchError: the generator belongs to another model; the first differing tensor is named.
         TrainingModeError: the model is in train mode.
     """
+    sampling = configured(SamplingConfig, sampling, sample_options)
     if isinstance(generator, str | os.PathLike):
         from pdiff_plugin.generator.generator import WeightGenerator
 
         generator = WeightGenerator.load(generator)
     # Before the draw, which may take a while.
     generator.layout.check_model(model)
-    _check_eval(unwrap(model))
-    weights = generator.sample(
-        num_members, num_sampling_steps=num_sampling_steps, temperature=temperature, rng=rng, **sample_options
-    )
+    check_eval(unwrap(model))
+    weights = generator.sample(num_members, rng=rng, **vars(sampling))
     return DiffusionEnsemble(model, weights, **(ensemble_options or {}))
-
-
-def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    live = named_tensors(model)
-    for name, stacked in weights.items():
-        found, recorded = live.get(name), str(tuple(stacked.shape[1:]))
-        if found is None:
-            raise LayoutMismatchError(name, recorded, "no such tensor in this model", "the weight set")
-        if found.shape != stacked.shape[1:]:
-            raise LayoutMismatchError(name, recorded, str(tuple(found.shape)), "the weight set")
-
-
-def _check_eval(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if module.training:
-            raise TrainingModeError(f"{type(module).__name__} {name!r}" if name else type(module).__name__)
-
-
-def _has_conv_weights(model: nn.Module, names: Iterable[str]) -> bool:
-    live = named_tensors(model)
-    generated = {id(live[name]) for name in names}
-    convolutions = (module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd))
-    return any(id(conv.weight) in generated for conv in convolutions)
-
-
-def _as_logits(output: Any) -> Tensor:
-    """The logits in what a model returned: a tensor, a mapping or object with ``logits``, or the first of a tuple."""
-    found = find_logits(output)
-    if not isinstance(found, Tensor):
-        raise ConfigError("output of the model", type(output).__name__, "must be logits or hold them as `logits`")
-    return found
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether two ways to compute one member differ by no more than rounding."""
-    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(expected.dtype, 5e-2)
-    scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
-    return torch.allclose(found, expected, rtol=0.0, atol=tolerance * scale, equal_nan=True)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -453,26 +304,5 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-@contextmanager
-def _quiet_vmap() -> Iterator[None]:
-    """Without the warning that an operation has a loop inside vmap: it is not slower than our own would be."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "There is a performance drop because we have not yet implemented", UserWarning
-        )
-        yield
-
-
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:  # only Linux tells without a library
-        return 4 * _MAX_CHUNK_BYTES
-    return 1024 * next(int(line.split()[1]) for line in meminfo.splitlines() if line.startswith("MemAvailable:"))

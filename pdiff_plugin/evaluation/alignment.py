@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.rows import SnapshotRows, change_since_fit
-from pdiff_plugin.evaluation.task import Task, batches, evaluating, logits_of
+from pdiff_plugin.evaluation.task import Data, Task, batches, evaluating
 from pdiff_plugin.generator.alignment import Alignment, recognise
 from pdiff_plugin.generator.generator import WeightGenerator
+from pdiff_plugin.modules.batches import logits_of
 from pdiff_plugin.modules.names import named_tensors
 from pdiff_plugin.modules.swap import swapped
 from pdiff_plugin.snapshots.layout import Layout
@@ -46,7 +48,8 @@ def check_alignment(task: Task, weights: Mapping[str, Tensor] | None = None) -> 
     alignment = Alignment(layout, {"": torch.cat([torch.randperm(width, generator=rng) for width in num_units])})
     permuted = layout.unflatten(layout.flatten(weights)[alignment.columns("", 0, layout.num_values)])
     with evaluating(task) as model:
-        args, kwargs, _ = next(batches(task.eval_loader, task.target_device(), has_targets=False))
+        data = Data(task.eval_loader, has_targets=False)
+        args, kwargs, _ = next(batches(data, KINDS[task.kind], task.target_device()))
         with swapped(model, weights):
             before = logits_of(model(*args, **kwargs)).double()
         with swapped(model, permuted):
@@ -70,7 +73,7 @@ def aligned_rows(task: Task, store: SnapshotStore, generator: WeightGenerator | 
         ConfigError: it did, although that changes what the model computes.
     """
     alignment = generator.alignment if generator is not None else None
-    rows = SnapshotRows(store, alignment)
+    rows = SnapshotRows.measure(store, alignment)
     if generator is not None and (change := change_since_fit(rows, generator)):
         logger.warning("%s: %s", store.path, change)
     if alignment is not None and alignment.permutations:

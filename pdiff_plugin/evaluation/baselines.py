@@ -1,4 +1,7 @@
-"""The cheap alternatives a generator has to beat, drawn from the same snapshots.
+"""The baselines that a generator has to beat, drawn from the same snapshots at no cost.
+
+A *set* is a number of members that are judged together; a *baseline* is a way of making one from the snapshots alone.
+One more baseline is one more entry of :data:`BASELINES`, from which tables, verdict, pictures and sweep take it.
 
 Running variances are drawn as logarithms wherever something is added to them, so that none falls to zero or below.
 
@@ -12,6 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +25,8 @@ from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.layout import DTYPES
 from pdiff_plugin.snapshots.statistics import LOG_SUFFIX, column_blocks, inverse_transform, transform
 
-# Draws a set of about M members from the snapshots.
-Draw = Callable[[SnapshotRows, int, torch.Generator], WeightSet]
+# Draws a set of about M members from the snapshots: (rows, num_members, rng), and the knob where there is one.
+Draw = Callable[..., WeightSet]
 
 
 def rng_for(seed: int, name: str) -> torch.Generator:
@@ -31,16 +35,15 @@ def rng_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def snapshots(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> WeightSet:
-    """M recorded snapshots, evenly spaced over the store; all of them if there are fewer."""
-    del rng
-    return rows.members(evenly_spaced(len(rows), num_members))
+def every_nth(rows: SnapshotRows, num_members: int) -> Tensor:
+    """Places of M recorded snapshots, evenly spaced over the store; of all of them if there are fewer."""
+    return evenly_spaced(len(rows), num_members)
 
 
-def last(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> WeightSet:
-    """The last snapshot of each run: what a user without any of this would keep."""
-    del num_members, rng
-    return rows.members(torch.stack([group[-1] for group in rows.runs]))
+def last_of_each_run(rows: SnapshotRows, num_members: int) -> Tensor:
+    """Place of the last snapshot of each run: what a user without any of this would keep."""
+    del num_members
+    return torch.stack([run[-1] for run in rows.runs])
 
 
 def swa(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> WeightSet:
@@ -53,7 +56,7 @@ def swa(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> WeightSet
 
 
 def average(
-    rows: SnapshotRows, num_members: int, rng: torch.Generator, k: int = 16, *, per_run: bool = False
+    rows: SnapshotRows, num_members: int, rng: torch.Generator, *, k: float = 16, per_run: bool = False
 ) -> WeightSet:
     """Each member is the mean of ``k`` different random snapshots (of all, where there are fewer).
 
@@ -63,7 +66,7 @@ def average(
     mixture = torch.zeros(num_members, len(rows), dtype=torch.float64)
     for member in range(num_members):
         group = groups[member % len(groups)]
-        chosen = group[torch.randperm(len(group), generator=rng)[:k]]
+        chosen = group[torch.randperm(len(group), generator=rng)[: int(k)]]
         mixture[member, chosen] = 1 / len(chosen)
     return _by_block(rows, num_members, lambda values: mixture @ values, logarithms=False)
 
@@ -132,45 +135,197 @@ def swag(
     return _by_block(rows, num_members, draw)
 
 
+def runs_in_turn(num_members: int, num_runs: int) -> Tensor:
+    """Strata of members that take the runs in turn, (M,) int64: they differ by run whatever is drawn.
+
+    Where a run has a single member its own spread cannot be seen: all members then count as drawn alike, which makes
+    the error too large rather than too small.
+    """
+    members = torch.arange(num_members)
+    return members % num_runs if num_members >= 2 * num_runs else torch.zeros_like(members)
+
+
+def neighbours(num_members: int) -> Tensor:
+    """Strata of members that start from evenly spaced snapshots, (M,) int64.
+
+    They differ by snapshot, and two neighbours stand for draws from one.
+    """
+    return (torch.arange(num_members) // 2).clamp_max(max(num_members // 2 - 1, 0))
+
+
 @dataclass(frozen=True)
+class Look:
+    """How a set is drawn.
+
+    Attributes:
+        colour: of everything.
+        marker: of single points.
+        line: style of lines.
+        pictures: those that show it although they have no room for every set.
+    """
+
+    colour: str
+    marker: Any
+    line: Any = "-"
+    pictures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Knob:
+    """The setting that trades accuracy for novelty.
+
+    Attributes:
+        argument: of the function that draws.
+        values: what the sweep sets it to.
+        by_run: whether the function takes ``per_run``, which the sweep asks for in stores of several runs.
+    """
+
+    argument: str
+    values: tuple[float, ...]
+    by_run: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """How a set is drawn and called.
+    """How a set is drawn, called and shown.
 
     Attributes:
         draw: makes the set.
         text: its name in a sentence.
+        look: in pictures.
         is_random: whether another seed gives other members.
-        per_run: whether members take the runs in turn; drawn only from stores of several runs.
-        per_snapshot: whether each member starts from a snapshot of its own.
+        needs_runs: whether it is drawn only from stores of several runs.
+        is_core: whether a quick evaluation has it.
+        recorded: places (M,) of the snapshots that its members are, where they are such.
+        strata: which of M members were drawn alike, (M,) int64; all of them where there is no such function.
+        knob: for the sweep, which draws the set anew for each of its values.
     """
 
     draw: Draw
     text: str
+    look: Look
     is_random: bool = True
-    per_run: bool = False
-    per_snapshot: bool = False
+    needs_runs: bool = False
+    is_core: bool = False
+    recorded: Callable[[SnapshotRows, int], Tensor] | None = None
+    strata: Callable[[SnapshotRows, int], Tensor] | None = None
+    knob: Knob | None = None
 
+
+def _recorded(text: str, look: Look, places: Callable[[SnapshotRows, int], Tensor], *, is_core: bool) -> Baseline:
+    """Snapshots at some places, as they were recorded."""
+
+    def draw(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> WeightSet:
+        del rng
+        return rows.members(places(rows, num_members))
+
+    return Baseline(draw=draw, text=text, look=look, is_random=False, is_core=is_core, recorded=places)
+
+
+def _by_run(rows: SnapshotRows, num_members: int) -> Tensor:
+    return runs_in_turn(num_members, len(rows.runs))
+
+
+def _by_neighbour(rows: SnapshotRows, num_members: int) -> Tensor:
+    del rows
+    return neighbours(num_members)
+
+
+# Pictures in which every set would make a tangle.
+_SIZES, _PLANE, _DENSITIES, _RELIABILITY = "ensemble-size", "plane", "densities", "reliability"
+_BLUE, _GREEN, _PINK, _ORANGE, _SKY = "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 
 BASELINES = {
-    "snapshots": Baseline(snapshots, "the snapshots themselves", is_random=False),
-    "last": Baseline(last, "the last snapshot of each run", is_random=False),
-    "swa": Baseline(swa, "the average of all snapshots of each run", is_random=False),
-    "average-4": Baseline(partial(average, k=4), "averages of 4 snapshots"),
-    "average": Baseline(partial(average, k=16), "averages of 16 snapshots"),
-    "average-64": Baseline(partial(average, k=64), "averages of 64 snapshots"),
-    "average-per-run": Baseline(partial(average, per_run=True), "averages of 16 snapshots of one run", per_run=True),
-    "gaussian": Baseline(gaussian, "a Gaussian around the snapshots"),
-    "gaussian-per-run": Baseline(partial(gaussian, per_run=True), "a Gaussian around each run", per_run=True),
-    "swag": Baseline(swag, "SWAG"),
-    "swag-per-run": Baseline(partial(swag, per_run=True), "SWAG around each run", per_run=True),
-    "noise-0.02": Baseline(partial(noise, size=0.02), "snapshots with 2 % noise", per_snapshot=True),
-    "noise": Baseline(partial(noise, size=0.05), "snapshots with 5 % noise", per_snapshot=True),
-    "noise-0.1": Baseline(partial(noise, size=0.1), "snapshots with 10 % noise", per_snapshot=True),
+    "snapshots": _recorded(
+        "the snapshots themselves", Look("#000000", "o", "--", (_SIZES, _RELIABILITY)), every_nth, is_core=True
+    ),
+    "last": _recorded("the last snapshot of each run", Look(_SKY, "v"), last_of_each_run, is_core=False),
+    "swa": Baseline(draw=swa, text="the average of all snapshots of each run", look=Look(_SKY, "8"), is_random=False),
+    "average-4": Baseline(
+        draw=partial(average, k=4), text="averages of 4 snapshots", look=Look(_BLUE, "<", (0, (1, 1)))
+    ),
+    "average": Baseline(
+        draw=partial(average, k=16),
+        text="averages of 16 snapshots",
+        look=Look(_BLUE, "s", (0, (4, 1, 1, 1)), (_SIZES, _PLANE, _DENSITIES, _RELIABILITY)),
+        is_core=True,
+        knob=Knob("k", (2, 3, 4, 8, 16, 64)),
+    ),
+    "average-64": Baseline(
+        draw=partial(average, k=64), text="averages of 64 snapshots", look=Look(_BLUE, ">", (0, (1, 3)))
+    ),
+    "average-per-run": Baseline(
+        draw=partial(average, per_run=True),
+        text="averages of 16 snapshots of one run",
+        look=Look(_BLUE, "D", (0, (6, 2)), (_SIZES,)),
+        needs_runs=True,
+        is_core=True,
+        strata=_by_run,
+    ),
+    "gaussian": Baseline(
+        draw=gaussian,
+        text="a Gaussian around the snapshots",
+        look=Look(_GREEN, "^", (0, (2, 1)), (_SIZES, _PLANE, _DENSITIES)),
+        is_core=True,
+        knob=Knob("scale", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)),
+    ),
+    "gaussian-per-run": Baseline(
+        draw=partial(gaussian, per_run=True),
+        text="a Gaussian around each run",
+        look=Look(_GREEN, "h", (0, (6, 2)), (_SIZES, _RELIABILITY)),
+        needs_runs=True,
+        is_core=True,
+        strata=_by_run,
+    ),
+    "swag": Baseline(
+        draw=swag,
+        text="SWAG",
+        look=Look(_PINK, "d", (0, (2, 1)), (_SIZES,)),
+        knob=Knob("scale", (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)),
+    ),
+    "swag-per-run": Baseline(
+        draw=partial(swag, per_run=True),
+        text="SWAG around each run",
+        look=Look(_PINK, "p", (0, (6, 2)), (_SIZES,)),
+        needs_runs=True,
+        strata=_by_run,
+    ),
+    "noise-0.02": Baseline(
+        draw=partial(noise, size=0.02),
+        text="snapshots with 2 % noise",
+        look=Look(_ORANGE, (4, 1, 0), (0, (1, 1))),
+        strata=_by_neighbour,
+    ),
+    "noise": Baseline(
+        draw=partial(noise, size=0.05),
+        text="snapshots with 5 % noise",
+        look=Look(_ORANGE, "X", (0, (4, 1, 1, 1)), (_SIZES,)),
+        is_core=True,
+        strata=_by_neighbour,
+        knob=Knob("size", (0.005, 0.01, 0.02, 0.05, 0.1, 0.2), by_run=False),
+    ),
+    "noise-0.1": Baseline(
+        draw=partial(noise, size=0.1),
+        text="snapshots with 10 % noise",
+        look=Look(_ORANGE, "P", (0, (1, 3))),
+        strata=_by_neighbour,
+    ),
 }
-"""Every cheap alternative, in the order of the table."""
+"""Every baseline, in the order of the table."""
 
-CORE = ("snapshots", "generated", "average", "gaussian", "noise")
-"""The sets of a quick evaluation; of a store of several runs, the per-run average and Gaussian come with them."""
+SNAPSHOTS, GENERATED, DEEP_ENSEMBLE = "snapshots", "generated", "deep-ensemble"
+LOOKS = {
+    SNAPSHOTS: BASELINES[SNAPSHOTS].look,
+    GENERATED: Look("#D55E00", "*", pictures=(_SIZES, _PLANE, _DENSITIES, _RELIABILITY)),
+    **{name: baseline.look for name, baseline in BASELINES.items()},
+    DEEP_ENSEMBLE: Look("#7F6000", (6, 1, 0), "-.", (_SIZES,)),
+}
+"""Every set that has a look of its own, in the order of legends."""
+
+
+def look_of(name: str) -> Look:
+    """How a set is drawn; sets unknown to this release share a look."""
+    return LOOKS.get(name, Look("#777777", "."))
 
 
 def _groups(rows: SnapshotRows, per_run: bool) -> list[Tensor]:

@@ -6,33 +6,37 @@ import torch
 from torch import nn
 
 from pdiff_plugin.ensemble.soup import KeptMembers, keep_above
-from pdiff_plugin.evaluation.task import Task, batches, evaluating, logits_of
+from pdiff_plugin.evaluation.kinds import KINDS
+from pdiff_plugin.evaluation.task import Task, batches, evaluating
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.modules.batches import logits_of
 
 
 def keep_accurate(task: Task, weights: WeightSet, threshold: float) -> KeptMembers:
-    """Drop the members whose accuracy on ``task.eval_loader`` is below ``threshold``.
+    """Drop the members whose score on ``task.eval_loader``, of classes their accuracy, is below ``threshold``.
 
     What is left was chosen on these data: judge it on others.
 
     Args:
         task: the model and held-out data.
         weights: M members.
-        threshold: share of right answers, in [0, 1].
+        threshold: of a classification the share of right answers, in [0, 1].
 
     Raises:
-        ConfigError: no member reaches the threshold; the best accuracy is named.
+        ConfigError: no member reaches the threshold; the best score is named.
         LayoutMismatchError: naming the first tensor that the model lacks or has in another shape.
     """
-    device = task.target_device()
+    data, kind, device = task.data, KINDS[task.kind], task.target_device()
+    alone = torch.zeros(1, dtype=torch.int64)
     with evaluating(task) as model:
 
         @torch.no_grad()
-        def accuracy(member: nn.Module) -> float:
-            right, total = 0, 0
-            for args, kwargs, targets in batches(task.eval_loader, device):
-                right += int((logits_of(member(*args, **kwargs)).argmax(dim=1).cpu() == targets).sum())
-                total += len(targets)
-            return right / total
+        def mean_score(member: nn.Module) -> float:
+            total, num_items = 0.0, 0
+            for args, kwargs, targets in batches(data, kind, device):
+                outputs = kind.check_outputs(logits_of(member(*args, **kwargs))[None], targets, data.name).cpu()
+                score = kind.score_batch(outputs, targets, alone)["member_score"]  # (1, items)
+                total, num_items = total + float(score.double().sum()), num_items + score.shape[1]
+            return total / num_items
 
-        return keep_above(model, weights, accuracy, threshold)
+        return keep_above(model, weights, mean_score, threshold)

@@ -25,11 +25,6 @@ def member_log_probs(logits: Tensor) -> Tensor:
     return torch.where(broken, -math.log(logits.shape[-1]), log_probs)
 
 
-def ensemble_log_probs(log_probs: Tensor) -> Tensor:
-    """Log of the mean member probability: (M, B, C) -> (B, C)."""
-    return log_probs.logsumexp(dim=0) - math.log(len(log_probs))
-
-
 def nll(log_probs: Tensor, targets: Tensor) -> Tensor:
     """-log p(true) of each item: log_probs (..., n, C), targets (n,) -> (..., n)."""
     index = targets.expand(log_probs.shape[:-1])[..., None]

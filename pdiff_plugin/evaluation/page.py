@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdiff_plugin.errors import MissingDependencyError
+from pdiff_plugin.evaluation.kind import Metric
 from pdiff_plugin.evaluation.plots import Picture, pictures, style
-from pdiff_plugin.evaluation.result import FOOTNOTE, Evaluation
+from pdiff_plugin.evaluation.result import Evaluation
 from pdiff_plugin.snapshots.files import replacing
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def render_html(evaluation: Evaluation, drawn: list[Picture] | None = None) -> s
         colour=_COLOURS[evaluation.verdict.outcome],
         headers=headers,
         rows=rows,
-        footnote=FOOTNOTE,
+        footnote=evaluation.footnote,
         figures=[
             {
                 "name": picture.name,
@@ -143,6 +144,7 @@ def _groups(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, str]]]]:
     generator = details.get("generator", {})
     groups = {
         "Evaluation": plain,
+        "Figures": {_title_of(metric): metric.help for metric in evaluation.kind.metrics},
         "Provenance": details.get("provenance", {}),
         "Deciding numbers": evaluation.verdict.numbers,
         "Seconds": evaluation.seconds,
@@ -152,6 +154,11 @@ def _groups(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, str]]]]:
         "Generator: provenance": generator.get("provenance", {}),
     }
     return [(heading, list(_flattened(entries))) for heading, entries in groups.items() if entries]
+
+
+def _title_of(metric: Metric) -> str:
+    name = metric.title or metric.key
+    return f"{name} ({metric.better} is better)" if metric.better else name
 
 
 def _flattened(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pdiff_plugin.errors import MissingDependencyError
+from pdiff_plugin.evaluation.baselines import BASELINES, GENERATED, LOOKS, SNAPSHOTS, look_of
+from pdiff_plugin.evaluation.kind import Quantity, TaskKind
 from pdiff_plugin.evaluation.result import Evaluation
 
 if TYPE_CHECKING:
@@ -41,49 +43,6 @@ _RC: dict[Any, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "pdiff",  # the same picture gives the same text
 }
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a set is drawn."""
-
-    colour: str
-    marker: Any
-    line: Any = "-"
-
-
-LOOKS = {
-    "snapshots": Look("#000000", "o", "--"),
-    "generated": Look("#D55E00", "*"),
-    "last": Look("#56B4E9", "v"),
-    "swa": Look("#56B4E9", "8"),
-    "average-4": Look("#0072B2", "<", (0, (1, 1))),
-    "average": Look("#0072B2", "s", (0, (4, 1, 1, 1))),
-    "average-64": Look("#0072B2", ">", (0, (1, 3))),
-    "average-per-run": Look("#0072B2", "D", (0, (6, 2))),
-    "gaussian": Look("#009E73", "^", (0, (2, 1))),
-    "gaussian-per-run": Look("#009E73", "h", (0, (6, 2))),
-    "swag": Look("#CC79A7", "d", (0, (2, 1))),
-    "swag-per-run": Look("#CC79A7", "p", (0, (6, 2))),
-    "noise-0.02": Look("#E69F00", (4, 1, 0), (0, (1, 1))),
-    "noise": Look("#E69F00", "X", (0, (4, 1, 1, 1))),
-    "noise-0.1": Look("#E69F00", "P", (0, (1, 3))),
-    "deep-ensemble": Look("#7F6000", (6, 1, 0), "-."),
-}
-_OTHER = Look("#777777", ".")
-# Sets worth a line of their own where every set would make a tangle, most wanted first.
-_MAIN = (
-    "snapshots",
-    "generated",
-    "average",
-    "average-per-run",
-    "gaussian",
-    "gaussian-per-run",
-    "swag",
-    "swag-per-run",
-    "noise",
-    "deep-ensemble",
-)
 
 
 @dataclass(frozen=True)
@@ -134,14 +93,18 @@ def density(values: Array, places: Array) -> Array:
 
 def accuracy_against_novelty(evaluation: Evaluation) -> Figure | None:
     """Each member, and each set's mean with the spread of its members."""
-    names = [n for n in evaluation.sets if f"likest/{n}" in evaluation.arrays]
+    score, arrays = evaluation.kind.score, evaluation.arrays
+    closest = "likest" if "likest/" + next(iter(evaluation.sets), "") in arrays else "closest"  # as it was called first
+    names = [n for n in evaluation.sets if f"{closest}/{n}" in arrays]
     if not names:
         return None
     figure, axes = _figure(3.9)
-    points = {n: (1 - _array(evaluation, f"likest/{n}"), 100 * _array(evaluation, f"accuracy/{n}")) for n in names}
-    low, high = _range_of(
-        [points[n][1] for n in names if n in ("snapshots", "generated", "last", "swa")] or [points[n][1] for n in names]
-    )
+    points = {
+        n: (1 - _array(evaluation, f"{closest}/{n}"), _scaled(score, _array(evaluation, f"{score.key}/{n}")))
+        for n in names
+    }
+    fixed = [n for n in names if n == GENERATED or (n in BASELINES and not BASELINES[n].is_random)]
+    low, high = _range_of([points[n][1] for n in fixed or names])
     below = []
     for name in names:
         novelty, accuracy = points[name]
@@ -149,9 +112,9 @@ def accuracy_against_novelty(evaluation: Evaluation) -> Figure | None:
         if not keep.any():
             continue
         if accuracy[keep].mean() < low:
-            below.append(f"{name} {accuracy[keep].mean():.1f} %")
+            below.append(f"{name} {accuracy[keep].mean():.1f}{_unit(score)}")
             continue
-        look = LOOKS.get(name, _OTHER)
+        look = look_of(name)
         axes.scatter(novelty[keep], accuracy[keep], s=7, color=look.colour, alpha=0.25, linewidths=0)
         axes.errorbar(
             novelty[keep].mean(),
@@ -160,25 +123,25 @@ def accuracy_against_novelty(evaluation: Evaluation) -> Figure | None:
             yerr=accuracy[keep].std(),
             color=look.colour,
             marker=look.marker,
-            markersize=11 if name == "generated" else 7,
+            markersize=11 if name == GENERATED else 7,
             markeredgecolor="white",
             markeredgewidth=0.6,
             elinewidth=0.9,
-            zorder=4 if name == "generated" else 3,
+            zorder=4 if name == GENERATED else 3,
         )
-        size = 10 if name == "generated" else 7
+        size = 10 if name == GENERATED else 7
         axes.plot([], [], color=look.colour, marker=look.marker, markersize=size, linestyle="none", label=name)
     axes.set_ylim(low, high)
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
-    axes.set_xlabel("novelty: 1 − share of errors in common\nwith the likest snapshot")
-    axes.set_ylabel("accuracy of a member, %")
+    axes.set_xlabel(_novelty(evaluation.kind))
+    axes.set_ylabel(f"{score.text} of a member{_unit(score).replace(' ', ', ')}")
     if below:
         axes.set_title("below the axis: " + _wrapped(below), fontsize=8, loc="left", color="#444444")
     _legend_below(figure, axes)
     return figure
 
 
-def accuracy_novelty_curves(points: Sequence[Mapping[str, Any]]) -> Figure:
+def accuracy_novelty_curves(kind: TaskKind, points: Sequence[Mapping[str, Any]]) -> Figure:
     """What :func:`~pdiff_plugin.evaluation.sweep.sweep` found: one line for each way of making members.
 
     Raises:
@@ -186,43 +149,44 @@ def accuracy_novelty_curves(points: Sequence[Mapping[str, Any]]) -> Figure:
     """
     with style():
         figure, axes = _figure(3.9)
-        curves: dict[str, Array] = {}
-        for name in dict.fromkeys(point["set"] for point in points):
-            own = [point for point in points if point["set"] == name]
-            curves[name] = np.array([(1 - p["wrong_iou_max_to_snapshots"], 100 * p["accuracy_mean"]) for p in own])
-        low, high = _range_of([curves[n][:, 1] for n in curves if n in ("snapshots", "generated")], share=0.15)
+        places = [(1 - p[kind.closest], _scaled(kind.score, p[kind.mean_score])) for p in points]
+        sets = [point["set"] for point in points]
+        curves = {
+            name: np.array([place for place, own in zip(places, sets, strict=True) if own == name])
+            for name in dict.fromkeys(sets)
+        }
+        low, high = _range_of([curves[n][:, 1] for n in curves if n in (SNAPSHOTS, GENERATED)], share=0.15)
         for name, curve in curves.items():
-            look = LOOKS[name]
-            size = 8 if name == "generated" else 4.5
+            look = look_of(name)
+            size = 8 if name == GENERATED else 4.5
             axes.plot(*curve.T, color=look.colour, marker=look.marker, linestyle=look.line, markersize=size, label=name)
-        for point in points:
-            if point["set"] == "generated":
-                place = (1 - point["wrong_iou_max_to_snapshots"], 100 * point["accuracy_mean"])
+        for point, place in zip(points, places, strict=True):
+            if point["set"] == GENERATED:
                 axes.annotate(f"{point['setting']:g}", place, xytext=(4, 5), textcoords="offset points", fontsize=7.5)
         axes.set_ylim(low, high)
-        axes.set_xlabel("novelty: 1 − share of errors in common\nwith the likest snapshot")
-        axes.set_ylabel("mean accuracy of members, %")
+        axes.set_xlabel(_novelty(kind))
+        axes.set_ylabel(f"mean {kind.score.text} of members{_unit(kind.score).replace(' ', ', ')}")
         _legend_below(figure, axes)
     return figure
 
 
 def paired_differences(evaluation: Evaluation) -> Figure | None:
-    """Ensemble NLL of the generated set minus that of each alternative, with two standard errors."""
+    """Ensemble loss of the generated set minus that of each baseline, with two standard errors."""
     comparisons = evaluation.comparisons
     if not comparisons:
         return None
     figure, axes = _figure(0.9 + 0.24 * len(comparisons))
-    # A gain that counts is one per cent of the alternative's own NLL, much the same for all that are in play.
+    # A gain that counts is one per cent of the baseline's own loss, much the same for all that are in play.
     gain = min(c.needed for c in comparisons)
-    # Collapsed alternatives are off by tens of gains; the axis is for the others.
-    in_play = [abs(c.nll) + 2 * c.nll_error for c in comparisons if abs(c.nll) <= 6 * gain]
+    # Collapsed baselines are off by tens of gains; the axis is for the others.
+    in_play = [abs(c.loss) + 2 * c.loss_error for c in comparisons if abs(c.loss) <= 6 * gain]
     reach = max([3 * gain, *(1.15 * extent for extent in in_play if math.isfinite(extent))])
     for row, c in enumerate(comparisons):
-        look = LOOKS.get(c.name, _OTHER)
-        if abs(c.nll) > reach:
-            is_left = c.nll < 0
+        look = look_of(c.name)
+        if abs(c.loss) > reach:
+            is_left = c.loss < 0
             axes.annotate(
-                f"  ← {c.nll:+.2f}" if is_left else f"{c.nll:+.2f} →  ",
+                f"  ← {c.loss:+.2f}" if is_left else f"{c.loss:+.2f} →  ",
                 (-reach if is_left else reach, row),
                 ha="left" if is_left else "right",
                 va="center",
@@ -231,9 +195,9 @@ def paired_differences(evaluation: Evaluation) -> Figure | None:
             )
             continue
         axes.errorbar(
-            c.nll,
+            c.loss,
             row,
-            xerr=min(2 * c.nll_error, 3 * reach),  # that of a single member is infinite
+            xerr=min(2 * c.loss_error, 3 * reach),  # that of a single member is infinite
             color=look.colour,
             marker=look.marker,
             markersize=6,
@@ -244,7 +208,9 @@ def paired_differences(evaluation: Evaluation) -> Figure | None:
     axes.set_xlim(-reach, reach)
     axes.set_yticks(range(len(comparisons)), [c.name for c in comparisons])
     axes.set_ylim(len(comparisons) - 0.5, -0.5)
-    axes.set_xlabel("NLL of generated minus alternative\n← generated is better        alternative is better →")
+    axes.set_xlabel(
+        f"{evaluation.kind.loss.text} of generated minus baseline\n← generated is better        baseline is better →"
+    )
     axes.locator_params(axis="x", nbins=5)
     return figure
 
@@ -266,24 +232,22 @@ def plane_of_snapshots(evaluation: Evaluation) -> Figure | None:
             color="#000000",
             linewidths=0,
             alpha=0.6,
-            label="snapshots" if run == 0 else None,
+            label=SNAPSHOTS if run == 0 else None,
         )
-    for name in ("gaussian", "average", "generated"):
-        if f"plane/{name}" in arrays:
-            look = LOOKS[name]
-            size = 42 if name == "generated" else 18
-            members = _array(evaluation, f"plane/{name}")
-            axes.scatter(
-                members[:, 0],
-                members[:, 1],
-                s=size,
-                color=look.colour,
-                marker=look.marker,
-                linewidths=0.4,
-                edgecolors="white",
-                label=name,
-                zorder=3,
-            )
+    for name in _shown(evaluation, "plane", "plane"):
+        look = look_of(name)
+        members = _array(evaluation, f"plane/{name}")
+        axes.scatter(
+            members[:, 0],
+            members[:, 1],
+            s=42 if name == GENERATED else 18,
+            color=look.colour,
+            marker=look.marker,
+            linewidths=0.4,
+            edgecolors="white",
+            label=name,
+            zorder=3.5 if name == GENERATED else 3,
+        )
     if "path" in arrays:
         path = _array(evaluation, "path")
         axes.plot(
@@ -312,24 +276,20 @@ def value_densities(evaluation: Evaluation) -> Figure | None:
     grid = figure.subplots(rows, 2, squeeze=False)
     for axes in grid.flat[len(names) :]:
         axes.set_axis_off()
-    sets = {"snapshots": _array(evaluation, "snapshots_values")}
-    sets |= {
-        n: _array(evaluation, f"values/{n}")
-        for n in ("generated", "average", "gaussian")
-        if f"values/{n}" in evaluation.arrays
-    }
+    sets = {SNAPSHOTS: _array(evaluation, "snapshots_values")}
+    sets |= {n: _array(evaluation, f"values/{n}") for n in _shown(evaluation, "densities", "values")}
     for index, (axes, name) in enumerate(zip(grid.flat, names, strict=False)):
-        own = np.concatenate([sets[n][:, index] for n in sets if n in ("snapshots", "generated")])
+        own = np.concatenate([sets[n][:, index] for n in sets if n in (SNAPSHOTS, GENERATED)])
         margin = 0.15 * max(float(np.ptp(own)), 1e-9)
         places = np.linspace(own.min() - margin, own.max() + margin, 160)
         for set_name, values in sets.items():
-            look = LOOKS[set_name]
+            look = look_of(set_name)
             axes.plot(
                 places,
                 density(values[:, index], places),
                 color=look.colour,
                 linestyle=look.line,
-                linewidth=1.8 if set_name == "generated" else 1.2,
+                linewidth=1.8 if set_name == GENERATED else 1.2,
                 label=set_name if index == 0 else None,
             )
         axes.set_title(_shortened(name), fontsize=7.5)
@@ -341,8 +301,8 @@ def value_densities(evaluation: Evaluation) -> Figure | None:
 
 
 def ensemble_size(evaluation: Evaluation) -> Figure | None:
-    """NLL and ECE against the number of members."""
-    names = [n for n in _MAIN if f"curve/{n}" in evaluation.arrays]
+    """Loss, and another figure of the ensemble, against the number of members."""
+    names = _shown(evaluation, "ensemble-size", "curve")
     if not names:
         return None
     from matplotlib.figure import Figure
@@ -350,28 +310,29 @@ def ensemble_size(evaluation: Evaluation) -> Figure | None:
     figure = Figure(figsize=(WIDTH_IN, 4.7), layout="constrained")
     grid = figure.subplots(2, 1, sharex=True)
     curves = {n: _array(evaluation, f"curve/{n}") for n in names}
-    kept = [n for n in names if n in ("snapshots", "generated")] or names
+    kept = [n for n in names if n in (SNAPSHOTS, GENERATED)] or names
     beyond: list[str] = []
-    for axes, row, label in zip(grid, (1, 2), ("ensemble NLL", "ensemble ECE"), strict=True):
+    metrics = [evaluation.kind.metric(key) for key in evaluation.kind.curves[:2]]
+    for row, (axes, metric) in enumerate(zip(grid, metrics, strict=True), start=1):
         low, high = _range_of([curves[n][row] for n in kept], share=0.6)
         if row == 1:
             beyond = [n for n in names if curves[n][row].min() > high]
         for name in names:
             if name in beyond:
                 continue
-            look = LOOKS.get(name, _OTHER)
+            look = look_of(name)
             axes.plot(
                 curves[name][0],
                 curves[name][row],
                 color=look.colour,
                 marker=look.marker,
                 linestyle=look.line,
-                markersize=7 if name == "generated" else 4.5,
-                linewidth=1.8 if name == "generated" else 1.2,
+                markersize=7 if name == GENERATED else 4.5,
+                linewidth=1.8 if name == GENERATED else 1.2,
                 label=name,
             )
         axes.set_ylim(max(low, 0.0), high)
-        axes.set_ylabel(label)
+        axes.set_ylabel(metric.label)
     grid[1].set_xscale("log", base=2)
     sizes = sorted({int(s) for n in names for s in curves[n][0]})
     grid[1].set_xticks(sizes, [str(s) for s in sizes])
@@ -394,9 +355,7 @@ def ensemble_size(evaluation: Evaluation) -> Figure | None:
 
 def reliability_diagram(evaluation: Evaluation) -> Figure | None:
     """Accuracy against confidence, and how many items each bin holds."""
-    names = [
-        n for n in ("snapshots", "generated", "average", "gaussian-per-run") if f"reliability/{n}" in evaluation.arrays
-    ]
+    names = _shown(evaluation, "reliability", "reliability")
     if not names:
         return None
     from matplotlib.figure import Figure
@@ -406,7 +365,7 @@ def reliability_diagram(evaluation: Evaluation) -> Figure | None:
     top.plot([0, 1], [0, 1], color="#777777", linewidth=0.9, linestyle=":", label="perfect")
     for name in names:
         count, confidence, accuracy = _array(evaluation, f"reliability/{name}")
-        look = LOOKS[name]
+        look = look_of(name)
         filled = count > 0
         style = {
             "color": look.colour,
@@ -435,8 +394,9 @@ def overlap_map(evaluation: Evaluation) -> Figure | None:
     matrix = _array(evaluation, "overlap")
     axes.grid(visible=False)
     image = axes.imshow(matrix, cmap="cividis", vmin=float(matrix.min()), vmax=1.0, interpolation="nearest")
-    num_snapshots = len(evaluation.arrays["accuracy/snapshots"]) if "accuracy/snapshots" in evaluation.arrays else 0
-    sizes = [("snapshots", num_snapshots), ("generated", len(matrix) - num_snapshots)]
+    drawn = evaluation.arrays.get(f"plane/{SNAPSHOTS}")
+    num_snapshots = 0 if drawn is None else len(drawn)
+    sizes = [(SNAPSHOTS, num_snapshots), (GENERATED, len(matrix) - num_snapshots)]
     ticks, labels, start = [], [], 0
     for name, size in sizes:
         if size:
@@ -449,7 +409,7 @@ def overlap_map(evaluation: Evaluation) -> Figure | None:
     axes.set_xticks(ticks, labels)
     axes.set_yticks(ticks, labels, rotation=90, va="center")
     axes.tick_params(length=0)
-    figure.colorbar(image, ax=axes, shrink=0.85, label="share of errors in common")
+    figure.colorbar(image, ax=axes, shrink=0.85, label=evaluation.kind.likeness.text)
     return figure
 
 
@@ -463,9 +423,9 @@ _PICTURES: Sequence[tuple[str, str, str, Callable[[Evaluation], Any]]] = (
     ),
     (
         "paired-differences",
-        "Generated against each alternative",
-        "Difference in ensemble NLL on the same items, with two standard errors. To be worth it, every bar has to end "
-        "left of zero, and every marker to lie left of the dotted line, a gain of 1 %.",
+        "Generated against each baseline",
+        "Difference in the ensembles' loss on the same items, with two standard errors. To be worth it, every bar has "
+        "to end left of zero, and every marker to lie left of the dotted line, a gain of 1 %.",
         paired_differences,
     ),
     (
@@ -511,6 +471,23 @@ def _figure(height_in: float) -> tuple[Figure, Axes]:
 
 def _array(evaluation: Evaluation, name: str) -> Array:
     return np.asarray(evaluation.arrays[name].double().numpy())
+
+
+def _shown(evaluation: Evaluation, picture: str, kind: str) -> list[str]:
+    """The sets that a picture has room for, of those with an array of its kind."""
+    return [n for n, look in LOOKS.items() if picture in look.pictures and f"{kind}/{n}" in evaluation.arrays]
+
+
+def _scaled(quantity: Quantity, values: Any) -> Any:
+    return 100 * values if quantity.format == "%" else values
+
+
+def _unit(quantity: Quantity) -> str:
+    return " %" if quantity.format == "%" else ""
+
+
+def _novelty(kind: TaskKind) -> str:
+    return f"novelty: 1 − {kind.likeness.text}\nwith the closest snapshot"
 
 
 def _range_of(parts: Sequence[Array], share: float = 0.35) -> tuple[float, float]:

@@ -13,36 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdiff_plugin.errors import EvaluationNotFoundError
+from pdiff_plugin.evaluation.kind import Metric, TaskKind
+from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.verdict import Comparison, Verdict
-from pdiff_plugin.snapshots.files import read_json, replacing, write_json
+from pdiff_plugin.snapshots.files import read_json, write_json
+from pdiff_plugin.snapshots.tensor_files import load_tensors, save_tensors
 
 FORMAT = "pdiff-evaluation"
 FORMAT_VERSION = 1
 JSON_NAME = "evaluation.json"
 ARRAYS_NAME = "evaluation.safetensors"
-
-COLUMNS = (
-    ("members", "members", "d"),
-    ("accuracy_mean", "acc mean", "%"),
-    ("accuracy_std", "± std", "%"),
-    ("accuracy_best", "best*", "%"),
-    ("accuracy_worst", "worst", "%"),
-    ("ensemble_accuracy", "ens acc", "%"),
-    ("ensemble_nll", "ens NLL", ".4f"),
-    ("ensemble_ece", "ens ECE", ".4f"),
-    ("wrong_iou_mean", "IoU", ".3f"),
-    ("wrong_iou_max_to_snapshots", "IoU to snap", ".3f"),
-    ("nearest_snapshot_distance", "nearest", ".3f"),
-)
-FOOTNOTE = (
-    "best*: chosen on one half of the data, scored on the other. IoU: share of errors in common, within the set and "
-    "with the likest snapshot. nearest: distance to the nearest snapshot in typical deviations (of snapshots: outside "
-    "their own block of time). passes: cost of the set in forward passes of the model."
-)
 
 
 @dataclass(frozen=True)
@@ -52,7 +35,7 @@ class Evaluation:
     Attributes:
         sets: set name -> figures, as in :meth:`to_json`.
         verdict: outcome, sentence and deciding numbers.
-        comparisons: generated against each alternative, paired item by item.
+        comparisons: generated against each baseline, paired item by item.
         seconds: stage -> seconds.
         cost: set name -> ``forward_passes`` and ``seconds`` of its members on the evaluation data.
         details: what else a report tells: task, seed, counts, configuration, provenance.
@@ -77,7 +60,7 @@ class Evaluation:
             "seconds": self.seconds,
             "verdict_outcome": self.verdict.outcome,
             "verdict_numbers": self.verdict.numbers,
-            "comparisons": [vars(c) for c in self.comparisons],
+            "comparisons": [c.to_json(self.kind) for c in self.comparisons],
             "cost": self.cost,
             "details": self.details,
         }
@@ -88,9 +71,7 @@ class Evaluation:
         """Write both files into ``folder``, which is made if missing, and return it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / ARRAYS_NAME) as temp:
-            header = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-            save_file({name: array.contiguous() for name, array in self.arrays.items()}, temp, header)
+        save_tensors(folder / ARRAYS_NAME, self.arrays, FORMAT, FORMAT_VERSION)
         write_json(folder / JSON_NAME, self.to_json())
         return folder
 
@@ -113,41 +94,43 @@ class Evaluation:
         return cls(
             document["sets"],
             Verdict(document["verdict_outcome"], document["verdict"], document["verdict_numbers"]),
-            [_comparison(c) for c in document["comparisons"]],
+            [Comparison.from_json(c, _kind_of(document["details"])) for c in document["comparisons"]],
             document["seconds"],
             document["cost"],
             document["details"],
-            load_file(arrays) if arrays.is_file() else {},
+            load_tensors(arrays, FORMAT, FORMAT_VERSION)[0] if arrays.is_file() else {},
         )
 
-    def save_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report as one HTML file that needs nothing else; see :func:`~pdiff_plugin.write_report`."""
-        from pdiff_plugin.evaluation.page import render_html
+    @property
+    def kind(self) -> TaskKind:
+        """How answers were scored."""
+        return _kind_of(self.details)
 
-        with replacing(Path(path)) as temp:
-            temp.write_text(render_html(self), encoding="utf-8")
-        return Path(path)
+    @property
+    def footnote(self) -> str:
+        """What the table does not explain by itself."""
+        return self.kind.footnote
+
+    @property
+    def lead(self) -> tuple[str, ...]:
+        """Heads of the columns to look at first."""
+        kind = self.kind
+        return tuple(kind.metric(key).title for key in (kind.mean_score, kind.ensemble_loss, kind.within))
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Headers and one row of text per set."""
-        names = list(self.sets)
-        headers = ["set", *(title for _, title, _ in COLUMNS), "passes"]
-        rows = [
-            [name, *(format_figure(self.sets[name].get(key), kind) for key, _, kind in COLUMNS), self._passes(name)]
-            for name in names
-        ]
+        names, kind = list(self.sets), self.kind
+        headers = ["set", *(metric.title for metric in kind.columns), "passes"]
+        rows = [[name, *_cells(self.sets[name], kind.columns), self._passes(name)] for name in names]
         first = self.sets[names[0]] if names else {}
         for key in sorted(first, key=lambda key: key.startswith("ood_auroc/")):  # shifted data come first
-            kind, _, data = key.partition("/")
-            if kind == "shifted":
-                headers += [f"{data}: acc", f"{data}: NLL"]
+            which, _, data = key.partition("/")
+            if which == "shifted":
+                told = [kind.metric(kind.ensemble_score), kind.metric(kind.ensemble_loss)]
+                headers += [f"{data}: {quantity.title}" for quantity in (kind.score, kind.loss)]
                 for row, name in zip(rows, names, strict=True):
-                    figures = self.sets[name][key]
-                    row += [
-                        format_figure(figures["ensemble_accuracy"], "%"),
-                        format_figure(figures["ensemble_nll"], ".4f"),
-                    ]
-            elif kind == "ood_auroc":
+                    row += _cells(self.sets[name][key], told)
+            elif which == "ood_auroc":
                 headers.append(f"{data}: AUROC")
                 for row, name in zip(rows, names, strict=True):
                     row.append(format_figure(self.sets[name][key], ".3f"))
@@ -155,7 +138,7 @@ class Evaluation:
 
     def table_text(self) -> str:
         """The table and the verdict as plain text."""
-        return "\n".join([text_table(*self.table()), "", FOOTNOTE, "", self.verdict.sentence])
+        return "\n".join([text_table(*self.table()), "", self.footnote, "", self.verdict.sentence])
 
     def __str__(self) -> str:
         return self.table_text()
@@ -182,10 +165,14 @@ def format_figure(value: Any, kind: str) -> str:
     return f"{100 * value:.2f}" if kind == "%" else format(value, kind)
 
 
-def _comparison(fields: Mapping[str, Any]) -> Comparison:
-    # JSON knows no infinity, which the error of a single random member is.
-    known: dict[str, Any] = {key: math.inf if value is None else value for key, value in fields.items()}
-    return Comparison(**known)
+def _cells(figures: Mapping[str, Any], told: Sequence[Metric]) -> list[str]:
+    # A figure may be younger than what was saved.
+    return [format_figure(figures.get(metric.key), metric.format) for metric in told]
+
+
+def _kind_of(details: Mapping[str, Any]) -> TaskKind:
+    # The first evaluations were of classifications, and did not say so.
+    return KINDS[details.get("kind", "classification")]
 
 
 def json_safe(value: Any) -> Any:

@@ -10,16 +10,20 @@ Shapes: N usable snapshots, M members, D values in a row, b columns in a block.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from pdiff_plugin.errors import LayoutMismatchError, UnusableSnapshotsError
-from pdiff_plugin.generator.alignment import Alignment, reader
+from pdiff_plugin.errors import UnusableSnapshotsError
+from pdiff_plugin.generator.alignment import Alignment, RowReader, reader
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.modules.names import check_fits
+from pdiff_plugin.snapshots.fingerprint import fingerprint
 from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.split import BLOCK_SHARE
 from pdiff_plugin.snapshots.statistics import NonFiniteRowsError, Statistics, column_blocks, measure, transform
 from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -28,15 +32,31 @@ logger = logging.getLogger(__name__)
 BLOCK_VALUES = 16384
 # Stores up to this size are read once and kept; larger ones are read again, block by block, for each set.
 _KEEP_BYTES = 1 << 30
-# Share of a trajectory, to each side of a snapshot, that is too close in time to be a reference for it: +-20 of 300.
-# A snapshot is 0.06 from the step before it and 0.84 from what lies outside +-20 steps (CIFAR-10 MLP, 300 snapshots).
-_BLOCK_SHARE = 1 / 15
 # Snapshots nearer than this are one snapshot, recorded twice.
 _DUPLICATE_DISTANCE = 1e-6
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Some rows of a store by columns, from memory (N, D) where there is room for them."""
+
+    source: RowReader
+    indices: Tensor
+    values: Tensor | None
+
+    def read(self, lo: int, hi: int) -> Tensor:
+        return self.source(lo, hi, indices=self.indices) if self.values is None else self.values[:, lo:hi]
+
+    def without(self, rows: list[int]) -> _Kept:
+        keep = torch.ones(len(self.indices), dtype=torch.bool)
+        keep[rows] = False
+        return _Kept(self.source, self.indices[keep], None if self.values is None else self.values[keep])
+
+
 class SnapshotRows:
-    """Snapshots without NaN or Inf, read by columns; aligned as a generator was, where an alignment is given.
+    """Snapshots without NaN or Inf, read by columns and measured; :meth:`measure` makes them of a store.
+
+    Hidden units are in the order of a generator's alignment, where one was given.
 
     Attributes:
         store: where they are.
@@ -47,37 +67,59 @@ class SnapshotRows:
         statistics: Gram matrix (N, N) and scales of the standardised rows.
     """
 
-    def __init__(self, store: SnapshotStore, alignment: Alignment | None = None) -> None:
-        self.store, self.layout = store, store.layout
-        self._read = reader(store, alignment)
-        self.indices = torch.arange(len(store))
+    def __init__(self, store: SnapshotStore, read: RowReader, kept: _Kept, statistics: Statistics) -> None:
+        self.store, self.layout, self.statistics = store, store.layout, statistics
+        self._read, self._kept = read, kept
+        self.indices = kept.indices
+        self.num_skipped = len(store) - len(self.indices)
+        self.trajectory = store.trajectory_index[self.indices]
+        self._num_moving = float(statistics.gram.diagonal().mean())
+
+    @classmethod
+    def measure(cls, store: SnapshotStore, alignment: Alignment | None = None) -> SnapshotRows:
+        """Read all snapshots of ``store`` and measure them; those with NaN or Inf are left out.
+
+        Raises:
+            UnusableSnapshotsError: fewer than two are left, or all are equal.
+        """
         if len(store) < 2:
             raise UnusableSnapshotsError(
                 str(store.path), f"{len(store)} snapshots", "at least 2", "Record more steps of the training run."
             )
+        read = reader(store, alignment)
         element = 8 if store.row_dtype == torch.float64 else 4
-        keep = len(store) * self.layout.num_values * element <= _KEEP_BYTES
-        self._kept = self._read() if keep else None
-        self.statistics = self._measure()
-        self.num_skipped = len(store) - len(self.indices)
-        self.trajectory = store.trajectory_index[self.indices]
-        self._num_moving = float(self.statistics.gram.diagonal().mean())
-        if not self._num_moving > 0:
+        keep = len(store) * store.layout.num_values * element <= _KEEP_BYTES
+        kept = _Kept(read, torch.arange(len(store)), read() if keep else None)
+        statistics = None
+        while statistics is None:
+            try:
+                everything = torch.arange(len(kept.indices))
+                statistics = measure(kept.read, store.layout, block_values=BLOCK_VALUES, train_rows=everything)
+            except NonFiniteRowsError as error:
+                kept = kept.without(error.rows)
+                if len(kept.indices) < 2:
+                    raise UnusableSnapshotsError(
+                        str(store.path),
+                        f"{len(store) - len(kept.indices)} of {len(store)} snapshots with NaN or Inf",
+                        "at least 2 without",
+                        "The recorded training diverged. Lower its learning rate and record again.",
+                    ) from error
+                logger.warning("%d snapshots hold NaN or Inf and are left out", len(error.rows))
+        if not float(statistics.gram.diagonal().mean()) > 0:
             raise UnusableSnapshotsError(
                 str(store.path),
-                f"{len(self)} snapshots that are all equal",
+                f"{len(kept.indices)} snapshots that are all equal",
                 "weights that move",
                 "Record while the chosen layers train, with a learning rate above 0.",
             )
+        return cls(store, read, kept, statistics)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def read(self, lo: int, hi: int) -> Tensor:
         """Columns [lo, hi), (N, hi - lo)."""
-        if self._kept is None:
-            return self._read(lo, hi, indices=self.indices)
-        return self._kept[:, lo:hi]
+        return self._kept.read(lo, hi)
 
     def members(self, positions: Tensor) -> WeightSet:
         """The snapshots at ``positions`` (M,) among the N."""
@@ -99,7 +141,7 @@ class SnapshotRows:
         same = self.trajectory[:, None] == self.trajectory[None, :]
         places = torch.arange(len(self))
         counts = torch.bincount(self.trajectory)[self.trajectory]
-        width = (counts * _BLOCK_SHARE).round().long()
+        width = (counts * BLOCK_SHARE).round().long()
         return same & ((places[:, None] - places[None, :]).abs() <= width[:, None])
 
     @cached_property
@@ -157,10 +199,8 @@ class SnapshotRows:
 
     def check(self, weights: WeightSet, where: str) -> None:
         """Raise :class:`LayoutMismatchError` at the first tensor that ``weights`` lacks or has in another shape."""
-        for spec in self.layout:
-            found = str(tuple(weights[spec.name].shape[1:])) if spec.name in weights else "no such tensor"
-            if found != str(spec.shape):
-                raise LayoutMismatchError(spec.name, str(spec.shape), found, where)
+        found = {name: tuple(stacked.shape[1:]) for name, stacked in weights.items()}
+        check_fits(self.layout.shapes, found, where, "these weights")
 
     @cached_property
     def _moves(self) -> list[bool]:
@@ -177,30 +217,6 @@ class SnapshotRows:
 
         return [moves(number) for number in range(len(self.layout.tensors))]
 
-    def _measure(self) -> Statistics:
-        while True:
-            try:
-                return measure(
-                    self.read,
-                    self.layout,
-                    block_values=BLOCK_VALUES,
-                    train_rows=torch.arange(len(self)),
-                )
-            except NonFiniteRowsError as error:
-                keep = torch.ones(len(self), dtype=torch.bool)
-                keep[error.rows] = False
-                self.indices = self.indices[keep]
-                if self._kept is not None:
-                    self._kept = self._kept[keep]
-                if len(self) < 2:
-                    raise UnusableSnapshotsError(
-                        str(self.store.path),
-                        f"{len(self.store) - len(self)} of {len(self.store)} snapshots with NaN or Inf",
-                        "at least 2 without",
-                        "The recorded training diverged. Lower its learning rate and record again.",
-                    ) from error
-                logger.warning("%d snapshots hold NaN or Inf and are left out", len(error.rows))
-
 
 def change_since_fit(rows: SnapshotRows, generator: WeightGenerator) -> str | None:
     """What tells that a store is not, or no longer, the one that a generator was fitted on; None where nothing does."""
@@ -211,6 +227,9 @@ def change_since_fit(rows: SnapshotRows, generator: WeightGenerator) -> str | No
     count = generator.provenance.get("num_snapshots", len(rows))
     if count != len(rows):
         return f"the generator was fitted on {count} snapshots, the store holds {len(rows)}; fit again"
+    known = generator.provenance.get("fingerprint")  # which generators of old do not have
+    if known is not None and known != fingerprint(rows.store):
+        return "the generator was fitted on other snapshots of the same names and number; fit again"
     return None
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.scores import score_sets
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.generator.generator import WeightGenerator
 
 
 class EnsembleNLL:
-    """Negative log likelihood of an ensemble of generated members on the task's ``eval_loader``; lower is better.
+    """Loss, of classes the NLL, of an ensemble of generated members on the task's ``eval_loader``; lower is better.
 
     That data is then used up: judge the best fit on other data.
 
@@ -24,10 +25,10 @@ class EnsembleNLL:
         self.task, self.num_members, self.seed = task, num_members, seed
 
     def __str__(self) -> str:
-        return f"ensemble NLL of {self.num_members} members on {self.task.name}"
+        return f"ensemble {KINDS[self.task.kind].loss.text} of {self.num_members} members on {self.task.name}"
 
     def __call__(self, generator: WeightGenerator, temperature: float) -> float:
         rng = torch.Generator().manual_seed(self.seed)
         weights = generator.sample(self.num_members, temperature=temperature, rng=rng)
         scores, _ = score_sets(self.task, {"generated": weights})
-        return float(scores["generated"].nll[-1].mean())
+        return float(scores["generated"].loss[-1].mean())

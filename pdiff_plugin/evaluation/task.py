@@ -10,23 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdiff_plugin.errors import ConfigError
-from pdiff_plugin.modules.batches import arguments_of, find_logits
+from pdiff_plugin.errors import DataError
+from pdiff_plugin.evaluation.kind import TaskKind
+from pdiff_plugin.evaluation.kinds import KINDS
+from pdiff_plugin.modules.batches import LABELS, arguments_of
+from pdiff_plugin.modules.modes import modes_kept
 from pdiff_plugin.modules.names import unwrap
 
 # Positional and keyword arguments of the model, and targets.
 Batch = tuple[tuple[Any, ...], dict[str, Any], Tensor]
-_LABELS = ("labels", "label", "targets", "target", "label_ids")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What sets are scored on."""
+
+    loader: Iterable[Any]
+    """Yields batches, in the same order each time."""
+    name: str = "eval_loader"
+    """In errors."""
+    has_targets: bool = True
+    """False where targets mean nothing (out-of-distribution data); then only the uncertainty of an answer does."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What `pdiff evaluate` needs to know of a user's problem: classification by one model.
+    """What `pdiff evaluate` needs to know of a user's problem: one model, its data, and how answers are scored.
 
     Loaders yield ``(inputs, targets)``. Inputs are a tensor, a tuple of positional arguments or a dictionary of keyword
-    arguments of the model; targets are class indices, (B,). A dictionary with ``labels`` of its own, as transformers'
-    collators make it, does as well. The items must come in the same order each time (``shuffle=False``), so that
-    differences between sets can be paired item by item.
+    arguments of the model; targets of a classification are class indices, (B,). A dictionary with ``labels`` of its
+    own, as transformers' collators make it, does as well. The items must come in the same order each time
+    (``shuffle=False``), so that differences between sets can be paired item by item.
     """
 
     model: nn.Module
@@ -38,6 +52,8 @@ class Task:
     _: KW_ONLY
     name: str = "task"
     """Title in tables and reports."""
+    kind: str = "classification"
+    """How answers are scored; `classification` is the only kind so far."""
     shifted: Mapping[str, Iterable[Any]] = field(default_factory=dict)
     """Other data of the same classes (corrupted, from elsewhere), by name: scored as ``eval_loader`` is."""
     out_of_distribution: Mapping[str, Iterable[Any]] = field(default_factory=dict)
@@ -46,76 +62,53 @@ class Task:
     device: str | torch.device | None = None
     """Where to run; the model is moved there and back. Unless given, where the model is."""
 
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise DataError("kind", self.kind, f"must be one of {', '.join(KINDS)}")
+
+    @property
+    def data(self) -> Data:
+        """The held-out data."""
+        return Data(self.eval_loader)
+
     def target_device(self) -> torch.device:
         """Where inputs have to go."""
         return _device_of(self.model) if self.device is None else torch.device(self.device)
 
 
-def batches(
-    loader: Iterable[Any], device: torch.device, name: str = "eval_loader", has_targets: bool = True
-) -> Iterator[Batch]:
-    """Yield positional and keyword arguments of the model on ``device``, and targets (B,) int64 on the CPU.
+def batches(data: Data, kind: TaskKind, device: torch.device) -> Iterator[Batch]:
+    """Yield positional and keyword arguments of the model on ``device``, and targets (B, ...) on the CPU.
 
-    Without targets, zeros stand for them.
+    Without targets, zeros (B,) int64 stand for them.
 
     Raises:
-        ConfigError: the loader is empty, or yields something else.
+        DataError: the loader is empty, or yields something else.
     """
     empty = True
-    for batch in loader:
+    for batch in data.loader:
         empty = False
         args, kwargs = arguments_of(batch, device)
-        yield args, kwargs, _targets_of(batch, name) if has_targets else _no_targets(args, kwargs, name)
+        if data.has_targets:
+            yield args, kwargs, kind.check_targets(_targets_of(batch, data.name), data.name)
+        else:
+            yield args, kwargs, _no_targets(args, kwargs, data.name)
     if empty:
-        raise ConfigError(name, "no batch", "must yield at least one batch")
+        raise DataError(data.name, "no batch", "must yield at least one batch")
 
 
-def _targets_of(batch: Any, name: str) -> Tensor:
+def _targets_of(batch: Any, name: str) -> Any:
     if isinstance(batch, tuple | list) and len(batch) == 2:
-        targets = batch[1]
-    elif isinstance(batch, Mapping) and any(key in batch for key in _LABELS):
-        targets = next(batch[key] for key in _LABELS if key in batch)
-    else:
-        raise ConfigError(name, type(batch).__name__, "must yield pairs (inputs, targets), or mappings with `labels`")
-    if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
-        found = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
-        raise ConfigError(f"targets of {name}", found, "must be class indices, integers of shape (B,)")
-    return targets.to(device="cpu", dtype=torch.int64)
+        return batch[1]
+    if isinstance(batch, Mapping) and any(key in batch for key in LABELS):
+        return next(batch[key] for key in LABELS if key in batch)
+    raise DataError(name, type(batch).__name__, "must yield pairs (inputs, targets), or mappings with `labels`")
 
 
 def _no_targets(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors:
-        raise ConfigError(name, "batches without a tensor", "must yield tensors, or tuples or dictionaries of them")
+        raise DataError(name, "batches without a tensor", "must yield tensors, or tuples or dictionaries of them")
     return torch.zeros(len(tensors[0]), dtype=torch.int64)
-
-
-def logits_of(output: Any) -> Tensor:
-    """Logits (B, C) from what a model returned: a tensor, an object or mapping with ``logits``, or a tuple.
-
-    Raises:
-        ConfigError: there are none of shape (B, C).
-    """
-    found = find_logits(output)
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        text = str(tuple(found.shape)) if isinstance(found, Tensor) else type(output).__name__
-        raise ConfigError("output of the model", text, "must be logits of shape (B, C), or hold them as `logits`")
-    return found
-
-
-def check_logits(logits: Tensor, targets: Tensor, name: str) -> Tensor:
-    """``logits`` again, if they are (M, B, C) and every one of ``targets`` (B,) is a class.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    if logits.ndim != 3 or logits.shape[1] != len(targets):
-        found = str(tuple(logits.shape[1:]))
-        raise ConfigError("output of the model", found, f"must be logits of shape ({len(targets)}, C), one per target")
-    if targets.min() < 0 or targets.max() >= logits.shape[2]:
-        found = f"from {int(targets.min())} to {int(targets.max())}"
-        raise ConfigError(f"targets of {name}", found, f"must be from 0 to {logits.shape[2] - 1}, the model's classes")
-    return logits
 
 
 @contextmanager
@@ -125,19 +118,17 @@ def evaluating(task: Task) -> Iterator[nn.Module]:
     Modes are remembered module by module: a frozen BatchNorm in eval mode inside a training model stays so.
     """
     model = unwrap(task.model)
-    modes = {module: module.training for module in model.modules()}
     before = _device_of(model)
     moved = before != task.target_device()
-    try:
-        model.eval()
-        if moved:
-            model.to(task.target_device())
-        yield model
-    finally:
-        if moved:
-            model.to(before)
-        for module, mode in modes.items():
-            module.training = mode
+    with modes_kept(model):
+        try:
+            model.eval()
+            if moved:
+                model.to(task.target_device())
+            yield model
+        finally:
+            if moved:
+                model.to(before)
 
 
 def _device_of(model: nn.Module) -> torch.device:

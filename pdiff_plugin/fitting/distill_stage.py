@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pdiff_plugin.config import FitConfig
-from pdiff_plugin.fitting.runtime import Runtime
-from pdiff_plugin.fitting.training import autocast, compiled, lr_factor, set_lr
+from pdiff_plugin.fitting.runtime import Runtime, pick_device
+from pdiff_plugin.fitting.training import Schedule, Training, compiled, seeded
 from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.denoiser import new_one_step
 from pdiff_plugin.generator.frames import Frames
@@ -24,42 +24,34 @@ _LR = 2e-3
 _REPORT_EVERY = 100
 
 
-def distill(
-    denoiser: nn.Module, frames: Frames, config: FitConfig, *, device: torch.device, runtime: Runtime
-) -> nn.Module:
+def distill(denoiser: nn.Module, frames: Frames, config: FitConfig, runtime: Runtime) -> nn.Module:
     """Train the one-step map on pairs of noise and what the natural sampler, which adds none, makes of it.
 
     Args:
-        denoiser: the teacher, on ``device``.
+        denoiser: the teacher, on the device to train on.
         frames: of its coordinates.
         config: of the fit; ``distill_steps`` steps are taken.
-        device: to train on.
         runtime: told the progress.
 
     Returns:
         The map, in eval mode.
     """
-    total = config.diffusion.distill_steps
-    rng = torch.Generator().manual_seed(config.seed + 3)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed + 3)  # for the initial weights; the caller's state comes back
-        student = new_one_step(config, frames).to(device)
-    noise = torch.randn(_NUM_PAIRS, frames.width, generator=rng).to(device)
+    device, seed = pick_device(config.device), config.seed + 3
+    student = seeded(lambda: new_one_step(config, frames), seed).to(device)
+    schedule = Schedule(config.diffusion.distill_steps, _LR, weight_decay=0.0)
+    training = Training("distill", {"student": student}, schedule, config, runtime, seed)
+    noise = torch.randn(_NUM_PAIRS, frames.width, generator=training.rng, dtype=torch.float32).to(device)
     condition = Condition(torch.arange(_NUM_PAIRS) % frames.num_trajectories).to(device)
-    targets = _teach(denoiser, noise, condition, config)
+    targets, predict = _teach(denoiser, noise, condition, config), compiled(student, config)
     start = torch.ones(1, device=device, dtype=noise.dtype)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=_LR, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
-    student_map = compiled(student, config)
-    for step in range(total):
-        rows = torch.randint(_NUM_PAIRS, (_BATCH,), generator=rng).to(device)
-        with autocast(config, device):
-            value = (student_map(noise[rows], start, condition[rows]) - targets[rows]).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(value)
-        set_lr(optimizer, _LR * lr_factor(step, total, "cosine"))
-        optimizer.step()
-        if (step + 1) % _REPORT_EVERY == 0 or step + 1 == total:
-            runtime.report("distill", step + 1, total, train_loss=float(value.detach()))
+
+    def loss() -> Tensor:
+        rows = torch.randint(_NUM_PAIRS, (_BATCH,), generator=training.rng).to(device)
+        value: Tensor = (predict(noise[rows], start, condition[rows]) - targets[rows]).square().mean()
+        return value
+
+    while training.step < schedule.max_steps:
+        training.report(training.advance(loss), _REPORT_EVERY)
     return student.requires_grad_(False).eval()
 
 

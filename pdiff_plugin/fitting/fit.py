@@ -10,38 +10,61 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from pdiff_plugin._version import __version__
-from pdiff_plugin.config import ConvConfig, FitConfig, SubspaceConfig
-from pdiff_plugin.errors import UnusableSnapshotsError
-from pdiff_plugin.fitting.conv_stage import train_conv
-from pdiff_plugin.fitting.diffusion_stage import (
-    train_diffusion,
-)
+from pdiff_plugin.config import FitConfig
+from pdiff_plugin.fitting.conv_stage import fit_conv
+from pdiff_plugin.fitting.diffusion_stage import train_diffusion
 from pdiff_plugin.fitting.distill_stage import distill
-from pdiff_plugin.fitting.folder import Run
+from pdiff_plugin.fitting.folder import FitFolder
 from pdiff_plugin.fitting.measures import FAR_APART, measure_generator, suggest_alignment
-from pdiff_plugin.fitting.runtime import Runtime, pick_device
+from pdiff_plugin.fitting.runtime import Runtime
+from pdiff_plugin.fitting.statistics_stage import check_num_snapshots, measure_store, nonfinite_names
 from pdiff_plugin.fitting.subspace_stage import fit_subspace
-from pdiff_plugin.generator.alignment import Alignment, align, reader
 from pdiff_plugin.generator.autoencoder import Encoded
 from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.frames import Frames, fit_frames, plain_frames
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress
-from pdiff_plugin.snapshots.statistics import ColumnReader, NonFiniteRowsError, Statistics, measure
+from pdiff_plugin.snapshots.fingerprint import fingerprint
+from pdiff_plugin.snapshots.split import Split
+from pdiff_plugin.snapshots.statistics import Statistics
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 logger = logging.getLogger(__name__)
 
-MIN_SNAPSHOTS = 10
-MAX_NONFINITE = 0.05
+
+@dataclass(frozen=True)
+class AutoencoderStage:
+    """How one kind of autoencoder is fitted.
+
+    Attributes:
+        fit: the stage.
+        reads_whole_rows: every rank reads all columns; else each reads its own share of them.
+        counts_per_trajectory: the setting ``latent_dim`` is the number of a trajectory's own directions, and with it
+            the width of its frame; else all latents are in it.
+    """
+
+    fit: Callable[[Split, Statistics, FitConfig, Runtime], Encoded]
+    reads_whole_rows: bool
+    counts_per_trajectory: bool
+
+
+AUTOENCODER_STAGES = {
+    "subspace": AutoencoderStage(fit_subspace, reads_whole_rows=False, counts_per_trajectory=True),
+    # Its `latent_dim` is that of one chunk.
+    "conv": AutoencoderStage(fit_conv, reads_whole_rows=True, counts_per_trajectory=False),
+}
+
+
+def autoencoder_stage(config: FitConfig) -> AutoencoderStage:
+    """The stage that fits the autoencoder of ``config``."""
+    return AUTOENCODER_STAGES[config.autoencoder.kind]
 
 
 def fit(
@@ -70,229 +93,66 @@ def fit(
     config = config or FitConfig()
     store = store if isinstance(store, SnapshotStore) else SnapshotStore.open(store)
     check_num_snapshots(store)
-    run = Run.open(store, config, Path(out) if out is not None else None, fresh=fresh)
-    if run.is_finished and run.folder is not None:
-        return WeightGenerator.load(run.folder)
-    generator = run_stages(store, config, run, Runtime(run.folder, on_progress))
+    folder = FitFolder.open(store, config, Path(out) if out is not None else None, fresh=fresh)
+    if folder.is_finished and folder.path is not None:
+        return WeightGenerator.load(folder.path)
+    generator = run_stages(store, config, folder, Runtime(folder.path, on_progress))
     assert generator is not None, "one process is rank 0"
     return generator
 
 
-def check_num_snapshots(store: SnapshotStore) -> None:
-    """Raise :class:`UnusableSnapshotsError` for a store with too few to fit."""
-    if len(store) < MIN_SNAPSHOTS:
-        advice = "Record more steps (last_steps, max_snapshots) or another run into the same store."
-        if store.problems:
-            advice = f"{len(store.problems)} files could not be read. {advice}"
-        expected = f"at least {MIN_SNAPSHOTS}"
-        raise UnusableSnapshotsError(str(store.path), f"{len(store)} snapshots", expected, advice)
-
-
-def run_stages(store: SnapshotStore, config: FitConfig, run: Run, runtime: Runtime) -> WeightGenerator | None:
+def run_stages(store: SnapshotStore, config: FitConfig, folder: FitFolder, runtime: Runtime) -> WeightGenerator | None:
     """Run the stages as one process, or as one rank of a group: the generator on rank 0, None on the others."""
-    with run.timed("statistics"):
-        rows, statistics, alignment = measure_store(store, config, runtime)
-    run.document["nonfinite_steps"] = sorted(set(_labels(store)) - {_labels(store)[i] for i in rows.tolist()})
-    with run.timed("autoencoder"):
-        subspace, heldout = _autoencoder(store, config, runtime, rows, statistics, alignment)
-    trajectory = store.trajectory_index[rows]
-    frames = runtime.on_rank_0(lambda: _frames(subspace.latents[~heldout], trajectory[~heldout], store, config))
-    local = frames.to_local(subspace.latents, Condition(trajectory))
-    device = pick_device(config.device)
-    with run.timed("diffusion"):
-        denoiser, history = train_diffusion(
-            local,
-            trajectory,
-            heldout,
-            frames=frames,
-            config=config,
-            device=device,
-            runtime=runtime,
-            on_history=run.write_history,
-        )
+    with folder.timed("statistics"):
+        split, statistics, alignment = measure_store(store, config, runtime)
+        digest = fingerprint(store, runtime.share(store.layout.num_values), runtime.all_reduce)
+    folder.document["nonfinite_steps"] = nonfinite_names(split)
+    with folder.timed("autoencoder"):
+        encoded = autoencoder_stage(config).fit(split, statistics, config, runtime)
+    _warn_of_fidelity(encoded, config)
+    frames = runtime.on_rank_0(lambda: _frames(encoded, split, config))
+    local = frames.to_local(encoded.latents, Condition(split.trajectory))
+    with folder.timed("diffusion"):
+        denoiser, history = train_diffusion(local, split, frames, config, runtime, folder.write_history)
     if runtime.rank != 0:
         return None
     one_step = None
     if config.diffusion.distill_steps:
-        with run.timed("distill"):
-            one_step = distill(denoiser, frames, config, device=device, runtime=runtime)
+        with folder.timed("distill"):
+            one_step = distill(denoiser, frames, config, runtime)
     generator = WeightGenerator(
         layout=store.layout,
         config=config,
-        autoencoder=subspace.autoencoder,
+        autoencoder=encoded.autoencoder,
         frames=frames,
         denoiser=denoiser,
         trajectories=store.trajectories,
-        provenance=_provenance(store, rows, run.document["store"]),
+        provenance={
+            "store": folder.document["store"],
+            "num_snapshots": len(split),
+            "num_trajectories": len(store.trajectories),
+            "layout_digest": store.layout.digest,
+            "fingerprint": digest,
+            "pdiff_plugin": __version__,
+            "torch": torch.__version__,
+        },
         one_step=one_step,
         alignment=alignment,
     )
-    with run.timed("report"):
-        generator.report = measure_generator(generator, subspace, local, trajectory, heldout, history)
+    with folder.timed("report"):
+        generator.report = measure_generator(generator, encoded, local, split, history)
         if alignment is not None:
             generator.report["alignment"] = alignment.report
         elif generator.report.get("trajectory_separation", 0.0) > FAR_APART and runtime.world_size == 1:
-            suggest_alignment(store, config, rows[~heldout])
+            suggest_alignment(split, config)
     generator.to("cpu")
-    run.finish(generator, history)
+    folder.finish(generator, history)
     runtime.drop_checkpoints()
     # Read back, so that the basis lies in the generator's own file and no longer in memory or scratch.
-    return generator if run.folder is None else WeightGenerator.load(run.folder)
+    return generator if folder.path is None else WeightGenerator.load(folder.path)
 
 
-def heldout_blocks(num_snapshots: int, fraction: float) -> Tensor:
-    """Choose contiguous blocks of one trajectory to hold out.
-
-    Neighbours on a trajectory are nearly equal, so single snapshots picked at random would test nothing.
-
-    Returns:
-        (num_snapshots,) bool, True where held out: up to three evenly spaced blocks, none at the ends.
-    """
-    held = torch.zeros(num_snapshots, dtype=torch.bool)
-    count = round(num_snapshots * fraction)
-    if count == 0:
-        return held
-    num_blocks = max(1, min(3, count // 5))
-    for block in range(num_blocks):
-        size = count // num_blocks + (block < count % num_blocks)
-        start = round((block + 0.5) / num_blocks * num_snapshots - size / 2)
-        held[start : start + size] = True
-    return held
-
-
-def measure_store(
-    store: SnapshotStore, config: FitConfig, runtime: Runtime
-) -> tuple[Tensor, Statistics, Alignment | None]:
-    """Indices of the usable snapshots, (N,), one pass over their columns, and how these are aligned if they are."""
-    saved = runtime.load_checkpoint("statistics")
-    if saved is not None:
-        tensors, state = saved
-        found = Alignment.from_state(store.layout, tensors, state["alignment"]) if config.align != "none" else None
-        return tensors["rows"], Statistics(tensors["gram"], tensors["scales"]), found
-    rows, alignment = torch.arange(len(store)), None
-    columns = runtime.share(store.layout.num_values)
-    while True:
-        heldout = choose_heldout(store, rows, config.heldout_fraction)
-        try:
-            if config.align != "none":
-                alignment = runtime.on_rank_0(partial(_align, store, config, rows))
-            statistics = measure(
-                partial(reader(store, alignment), indices=rows),
-                store.layout,
-                block_values=_block_values(len(rows), config.memory_gb),
-                train_rows=(~heldout).nonzero().squeeze(1),
-                columns=columns,
-                all_reduce=runtime.all_reduce,
-                on_columns=lambda done: runtime.report("statistics", done, columns.stop - columns.start),
-            )
-            break
-        except NonFiniteRowsError as error:
-            rows = _without(store, rows, error.rows)
-    _check_runs(store, rows)
-    if not statistics.gram.diagonal().sum() > 0:
-        raise UnusableSnapshotsError(
-            str(store.path),
-            f"{len(rows)} snapshots that are all equal",
-            "weights that move",
-            "Record while the chosen layers train, with a learning rate above 0.",
-        )
-    tensors = {"rows": rows, "gram": statistics.gram, "scales": statistics.scales}
-    if alignment is not None:
-        tensors |= alignment.state_dict()
-    runtime.save_checkpoint("statistics", tensors, {"alignment": alignment.report if alignment else {}})
-    return rows, statistics, alignment
-
-
-def _align(store: SnapshotStore, config: FitConfig, rows: Tensor) -> Alignment:
-    blocks = _block_values(len(rows), config.memory_gb)
-    heldout = choose_heldout(store, rows, config.heldout_fraction)
-    return align(store, rows, ~heldout, block_values=blocks, seed=config.seed)
-
-
-def _block_values(num_rows: int, memory_gb: float) -> int:
-    """Columns to hold at a time: each value costs 4 bytes as read and 8 in each of three working copies."""
-    # A working copy of more than 32 MiB is mapped anew every time (glibc's mmap threshold): its page faults double the
-    # time of the pass. 16 MiB are 6990 columns of 300 snapshots.
-    return max(1, min(16384, (16 << 20) // (8 * num_rows), int(memory_gb * 1e9 / (28 * num_rows))))
-
-
-def _without(store: SnapshotStore, rows: Tensor, bad: list[int]) -> Tensor:
-    labels = _labels(store)
-    named = ", ".join(labels[int(rows[i])] for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
-    keep = torch.ones(len(rows), dtype=torch.bool)
-    keep[bad] = False
-    lost = len(store) - int(keep.sum())
-    if lost > MAX_NONFINITE * len(store) or int(keep.sum()) < MIN_SNAPSHOTS:
-        raise UnusableSnapshotsError(
-            str(store.path),
-            f"{lost} of {len(store)} snapshots with NaN or Inf ({named})",
-            f"at most {MAX_NONFINITE:.0%}",
-            "The recorded training diverged. Lower its learning rate and record again.",
-        )
-    logger.warning("%d snapshots hold NaN or Inf and are left out (%s)", len(bad), named)
-    return rows[keep]
-
-
-def _check_runs(store: SnapshotStore, rows: Tensor) -> None:
-    """Refuse runs without a usable snapshot, and stores without a run that is long enough to show how weights move."""
-    found = torch.bincount(store.trajectory_index[rows], minlength=len(store.trajectories))
-    counts = dict(zip(store.trajectories, found.tolist(), strict=True))
-    if lost := [name for name, count in counts.items() if count == 0]:
-        raise UnusableSnapshotsError(
-            str(store.path),
-            f"no snapshot without NaN or Inf in {', '.join(lost)}",
-            "some in every trajectory",
-            "Delete the folders of these trajectories, and lower the learning rate of such runs.",
-        )
-    short = {name: count for name, count in counts.items() if count < MIN_SNAPSHOTS}
-    if len(short) == len(counts):
-        raise UnusableSnapshotsError(
-            str(store.path),
-            f"{len(counts)} trajectories of at most {max(counts.values())} snapshots",
-            f"one of at least {MIN_SNAPSHOTS}",
-            "Members are made from how weights move within a run. Record more steps of each.",
-        )
-    if short:
-        logger.warning(
-            "with fewer than %d snapshots each, these trajectories say little of how weights move: %s. Members made "
-            "for them lie close to their snapshots.",
-            MIN_SNAPSHOTS,
-            ", ".join(f"{name} ({count})" for name, count in short.items()),
-        )
-
-
-def _autoencoder(
-    store: SnapshotStore,
-    config: FitConfig,
-    runtime: Runtime,
-    rows: Tensor,
-    statistics: Statistics,
-    alignment: Alignment | None,
-) -> tuple[Encoded, Tensor]:
-    """The fitted autoencoder, and which of ``rows`` were held out, (N,) bool."""
-    read = reader(store, alignment)
-    heldout = choose_heldout(store, rows, config.heldout_fraction)
-    train_rows, heldout_rows = (~heldout).nonzero().squeeze(1), heldout.nonzero().squeeze(1)
-    if isinstance(config.autoencoder, ConvConfig):
-        device = pick_device(config.device)
-
-        def train() -> Encoded:
-            return train_conv(
-                lambda lo, hi, places: read(lo, hi, rows[places]),
-                store.layout,
-                config,
-                train_rows=train_rows,
-                heldout_rows=heldout_rows,
-                device=device,
-                runtime=runtime,
-            )
-
-        encoded = runtime.on_rank_0(train)
-    else:
-        read = partial(read, indices=rows)
-        encoded = _subspace(
-            store, config, config.autoencoder, runtime, rows, read, statistics, train_rows, heldout_rows
-        )
+def _warn_of_fidelity(encoded: Encoded, config: FitConfig) -> None:
     if encoded.fidelity < config.autoencoder.min_fidelity:
         logger.warning(
             "the autoencoder keeps %.1f %% of the held-out snapshots' variance, below the %.0f %% asked for: samples "
@@ -301,68 +161,13 @@ def _autoencoder(
             100 * config.autoencoder.min_fidelity,
             config.autoencoder.latent_dim,
         )
-    return encoded, heldout
 
 
-def _subspace(
-    store: SnapshotStore,
-    config: FitConfig,
-    settings: SubspaceConfig,
-    runtime: Runtime,
-    rows: Tensor,
-    read: ColumnReader,
-    statistics: Statistics,
-    train_rows: Tensor,
-    heldout_rows: Tensor,
-) -> Encoded:
-    columns = runtime.share(store.layout.num_values)
-    return fit_subspace(
-        read,
-        store.layout,
-        statistics,
-        settings,
-        block_values=_block_values(len(rows), config.memory_gb),
-        scratch=runtime.folder,
-        train_rows=train_rows,
-        heldout_rows=heldout_rows,
-        trajectory=store.trajectory_index[rows][train_rows],
-        columns=columns,
-        join_columns=runtime.join_columns,
-        on_columns=lambda done: runtime.report("autoencoder", done, columns.stop - columns.start),
-    )
-
-
-def choose_heldout(store: SnapshotStore, rows: Tensor, fraction: float) -> Tensor:
-    """Which of the snapshots at ``rows`` are held out, (len(rows),) bool; blocks in every trajectory."""
-    trajectory = store.trajectory_index[rows]
-    held = torch.zeros(len(rows), dtype=torch.bool)
-    for number in range(len(store.trajectories)):
-        mine = trajectory == number
-        held[mine] = heldout_blocks(int(mine.sum()), fraction)
-    return held
-
-
-def _frames(latents: Tensor, trajectory: Tensor, store: SnapshotStore, config: FitConfig) -> Frames:
+def _frames(encoded: Encoded, split: Split, config: FitConfig) -> Frames:
     """Coordinates for the diffusion, from the training snapshots' latents."""
-    R, is_linear = len(store.trajectories), isinstance(config.autoencoder, SubspaceConfig)
-    if config.diffusion.precondition:
-        # The subspace is that of all runs together; the other autoencoder's `latent_dim` is that of one chunk.
-        return fit_frames(latents, trajectory, R, config.autoencoder.latent_dim if is_linear else latents.shape[1])
-    return plain_frames(latents, R, scaled=config.diffusion.scale_latents)
-
-
-def _labels(store: SnapshotStore) -> list[str]:
-    """``trajectory step S`` of every snapshot."""
-    names = [store.trajectories[t] for t in store.trajectory_index.tolist()]
-    return [f"{name} step {step}" for name, step in zip(names, store.steps.tolist(), strict=True)]
-
-
-def _provenance(store: SnapshotStore, rows: Tensor, source: str) -> dict[str, Any]:
-    return {
-        "store": source,
-        "num_snapshots": len(rows),
-        "num_trajectories": len(store.trajectories),
-        "layout_digest": store.layout.digest,
-        "pdiff_plugin": __version__,
-        "torch": torch.__version__,
-    }
+    latents, R = encoded.latents[split.train_rows], len(split.store.trajectories)
+    if not config.diffusion.precondition:
+        return plain_frames(latents, R, scaled=config.diffusion.scale_latents)
+    is_counted = autoencoder_stage(config).counts_per_trajectory
+    width = config.autoencoder.latent_dim if is_counted else latents.shape[1]
+    return fit_frames(latents, split.trajectory[split.train_rows], R, width)

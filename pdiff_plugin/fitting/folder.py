@@ -2,78 +2,82 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pdiff_plugin.config import FitConfig
 from pdiff_plugin.errors import FitExistsError
-from pdiff_plugin.fitting.measures import finite_or_none
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.generator_file import FILE_NAME
-from pdiff_plugin.snapshots.files import read_json, write_json
+from pdiff_plugin.snapshots.files import json_safe, read_json, write_json
+from pdiff_plugin.snapshots.fingerprint import fingerprint, fingerprint_of_first_columns
+from pdiff_plugin.snapshots.remote import is_remote, mirrored
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 FORMAT = "pdiff-fit"
 FORMAT_VERSION = 1
 STAGES = ("statistics", "autoencoder", "diffusion")
+_DIGITS = 6  # of the figures in the history
 
 
 @dataclass
-class Run:
-    """The run folder's ``fit.json``."""
+class FitFolder:
+    """A fit's folder and the document of its ``fit.json``; without a path nothing is kept."""
 
-    folder: Path | None
+    path: Path | None
     document: dict[str, Any]
 
     @classmethod
     def open(
-        cls, store: SnapshotStore, config: FitConfig, folder: Path | None, *, fresh: bool, source: str | None = None
-    ) -> Run:
-        """Open or begin a run; ``source`` is where the store came from, if not from its own folder.
+        cls, store: SnapshotStore, config: FitConfig, path: Path | None, *, fresh: bool, source: str | None = None
+    ) -> FitFolder:
+        """Open or begin a fit; ``source`` is where the store came from, if not from its own folder.
 
         Raises:
             FitExistsError: the folder holds a fit of other settings or other snapshots.
         """
+        source = source or str(store.path.resolve())
         mine = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "status": "running",
-            "store": source or str(store.path.resolve()),
+            "store": source,
             "config": config.to_json(),
-            "snapshots": fingerprint(store),
+            "snapshots": fingerprint_of_first_columns(store),
+            # A copy from a bucket may lack the columns that this one reads.
+            "fingerprint": None if is_remote(source) else fingerprint(store),
             "seconds": {},
             "history": [],
         }
-        run = cls(folder, mine)
-        if folder is None:
-            return run
-        path = folder / "fit.json"
-        if path.exists() and not fresh:
-            found = read_json(path, FORMAT, FORMAT_VERSION)
+        opened = cls(path, mine)
+        if path is None:
+            return opened
+        if (path / "fit.json").exists() and not fresh:
+            found = read_json(path / "fit.json", FORMAT, FORMAT_VERSION)
             # By way of the dataclass, so that a setting which came later has its default.
             if FitConfig.from_json(found["config"]) != config:
-                raise FitExistsError(str(folder), "other settings")
-            if found["snapshots"] != mine["snapshots"]:
-                raise FitExistsError(str(folder), "other snapshots")
-            run.document = found
+                raise FitExistsError(str(path), "other settings")
+            # Fits of old, and those that began on a store in a bucket, do not have it.
+            known = found.get("fingerprint") or mine["fingerprint"]
+            if found["snapshots"] != mine["snapshots"] or known != (mine["fingerprint"] or known):
+                raise FitExistsError(str(path), "other snapshots")
+            opened.document = found | {"fingerprint": known}
         elif fresh:
             for name in ("fit.json", FILE_NAME, *(f"{stage}{CHECKPOINT_SUFFIX}" for stage in STAGES)):
-                (folder / name).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        run.write()
-        return run
+                (path / name).unlink(missing_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        opened.write()
+        return opened
 
     @property
     def is_finished(self) -> bool:
         done = self.document["status"] == "finished"
-        return done and self.folder is not None and (self.folder / FILE_NAME).is_file()
+        return done and self.path is not None and (self.path / FILE_NAME).is_file()
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -87,34 +91,24 @@ class Run:
             self.write()
 
     def write_history(self, history: list[dict[str, float]]) -> None:
-        self.document["history"] = _plain(history)
+        self.document["history"] = json_safe(history, _DIGITS)
         self.write()
 
     def finish(self, generator: WeightGenerator, history: list[dict[str, float]]) -> None:
-        self.document |= {"status": "finished", "history": _plain(history), "report": generator.report}
-        if self.folder is not None:
-            generator.save(self.folder)
+        self.document |= {
+            "status": "finished",
+            "history": json_safe(history, _DIGITS),
+            "report": generator.report,
+        }
+        if self.path is not None:
+            generator.save(self.path)
         self.write()
 
     def write(self) -> None:
-        if self.folder is not None:
-            write_json(self.folder / "fit.json", self.document)
+        if self.path is not None:
+            write_json(self.path / "fit.json", self.document)
 
 
-def _plain(history: list[dict[str, float]]) -> list[dict[str, float | None]]:
-    return [
-        {key: value if isinstance(value, int) else finite_or_none(value) for key, value in entry.items()}
-        for entry in history
-    ]
-
-
-def fingerprint(store: SnapshotStore) -> str:
-    """Hex digest of the layout, of which snapshots there are, and of their first values."""
-    text = json.dumps([store.layout.digest, store.trajectories, store.trajectory_index.tolist(), store.steps.tolist()])
-    values = store.rows(0, fingerprint_columns(store.layout.num_values).stop)
-    return hashlib.sha256(text.encode() + values.numpy().tobytes()).hexdigest()[:16]
-
-
-def fingerprint_columns(num_values: int) -> slice:
-    """The columns that :func:`fingerprint` reads: all of a short row, few of a long one."""
-    return slice(0, min(num_values, 64))
+def local_folder(out: str) -> AbstractContextManager[Path]:
+    """The run folder ``out``; of one in a bucket, a copy whose changes are put back."""
+    return mirrored(out) if is_remote(out) else nullcontext(Path(out))

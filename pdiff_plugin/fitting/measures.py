@@ -6,7 +6,6 @@ Shapes: N snapshots, M members, k width of a trajectory's own coordinates, K lat
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ from torch import Tensor
 
 from pdiff_plugin.config import FitConfig
 from pdiff_plugin.errors import ConfigError
-from pdiff_plugin.fitting.diffusion_stage import nearest_at_another_time, nearest_of_own_run, spread_about_means
+from pdiff_plugin.fitting.distances import nearest_at_another_time, nearest_of_own_run, spread_about_means
 from pdiff_plugin.generator.alignment import align
 from pdiff_plugin.generator.autoencoder import Encoded
 from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.samplers import run_sampler
-from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.files import json_safe
+from pdiff_plugin.snapshots.split import Split
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +34,14 @@ FAR_APART = 3.0
 # values, for a second or two.
 _WORTH_ALIGNING = 1.2
 _MAX_TRIED_VALUES = 10**8
+# Of a figure that may be NaN or infinite, which JSON does not have.
+_DIGITS = 6
 _TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 @torch.no_grad()
 def measure_generator(
-    generator: WeightGenerator,
-    subspace: Encoded,
-    local: Tensor,
-    trajectory: Tensor,
-    heldout: Tensor,
-    history: list[dict[str, float]],
+    generator: WeightGenerator, encoded: Encoded, local: Tensor, split: Split, history: list[dict[str, float]]
 ) -> dict[str, Any]:
     """Measure the generator in the coordinates it works in, against the snapshots.
 
@@ -53,49 +50,99 @@ def measure_generator(
     nearest one at another time. Far below 1, samples copy. ``diversity_curve`` gives both the spread and the novelty of
     samples of the natural sampler over a range of temperatures; ``diversity`` is turned into a temperature by it.
     """
-    config, train = generator.config, ~heldout
+    config, heldout = generator.config, split.heldout
     report: dict[str, Any] = {
-        "fidelity": subspace.fidelity,
-        "fidelity_is_ok": subspace.fidelity >= config.autoencoder.min_fidelity,
+        "fidelity": encoded.fidelity,
+        "fidelity_is_ok": encoded.fidelity >= config.autoencoder.min_fidelity,
         "latent_dim": generator.autoencoder.latent_dim,
         "diffusion_steps": int(history[-1]["best_step"]) if history else 0,
-        "heldout_loss": finite_or_none(history[-1]["best_loss"]) if history else None,
+        "heldout_loss": json_safe(history[-1]["best_loss"], _DIGITS) if history else None,
         # What a normal distribution per trajectory reaches: the network has to be below.
-        "heldout_loss_gaussian": finite_or_none(history[0]["heldout_loss"]) if config.diffusion.precondition else None,
+        "heldout_loss_gaussian": json_safe(history[0]["heldout_loss"], _DIGITS)
+        if config.diffusion.precondition
+        else None,
     }
-    num_members = _NUM_MEMBERS if config.diffusion.precondition else _NUM_MEMBERS_PLAIN
-    labels = torch.arange(num_members) % len(generator.trajectories)
-    reference = float(nearest_at_another_time(local, trajectory).nanmedian())
-    spread = spread_about_means(local[train], trajectory[train])
-    temperatures = _TEMPERATURES if config.diffusion.precondition else (1.0,)
+    samples = _Samples(generator, local, split)
     curve = []
-    for temperature in temperatures:
-        samples = _samples(generator, labels, temperature)
-        nearest = nearest_of_own_run(samples, labels, local[train], trajectory[train])
-        curve.append(
-            {
-                "temperature": temperature,
-                "spread_ratio": round(spread_about_means(samples, labels) / max(spread, 1e-12), 4),
-                "novelty": finite_or_none(float(nearest.median()) / reference) if reference > 0 else None,
-            }
-        )
+    for temperature in _TEMPERATURES if config.diffusion.precondition else (1.0,):
+        samples.draw(temperature)
+        curve.append({"temperature": temperature, "spread_ratio": samples.spread_ratio, "novelty": samples.novelty})
         if temperature == 1.0:
             report |= {
-                "spread_ratio": curve[-1]["spread_ratio"],
-                "spread_ratio_per_direction": _spread_per_direction(samples, labels, local[train], trajectory[train]),
-                "nearest_distance_samples": float(nearest.median()),
-                "novelty": curve[-1]["novelty"],
-                "trajectory_coverage": _coverage(generator, subspace, samples, labels, trajectory, train),
+                "spread_ratio": samples.spread_ratio,
+                "spread_ratio_per_direction": samples.spread_ratio_per_direction(),
+                "nearest_distance_samples": float(samples.nearest.median()),
+                "novelty": samples.novelty,
+                "trajectory_coverage": samples.coverage(encoded.latents[~heldout]),
             }
     if bool(heldout.any()):
-        own = nearest_of_own_run(local[heldout], trajectory[heldout], local[train], trajectory[train])
+        own = nearest_of_own_run(local[heldout], split.trajectory[heldout], samples.local, samples.trajectory)
         report["nearest_distance_heldout"] = float(own.median())
         report["copy_ratio"] = report["nearest_distance_samples"] / max(float(own.median()), 1e-12)
     if len(generator.trajectories) > 1:
-        report["trajectory_separation"] = _separation(subspace.latents[train], trajectory[train])
+        report["trajectory_separation"] = _separation(encoded.latents[~heldout], samples.trajectory)
         _warn_of_trajectories(report, is_aligned=config.align != "none")
     report["diversity_curve"] = curve
     return report
+
+
+class _Samples:
+    """Samples in local coordinates beside the training snapshots.
+
+    Attributes:
+        local: training snapshots, (n, k).
+        trajectory: the run of each, (n,).
+        labels: the run of each sample, (M,).
+        values: samples of one temperature, (M, k), of the same noise at every one.
+        nearest: distance of each to the nearest training snapshot of its run, (M,).
+    """
+
+    def __init__(self, generator: WeightGenerator, local: Tensor, split: Split) -> None:
+        self.generator = generator
+        self.local, self.trajectory = local[~split.heldout], split.trajectory[~split.heldout]
+        self.labels = torch.arange(_NUM_MEMBERS if generator.config.diffusion.precondition else _NUM_MEMBERS_PLAIN)
+        self.labels = self.labels % len(generator.trajectories)
+        self.spread = spread_about_means(self.local, self.trajectory)
+        self.reference = float(nearest_at_another_time(local, split.trajectory).nanmedian())
+
+    def draw(self, temperature: float) -> None:
+        generator = self.generator
+        rng = torch.Generator().manual_seed(generator.config.seed + 1)
+        noise = torch.randn(len(self.labels), generator.frames.width, generator=rng, dtype=torch.float32)
+        device = next(generator.denoiser.parameters()).device
+        noise, condition = (temperature * noise).to(device), Condition(self.labels).to(device)
+        self.values = run_sampler(generator.denoiser, noise, condition, generator.config.diffusion).cpu()
+        self.nearest = nearest_of_own_run(self.values, self.labels, self.local, self.trajectory)
+
+    @property
+    def spread_ratio(self) -> float:
+        """Spread of the samples over that of the snapshots."""
+        return round(spread_about_means(self.values, self.labels) / max(self.spread, 1e-12), 4)
+
+    @property
+    def novelty(self) -> float | None:
+        """Distance to the nearest snapshot over that of snapshots at another time; None without such."""
+        if not self.reference > 0:
+            return None
+        novelty: float | None = json_safe(float(self.nearest.median()) / self.reference, _DIGITS)
+        return novelty
+
+    def spread_ratio_per_direction(self) -> list[float]:
+        """The same along each of the first axes of the trajectories."""
+        ratios = [
+            spread_about_means(self.values[:, [axis]], self.labels)
+            / max(spread_about_means(self.local[:, [axis]], self.trajectory), 1e-12)
+            for axis in range(min(_NUM_AXES, self.local.shape[1]))
+        ]
+        return [round(ratio, 4) for ratio in ratios]
+
+    def coverage(self, latents: Tensor) -> dict[str, float]:
+        """Share of the samples whose nearest training snapshot of all, by its latents (n, K), is of each trajectory."""
+        samples = self.generator.frames.to_latents(self.values, Condition(self.labels))
+        nearest = torch.cdist(samples, latents).argmin(dim=1)
+        owner = self.trajectory[nearest]
+        names = self.generator.trajectories
+        return {name: round(float((owner == number).double().mean()), 4) for number, name in enumerate(names)}
 
 
 def _separation(latents: Tensor, trajectory: Tensor) -> float:
@@ -124,39 +171,9 @@ def _warn_of_trajectories(report: dict[str, Any], *, is_aligned: bool) -> None:
         )
 
 
-def _samples(generator: WeightGenerator, labels: Tensor, temperature: float) -> Tensor:
-    """Samples in local coordinates, on the CPU, the same noise at every temperature."""
-    rng = torch.Generator().manual_seed(generator.config.seed + 1)
-    noise = temperature * torch.randn(len(labels), generator.frames.width, generator=rng)
-    device = next(generator.denoiser.parameters()).device
-    condition = Condition(labels).to(device)
-    return run_sampler(generator.denoiser, noise.to(device), condition, generator.config.diffusion).cpu()
-
-
-def _spread_per_direction(samples: Tensor, labels: Tensor, local: Tensor, trajectory: Tensor) -> list[float]:
-    """Spread of samples over that of snapshots along the first axes of the trajectories."""
-    ratios = [
-        spread_about_means(samples[:, [axis]], labels) / max(spread_about_means(local[:, [axis]], trajectory), 1e-12)
-        for axis in range(min(_NUM_AXES, local.shape[1]))
-    ]
-    return [round(ratio, 4) for ratio in ratios]
-
-
-def _coverage(
-    generator: WeightGenerator, subspace: Encoded, samples: Tensor, labels: Tensor, trajectory: Tensor, train: Tensor
-) -> dict[str, float]:
-    """Share of the samples whose nearest snapshot of all is of each trajectory."""
-    nearest = torch.cdist(generator.frames.to_latents(samples, Condition(labels)), subspace.latents[train]).argmin(
-        dim=1
-    )
-    owner = trajectory[train][nearest]
-    return {
-        name: round(float((owner == number).double().mean()), 4) for number, name in enumerate(generator.trajectories)
-    }
-
-
-def suggest_alignment(store: SnapshotStore, config: FitConfig, rows: Tensor) -> None:
+def suggest_alignment(split: Split, config: FitConfig) -> None:
     """Say that trajectories would lie closer together if they were aligned, where that is cheap to know and true."""
+    store, rows = split.store, split.rows[split.train_rows]
     if len(rows) * store.layout.num_values > _MAX_TRIED_VALUES:
         return
     try:
@@ -170,8 +187,3 @@ def suggest_alignment(store: SnapshotStore, config: FitConfig, rows: Tensor) -> 
             "if this network is a plain stack without shortcuts, as it seems.",
             gain,
         )
-
-
-def finite_or_none(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return round(value, 6) if math.isfinite(value) else None

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pdiff_plugin.errors import FormatError
 from pdiff_plugin.progress import OnProgress, Progress
-from pdiff_plugin.snapshots.files import check_format, replacing
+from pdiff_plugin.snapshots.tensor_files import from_json, load_tensors, save_tensors
 
 T = TypeVar("T")
 
@@ -83,13 +81,8 @@ class Runtime:
         """Keep ``tensors`` and the JSON-able ``state`` of a stage until the fit is finished."""
         if self.folder is None or self.rank != 0:
             return
-        header = {
-            "format": CHECKPOINT_FORMAT,
-            "format_version": str(CHECKPOINT_VERSION),
-            "state": json.dumps(state),
-        }
-        with replacing(self.folder / f"{name}{CHECKPOINT_SUFFIX}") as temp:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temp, header)
+        path = self.folder / f"{name}{CHECKPOINT_SUFFIX}"
+        save_tensors(path, tensors, CHECKPOINT_FORMAT, CHECKPOINT_VERSION, {"state": json.dumps(state)})
 
     def load_checkpoint(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What :meth:`save_checkpoint` kept under ``name``, or None."""
@@ -97,15 +90,12 @@ class Runtime:
         if path is None or not path.is_file():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                opened: Any = file
-                header = opened.metadata() or {}
-                check_format(str(path), header, CHECKPOINT_FORMAT, CHECKPOINT_VERSION)
-                # Cloned, because the file may be replaced while its memory map is in use.
-                tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise FormatError(str(path), f"an unreadable file ({error})", "a checkpoint; use --fresh") from error
-        return tensors, json.loads(header["state"])
+            tensors, header = load_tensors(path, CHECKPOINT_FORMAT, CHECKPOINT_VERSION)
+            state = from_json(path, header, "state")
+        except FormatError as error:
+            raise FormatError(str(path), error.found, "a checkpoint; use --fresh", "") from error
+        # Cloned, because the file may be replaced while its memory map is in use.
+        return {key: tensor.clone() for key, tensor in tensors.items()}, state
 
     def drop_checkpoints(self) -> None:
         """Delete the checkpoints of a finished fit."""

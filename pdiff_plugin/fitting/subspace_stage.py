@@ -11,18 +11,20 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from pdiff_plugin.config import SubspaceConfig
+from pdiff_plugin.config import FitConfig, SubspaceConfig
+from pdiff_plugin.fitting.runtime import Runtime
 from pdiff_plugin.generator.autoencoder import Encoded
 from pdiff_plugin.generator.subspace import SubspaceAutoencoder
 from pdiff_plugin.snapshots.files import TEMP_MARK
-from pdiff_plugin.snapshots.layout import DTYPES, Layout
-from pdiff_plugin.snapshots.statistics import ColumnReader, Statistics, column_blocks, indicator, transform
+from pdiff_plugin.snapshots.layout import DTYPES
+from pdiff_plugin.snapshots.split import Split
+from pdiff_plugin.snapshots.statistics import Statistics, column_blocks, indicator, transform
 
 logger = logging.getLogger(__name__)
 
@@ -32,82 +34,75 @@ _NOISE_SHARE = 1e-10
 _MAPPED_BYTES = 256 << 20
 
 
-def fit_subspace(
-    read: ColumnReader,
-    layout: Layout,
-    statistics: Statistics,
-    config: SubspaceConfig,
-    *,
-    block_values: int,
-    train_rows: Tensor,
-    heldout_rows: Tensor,
-    trajectory: Tensor | None = None,
-    scratch: Path | None = None,
-    columns: slice | None = None,
-    join_columns: Callable[[Tensor, Callable[[int], Tensor]], Tensor] = lambda part, empty: part,
-    on_columns: Callable[[int], None] | None = None,
-) -> Encoded:
+def fit_subspace(split: Split, statistics: Statistics, config: FitConfig, runtime: Runtime) -> Encoded:
     """Turn the Gram matrix into an autoencoder with one more pass over the columns.
 
-    Where several processes share the work, the autoencoder is whole on the one that ``join_columns`` chooses and holds
-    the columns of their own on the others.
+    Where several ranks share the work, the autoencoder is whole on rank 0 and holds the columns of their own on the
+    others.
 
     Args:
-        read: gives columns of the N rows, as for :func:`measure`.
-        layout: of the rows.
-        statistics: of the same rows.
-        config: how many directions to keep.
-        block_values: columns held at a time.
-        train_rows: (n,) int64 places of the training rows.
-        heldout_rows: (m,) int64 places of the others.
-        trajectory: (n,) int64, the run of each training row; one run unless given.
-        scratch: folder where a large basis is kept in a mapped file; a temporary one unless given.
-        columns: those that this process reads, where several share the work; all unless given.
-        join_columns: puts their columns side by side, given this process's (K, own columns) and what makes the result.
-        on_columns: told after each block how many columns are done.
+        split: the snapshots.
+        statistics: of the same snapshots.
+        config: of the fit.
+        runtime: shares out the columns; a large basis is kept in a mapped file of its folder.
     """
-    columns = columns or slice(0, layout.num_values)
-    labels = torch.zeros(len(train_rows), dtype=torch.int64) if trajectory is None else trajectory
-    lift, means = _directions(statistics.gram[train_rows][:, train_rows], labels, config)  # (n, K), (n, R)
-    K = lift.shape[1]
+    settings, train = cast(SubspaceConfig, config.autoencoder), split.train_rows
+    gram = statistics.gram
+    lift, means = _directions(gram[train][:, train], split.trajectory[train], settings)  # (n, K), (n, R)
     # Every row's coordinates follow from the Gram matrix alone: z = X b = G[:, train] lift.
-    of_train = statistics.gram[:, train_rows]
-    coordinates = of_train @ lift  # (N, K)
-    latent_scale = float(coordinates[train_rows].std(correction=0)) or 1.0
+    coordinates = gram[:, train] @ lift  # (N, K)
+    latent_scale = float(coordinates[train].std(correction=0)) or 1.0
+    mean, basis = _mean_and_basis(split, lift, statistics.scales, config, runtime)
+    return Encoded(
+        SubspaceAutoencoder(split.store.layout, mean, basis, statistics.scales.float(), latent_scale),
+        (coordinates / latent_scale).float(),
+        coordinates[train].square().sum(dim=0) / gram.diagonal()[train].sum(),
+        _fidelity(split, gram, coordinates, means),
+    )
 
-    dtype = DTYPES[config.basis_dtype]
-    basis = _empty_basis(K, columns.stop - columns.start, dtype, scratch)
-    mean = torch.empty(1, columns.stop - columns.start)
+
+def _mean_and_basis(
+    split: Split, lift: Tensor, scales: Tensor, config: FitConfig, runtime: Runtime
+) -> tuple[Tensor, Tensor]:
+    """Carry combinations ``lift`` (n, K) of training rows to the columns: their mean, (D,), and the basis, (K, D)."""
+    layout, train, K = split.store.layout, split.train_rows, lift.shape[1]
+    columns = runtime.share(layout.num_values)
+    num_own, dtype = columns.stop - columns.start, DTYPES[cast(SubspaceConfig, config.autoencoder).basis_dtype]
+    basis = _empty_basis(K, num_own, dtype, runtime.folder)
+    mean = torch.empty(1, num_own, dtype=torch.float32)
     # Zero for the rows held out, which saves copying the others.
-    is_train = indicator(train_rows, len(of_train))
-    lift_all = torch.zeros(len(of_train), K, dtype=torch.float64)
-    lift_all[train_rows] = lift
-    for number, lo, hi in column_blocks(layout, block_values, columns):
+    is_train = indicator(train, len(split))
+    lift_all = torch.zeros(len(split), K, dtype=torch.float64)
+    lift_all[train] = lift
+    for number, lo, hi in column_blocks(layout, split.block_values(config.memory_gb), columns):
         own = slice(lo - columns.start, hi - columns.start)
-        values = transform(read(lo, hi), layout.tensors[number].name).double()
-        mean_here = (is_train @ values) / len(train_rows)
+        values = transform(split.read(lo, hi), layout.tensors[number].name).double()
+        mean_here = (is_train @ values) / len(train)
         mean[0, own] = mean_here.float()
         values -= mean_here
         # A float64 product: in float32 the small directions of a long trajectory lose four digits.
-        basis[:, own] = (lift_all.T @ values).div_(statistics.scales[number])
-        if on_columns is not None:
-            on_columns(own.stop)
-    basis = join_columns(basis, lambda D: _empty_basis(K, D, dtype, scratch))
-    mean = join_columns(mean, lambda D: torch.empty(1, D))[0]
+        basis[:, own] = (lift_all.T @ values).div_(scales[number])
+        runtime.report("autoencoder", own.stop, num_own)
+    basis = runtime.join_columns(basis, lambda D: _empty_basis(K, D, dtype, runtime.folder))
+    return runtime.join_columns(mean, lambda D: torch.empty(1, D, dtype=torch.float32))[0], basis
 
-    judged = heldout_rows if len(heldout_rows) else train_rows
-    squares = statistics.gram.diagonal()
+
+def _fidelity(split: Split, gram: Tensor, coordinates: Tensor, means: Tensor) -> float:
+    """Share of the judged rows' variance about the mean of their trajectory that the coordinates (N, K) keep.
+
+    Args:
+        split: tells the rows.
+        gram: (N, N).
+        coordinates: along the kept directions.
+        means: of the R trajectories, as combinations of training rows, (n, R).
+    """
+    train, judged, squares = split.train_rows, split.judged_rows, gram.diagonal()
     lost = (squares - coordinates.square().sum(dim=1))[judged].clamp_min(0).sum()
     # Distance to the nearest mean of a trajectory, which for all rows but strays is their own.
-    to_means = squares[:, None] - 2 * of_train @ means + (means * (of_train[train_rows] @ means)).sum(dim=0)  # (N, R)
+    of_train = gram[:, train]
+    to_means = squares[:, None] - 2 * of_train @ means + (means * (of_train[train] @ means)).sum(dim=0)  # (N, R)
     movement = to_means.amin(dim=1)[judged].clamp_min(0).sum()
-    variances = coordinates[train_rows].square().sum(dim=0)
-    return Encoded(
-        SubspaceAutoencoder(layout, mean, basis, statistics.scales.float(), latent_scale),
-        (coordinates / latent_scale).float(),
-        variances / squares[train_rows].sum(),
-        float(1 - lost / movement) if movement > 0 else 1.0,
-    )
+    return float(1 - lost / movement) if movement > 0 else 1.0
 
 
 def _directions(gram: Tensor, labels: Tensor, config: SubspaceConfig) -> tuple[Tensor, Tensor]:

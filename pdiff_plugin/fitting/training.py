@@ -1,4 +1,4 @@
-"""What the training loops of a fit share: checkpoints and interrupts between steps, precision, the learning rate."""
+"""What the training loops of a fit share: the step itself, its checkpoints, and interrupts between steps."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
-from typing import TypeVar, cast
+from typing import ClassVar, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pdiff_plugin.config import FitConfig
+from pdiff_plugin.config import FitConfig, LrSchedule
+from pdiff_plugin.fitting.runtime import Runtime
 
 F = TypeVar("F", bound=Callable[..., Tensor | tuple[Tensor, ...]])
+M = TypeVar("M", bound=nn.Module)
 
 CHECKPOINT_EVERY_S = 5.0
 
@@ -57,7 +60,7 @@ def interrupts_held() -> Iterator[Interrupt]:
 
 
 class Steps:
-    """The steps of a training loop; see :func:`checkpointed`."""
+    """The steps of a training loop; see :meth:`Training.checkpointed`."""
 
     def __init__(self, checkpoint: Callable[[], None], interrupt: Interrupt) -> None:
         self.is_within_one = False
@@ -76,26 +79,144 @@ class Steps:
         self._interrupt.raise_if_asked()
 
 
-@contextmanager
-def checkpointed(checkpoint: Callable[[], None]) -> Iterator[Steps]:
-    """Call ``checkpoint`` every few seconds, when interrupted, and at the end, but never in the middle of a step.
+@dataclass(frozen=True)
+class Schedule:
+    """How long a network trains, and AdamW's settings on the way; ``cosine`` ends at a learning rate of zero."""
 
-    There the tensors do not belong together: a loop interrupted inside a step leaves the last checkpoint as the newest.
+    max_steps: int
+    lr: float
+    lr_schedule: LrSchedule = "cosine"
+    weight_decay: float = 1e-2
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate after ``step`` steps."""
+        is_cosine = self.lr_schedule == "cosine"
+        return self.lr * (0.5 * (1.0 + math.cos(math.pi * step / self.max_steps)) if is_cosine else 1.0)
+
+
+class Training:
+    """A network in training with its optimizer, random generator and counters: all that a checkpoint holds.
+
+    Args:
+        stage: name of the checkpoint and of the reports.
+        modules: by the names that their tensors have in a checkpoint; the first one is trained.
+        schedule: of the training.
+        config: of the fit.
+        runtime: keeps checkpoints and tells the progress.
+        seed: of the random generator.
     """
-    with interrupts_held() as interrupt:
-        steps = Steps(checkpoint, interrupt)
-        try:
-            yield steps
-        except KeyboardInterrupt:
-            if not steps.is_within_one:
-                checkpoint()
-            raise
-    checkpoint()
+
+    # Attributes that a checkpoint holds as JSON.
+    counters: ClassVar[tuple[str, ...]] = ("step",)
+
+    def __init__(
+        self,
+        stage: str,
+        modules: dict[str, nn.Module],
+        schedule: Schedule,
+        config: FitConfig,
+        runtime: Runtime,
+        seed: int,
+    ) -> None:
+        self.stage, self.modules, self.schedule, self.config, self.runtime = stage, modules, schedule, config, runtime
+        network = next(iter(modules.values()))
+        self.parameters: list[Tensor] = list(network.parameters())
+        self.device = self.parameters[0].device
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(),
+            lr=schedule.lr,
+            weight_decay=schedule.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),  # half the time of the loop over tensors, on a CPU too
+        )
+        self.rng = torch.Generator().manual_seed(seed)
+        self.tensors: dict[str, Tensor] = {}  # kept in a checkpoint beside those of the modules
+        self.step = 0
+
+    def advance(self, loss: Callable[[], Tensor]) -> Tensor:
+        """Take one step along the gradient of what ``loss`` returns; that value, a scalar."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            value = loss()
+        torch.autograd.backward(value)
+        value = self.add_up(value.detach())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr_at(self.step)
+        self.optimizer.step()
+        self.step += 1
+        return value
+
+    def add_up(self, value: Tensor) -> Tensor:
+        """Add up gradients and loss over ranks where these share a batch; here each trains by itself."""
+        return value
+
+    def report(self, value: Tensor, every: int) -> None:
+        """Tell the loss, on every so manyth step and on the last."""
+        if self.step % every == 0 or self.step == self.schedule.max_steps:
+            self.runtime.report(self.stage, self.step, self.schedule.max_steps, train_loss=float(value))
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        tensors = {"rng": self.rng.get_state(), **self.tensors}
+        for prefix, module in self.modules.items():
+            tensors |= {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            # AdamW's state as named tensors, because nothing here is pickled.
+            tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in values.items()}
+        self.runtime.save_checkpoint(self.stage, tensors, {name: getattr(self, name) for name in self.counters})
+
+    def restore(self) -> None:
+        """Go on where the checkpoint was written, if there is one."""
+        saved = self.runtime.load_checkpoint(self.stage)
+        if saved is None:
+            return
+        tensors, state = saved
+        for prefix, module in self.modules.items():
+            module.load_state_dict(_strip(tensors, f"{prefix}."))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _strip(tensors, "optimizer.").items():
+            index, key = name.split(".", 1)
+            moments.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.rng.set_state(tensors["rng"])
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
+        for name in self.counters:
+            setattr(self, name, state[name])
+
+    @contextmanager
+    def checkpointed(self) -> Iterator[Steps]:
+        """Write a checkpoint every few seconds, when interrupted, and at the end, but never in the middle of a step.
+
+        There the tensors do not belong together: a loop interrupted inside a step leaves the last checkpoint as the
+        newest.
+        """
+        with interrupts_held() as interrupt:
+            steps = Steps(self.save, interrupt)
+            try:
+                yield steps
+            except KeyboardInterrupt:
+                if not steps.is_within_one:
+                    self.save()
+                raise
+        self.save()
 
 
-def autocast(config: FitConfig, device: torch.device) -> torch.autocast:
-    """Context in which a network computes in the precision asked for; its weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+def seeded(make: Callable[[], M], seed: int) -> M:
+    """The network that ``make`` returns, its weights float32 and drawn from ``seed``; the caller's state comes back."""
+    with torch.random.fork_rng(devices=[]), float32_by_default():
+        torch.default_generator.manual_seed(seed)
+        return make()
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Make tensors without a dtype float32, whatever the caller has set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def compiled(call: F, config: FitConfig) -> F:
@@ -103,29 +224,5 @@ def compiled(call: F, config: FitConfig) -> F:
     return cast(F, torch.compile(call)) if config.compile else call
 
 
-def lr_factor(step: int, num_steps: int, schedule: str) -> float:
-    """Factor on the learning rate at a step: one, or a half cosine that reaches zero at the last."""
-    return 0.5 * (1.0 + math.cos(math.pi * step / num_steps)) if schedule == "cosine" else 1.0
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of AdamW as named tensors, because nothing here is pickled."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

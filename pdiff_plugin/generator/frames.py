@@ -79,7 +79,9 @@ class Frames:
         k = "k" if "axes" in state else "K"
         axes = {"axes": ("R", "K", k)} if "axes" in state else {}
         check_shapes(state, {"centre": ("R", "K"), **axes, "std": ("R", k), "scale": ()})
-        return cls(state["centre"], state.get("axes"), state["std"], float(state["scale"]))
+        # In memory of their own: the last digit of a product depends on the alignment, which in a file is any.
+        own = {name: tensor.clone() for name, tensor in state.items()}
+        return cls(own["centre"], own.get("axes"), own["std"], float(own["scale"]))
 
 
 def fit_frames(latents: Tensor, trajectory: Tensor, num_trajectories: int, width: int) -> Frames:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,8 +29,8 @@ from pdiff_plugin.generator.denoiser import new_denoiser, new_one_step
 from pdiff_plugin.generator.frames import Frames
 from pdiff_plugin.generator.state import StateError, check_shapes, load_module, under
 from pdiff_plugin.generator.subspace import SubspaceAutoencoder
-from pdiff_plugin.snapshots.layout import DTYPES, Layout
-from pdiff_plugin.snapshots.tensor_files import load_tensors, save_tensors
+from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.tensor_files import from_json, load_tensors, save_tensors
 
 T = TypeVar("T")
 P = TypeVar("P", bound="GeneratorParts")
@@ -113,7 +114,7 @@ class GeneratorParts:
             raise GeneratorNotFoundError(str(path.parent if path.name == FILE_NAME else path))
         file = _File(path)
         config = file.header("config", FitConfig.from_json)
-        layout = file.header("layout", _known_layout)
+        layout = file.header("layout", partial(Layout.from_json, path=str(path)))
         trajectories = file.header("trajectories", list)
         report = file.header("report", dict)
         with file.part("autoencoder.") as state:
@@ -150,18 +151,19 @@ class _File:
     """An opened generator file, which says of itself what is wrong with it."""
 
     def __init__(self, path: Path) -> None:
-        self.path = str(path)
+        self.path = path
         self.tensors, self._header = load_tensors(path, FORMAT, FORMAT_VERSION)
 
     def header(self, name: str, read: Callable[[Any], T]) -> T:
         """What ``read`` makes of the JSON in the header under ``name``."""
-        if name not in self._header:
-            raise FormatError(self.path, f"a header without {name!r}", "what a fit was told and measured")
+        document = from_json(self.path, self._header, name)
         try:
-            return read(json.loads(self._header[name]))
+            return read(document)
+        except FormatError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            found = f"{name!r} in the header that cannot be read ({type(error).__name__}: {error})"
-            raise FormatError(self.path, found, "what a fit wrote there") from error
+            found = f"{name} in the header that cannot be read ({type(error).__name__}: {error})"
+            raise FormatError(str(self.path), found, "what a fit wrote there") from error
 
     @contextmanager
     def part(self, prefix: str) -> Iterator[dict[str, Tensor]]:
@@ -170,15 +172,7 @@ class _File:
             yield under(self.tensors, prefix)
         except StateError as error:
             found = f"tensor {prefix + error.name!r} {error.found}"
-            raise FormatError(self.path, found, error.expected) from error
-
-
-def _known_layout(document: Any) -> Layout:
-    layout = Layout.from_json(document)
-    for spec in layout:
-        if spec.dtype not in DTYPES:
-            raise ValueError(f"dtype {spec.dtype!r}: it must be one of {', '.join(DTYPES)}")
-    return layout
+            raise FormatError(str(self.path), found, error.expected) from error
 
 
 def _loaded(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

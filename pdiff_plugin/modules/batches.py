@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.errors import DataError
 
 Inputs = Callable[[Any], Any]
-_LABELS = {"label", "labels", "label_ids", "target", "targets"}
+# Keys under which dictionaries carry targets, the commonest first.
+LABELS = ("labels", "label", "targets", "target", "label_ids")
 
 
 def arguments_of(
@@ -26,18 +27,18 @@ def arguments_of(
         inputs: batch -> a tensor, a tuple of positional or a dictionary of keyword arguments; replaces the rules above.
 
     Raises:
-        ConfigError: the batch has another form and ``inputs`` is not given.
+        DataError: the batch has another form and ``inputs`` is not given.
     """
     if inputs is not None:
         found = inputs(batch)
     elif isinstance(batch, Mapping):
-        found = {name: value for name, value in batch.items() if name not in _LABELS}
+        found = {name: value for name, value in batch.items() if name not in LABELS}
     elif isinstance(batch, tuple | list) and len(batch) in (1, 2):
         found = batch[0]
     elif isinstance(batch, Tensor):
         found = batch
     else:
-        raise ConfigError(
+        raise DataError(
             "loader", f"batches of {type(batch).__name__}", "must give (inputs, targets); else pass inputs=..."
         )
     found = tree_map_only(
@@ -48,13 +49,21 @@ def arguments_of(
     return (tuple(found), {}) if isinstance(found, tuple | list) else ((found,), {})
 
 
-def find_logits(output: Any) -> Any:
-    """``logits`` of a mapping or an object that has them, the first of a tuple, else ``output`` itself."""
+def logits_of(output: Any) -> Tensor:
+    """Logits in what a model returned: a tensor, a mapping or an object with ``logits``, or the first of a tuple.
+
+    Raises:
+        DataError: there are none.
+    """
     if isinstance(output, Mapping) and "logits" in output:
-        return output["logits"]
-    if hasattr(output, "logits"):
-        return output.logits
-    return output[0] if isinstance(output, tuple | list) and output else output
+        found = output["logits"]
+    elif hasattr(output, "logits"):
+        found = output.logits
+    else:
+        found = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(found, Tensor):
+        raise DataError("output of the model", type(output).__name__, "must be logits or hold them as `logits`")
+    return found
 
 
 def num_batches_in(loader: Iterable[Any]) -> int:

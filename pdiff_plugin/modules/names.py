@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
+
+from pdiff_plugin.errors import LayoutMismatchError
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -26,6 +28,34 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Sub-modules of ``model``, itself first, with the names they have before any wrapping. Shared ones come once."""
     for clean, _, module in _walk_modules(unwrap(model)):
         yield clean, module
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_fits(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    where: str,
+    found_in: str = "this model",
+) -> None:
+    """Check that every tensor of ``expected`` is among those ``found``, in the same shape. More may be found.
+
+    Args:
+        expected: name -> shape.
+        found: name -> shape.
+        where: what recorded the expected shapes, as an error says it.
+        found_in: what the other ones are of.
+
+    Raises:
+        LayoutMismatchError: naming the first tensor that is missing or of another shape.
+    """
+    for name, shape in expected.items():
+        if found.get(name) != shape:
+            text = str(found[name]) if name in found else f"no such tensor in {found_in}"
+            raise LayoutMismatchError(name, str(shape), text, where)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

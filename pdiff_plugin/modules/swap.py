@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pdiff_plugin.errors import LayoutMismatchError
-from pdiff_plugin.modules.names import named_tensors
+from pdiff_plugin.modules.names import check_fits, named_tensors, shapes_of
 
 
 def swap_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -47,10 +46,5 @@ def swapped(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[nn.Module
 
 def _matching(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = named_tensors(model)
-    for name, tensor in state.items():
-        found = tensors.get(name)
-        if found is None:
-            raise LayoutMismatchError(name, str(tuple(tensor.shape)), "no such tensor in this model", "the new state")
-        if found.shape != tensor.shape:
-            raise LayoutMismatchError(name, str(tuple(tensor.shape)), str(tuple(found.shape)), "the new state")
+    check_fits(shapes_of(state), shapes_of(tensors), "the new state")
     return {name: tensors[name] for name in state}

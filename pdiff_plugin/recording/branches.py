@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pdiff_plugin.config import Reinit
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.modules.names import unwrap, wrapped_names
 from pdiff_plugin.modules.trunk_cache import Trunk, TrunkCache, copied_inputs
@@ -181,11 +182,16 @@ def perturb(parameters: Iterable[nn.Parameter], noise: float, rng: torch.Generat
 class Reset:
     """Initialises the chosen parameters anew, by ``reset_parameters()`` of the modules that own them.
 
+    Args:
+        model: owns them.
+        parameters: the chosen ones.
+        restart: the setting that asks for it.
+
     Raises:
         ConfigError: a module that owns some has no such method.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter], restart: Reinit) -> None:
         missing = {id(parameter) for parameter in parameters}
         lacking: dict[int, str] = {}
         self._owners: list[tuple[nn.Module, list[str]]] = []
@@ -199,7 +205,7 @@ class Reset:
         if missing:
             owner = next(text for key, text in lacking.items() if key in missing)
             raise ConfigError(
-                "restart", "reinit", f"calls reset_parameters(), which {owner} lacks; choose other layers, or 'perturb'"
+                "restart", restart, f"calls reset_parameters(), which {owner} lacks; choose other layers, or Perturb()"
             )
 
     @torch.no_grad()

@@ -24,12 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pdiff_plugin.config import Layers, RecorderConfig
 from pdiff_plugin.errors import CheckpointError, LayoutMismatchError
-from pdiff_plugin.recording.selection import Layers, select
+from pdiff_plugin.recording.selection import select
 from pdiff_plugin.recording.writer import CHUNK_BYTES, CHUNK_ROWS
-from pdiff_plugin.snapshots.chunks import FORMAT, FORMAT_VERSION
-from pdiff_plugin.snapshots.files import read_json
-from pdiff_plugin.snapshots.layout import DTYPES, Layout
+from pdiff_plugin.snapshots.layout import DTYPES, LAYOUT_NAME, Layout, read_layout
 from pdiff_plugin.snapshots.store import SnapshotStore
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
@@ -62,12 +61,12 @@ def import_checkpoints(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
     store: str | os.PathLike[str],
-    layers: Layers = "last-norms:2",
+    layers: Layers = RecorderConfig.layers,
     model: nn.Module | None = None,
     ema: bool = False,
     trajectory: str | None = None,
-    dtype: str = "float32",
-    save_base: bool = True,
+    dtype: str = RecorderConfig.dtype,
+    save_base: bool = RecorderConfig.save_base,
 ) -> SnapshotStore:
     """Take one snapshot from each checkpoint of one run.
 
@@ -231,8 +230,8 @@ def _state_dict(path: Path, document: dict[str, Any], ema: bool) -> dict[str, Te
 
 
 def _layout(store: Path, first: _Checkpoint, layers: Layers, model: nn.Module | None) -> Layout:
-    if (store / "layout.json").is_file():
-        return Layout.from_json(read_json(store / "layout.json", FORMAT, FORMAT_VERSION)["tensors"])
+    if (store / LAYOUT_NAME).is_file():
+        return read_layout(store)[0]
     if model is None:
         model = _skeleton(next(_renamed(first.state)))
         return select(model, layers, averaged=True).layout

@@ -18,15 +18,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pdiff_plugin.config import RecorderConfig, configured
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.recording.hooks import StepHook, unwrap_optimizer
-from pdiff_plugin.recording.selection import Layers, label, select
-from pdiff_plugin.recording.session import Run, world_size
+from pdiff_plugin.recording.session import Outcome, Session, world_size
 from pdiff_plugin.recording.window import Window
-from pdiff_plugin.snapshots.layout import DTYPES
 from pdiff_plugin.snapshots.remote import is_remote
 
-DEFAULT_STORE = "pdiff-snapshots"
+DEFAULT_FOLDER = "pdiff-snapshots"
 
 
 class PDiffRecorder:
@@ -37,21 +36,8 @@ class PDiffRecorder:
 
     Args:
         store: the store's folder, made when the first snapshot is written; ``./pdiff-snapshots`` unless given.
-        layers: which tensors, see :func:`~pdiff_plugin.recording.selection.select`.
-        every_n_steps: optimizer steps between snapshots. Unless given, as few as ``max_snapshots`` allows.
-        last_epochs: the window is this many epochs at the end of training, where their length is known,
-        last_steps: or this many optimizer steps, which wins,
-        max_snapshots: else as many steps as there may be snapshots. While the end is not known the newest are kept.
-        keep_newest: take the end as not known, even from a trainer that plans one: for training that may stop early.
-            Snapshots are then written from the first step on, and the oldest deleted.
-        trajectory: name of this run in the store; the next free ``run-001``, ``run-002``, ... unless given.
-        freeze_rest: train only the chosen tensors during the window, as the p-diff paper does.
-        dtype: of the numbers on disk, ``float32`` or ``bfloat16`` (half the size); ``float64`` and ``float16`` too.
-        save_base: also keep the whole model of the last snapshot, once.
-
-    Attributes:
-        rest_drift: relative L2 change of the trained tensors that were not recorded, over the window; None until known.
-        error: why recording stopped early, if it did.
+        config: what is recorded and when; for ``layers`` see :func:`~pdiff_plugin.recording.selection.select`.
+        changes: single fields of :class:`~pdiff_plugin.config.RecorderConfig`: ``PDiffRecorder(layers="head")``.
 
     Raises:
         ConfigError: a setting that cannot work.
@@ -60,52 +46,31 @@ class PDiffRecorder:
     def __init__(
         self,
         store: str | os.PathLike[str] | None = None,
-        *,
-        layers: Layers = "last-norms:2",
-        every_n_steps: int | None = None,
-        last_epochs: int = 1,
-        last_steps: int | None = None,
-        max_snapshots: int = 300,
-        keep_newest: bool = False,
-        trajectory: str | None = None,
-        freeze_rest: bool = False,
-        dtype: str = "float32",
-        save_base: bool = True,
+        config: RecorderConfig | None = None,
+        **changes: Any,
     ) -> None:
-        counts = {"every_n_steps": every_n_steps, "last_steps": last_steps}
-        counts |= {"last_epochs": last_epochs, "max_snapshots": max_snapshots}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ConfigError(name, value, "must be at least 1")
-        if dtype not in DTYPES:
-            raise ConfigError("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
         if store is not None and is_remote(store):
             raise ConfigError("store", store, "must be a folder of this machine; copy it to the bucket after the run")
         self.store = None if store is None else os.fspath(store)
-        if freeze_rest and keep_newest:
-            raise ConfigError("freeze_rest", True, "needs to know where the window begins: leave keep_newest out")
-        if isinstance(layers, str) and layers.startswith("<function "):
-            raise ConfigError(
-                "layers",
-                layers,
-                "was a function, which settings in a checkpoint only name: pass the function itself "
-                "(in transformers, without restore_callback_states_from_checkpoint)",
-            )
-        # A list, as after a way through JSON.
-        self.layers: Layers = layers if isinstance(layers, str) or callable(layers) else list(layers)
-        self.every_n_steps, self.last_epochs, self.last_steps = every_n_steps, last_epochs, last_steps
-        self.max_snapshots, self.keep_newest = max_snapshots, keep_newest
-        self.trajectory, self.freeze_rest = trajectory, freeze_rest
-        self.dtype, self.save_base = dtype, save_base
-        self.rest_drift: float | None = None
-        self.error: Exception | None = None
-        self._run: Run | None = None
+        self.config = configured(RecorderConfig, config, changes)
+        self._outcome = Outcome()
+        self._session: Session | None = None
         self._hook: StepHook | None = None
         self._is_watching = False  # whether the hook only tells observe() that a step was really taken
         self._took_step = False
         self._found_inf: Tensor | None = None
-        self._state: dict[str, Any] = {"step": 0, "trajectory": trajectory, "store": self.store}
+        self._state: dict[str, Any] = {"step": 0, "trajectory": self.config.trajectory, "store": self.store}
         self._is_restored = False  # whether _state came from a checkpoint and waits for start()
+
+    @property
+    def error(self) -> Exception | None:
+        """Why recording stopped early, if it did."""
+        return self._outcome.error
+
+    @property
+    def rest_drift(self) -> float | None:
+        """Relative L2 change of the trained tensors that were not recorded, over the window; None until known."""
+        return self._outcome.rest_drift
 
     def attach(
         self,
@@ -115,7 +80,7 @@ class PDiffRecorder:
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,
         averaged: bool = False,
-        default_store: str | os.PathLike[str] = DEFAULT_STORE,
+        default_store: str | os.PathLike[str] = DEFAULT_FOLDER,
     ) -> PDiffRecorder:
         """Record ``model`` after each step of ``optimizer``; leave the optimizer out to call :meth:`step` yourself.
 
@@ -142,8 +107,9 @@ class PDiffRecorder:
             averaged=averaged,
             default_store=default_store,
         )
+        assert self._session is not None
         if optimizers:
-            chosen = {id(tensor) for tensor in select(model, self.layers, averaged=averaged).tensors.values()}
+            chosen = {id(tensor) for tensor in self._session.selection().tensors.values()}
             owners = [
                 o for o in optimizers if any(id(p) in chosen for group in o.param_groups for p in group["params"])
             ]
@@ -157,7 +123,7 @@ class PDiffRecorder:
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,
         averaged: bool = False,
-        default_store: str | os.PathLike[str] = DEFAULT_STORE,
+        default_store: str | os.PathLike[str] = DEFAULT_FOLDER,
         default_store_changes: bool = False,
         watch: Any = None,
     ) -> None:
@@ -170,19 +136,10 @@ class PDiffRecorder:
                 the middle of gradient accumulation, not a step that the gradient scaler skipped).
         """
         self.close()
-        self.rest_drift, self.error = None, None
-        total_steps = None if self.keep_newest else total_steps
-        window = Window.plan(
-            total_steps,
-            steps_per_epoch=steps_per_epoch,
-            every_n_steps=self.every_n_steps,
-            last_epochs=self.last_epochs,
-            last_steps=self.last_steps,
-            max_snapshots=self.max_snapshots,
-        )
-        if self.freeze_rest and total_steps is None:
+        window = Window.plan(self.config, total_steps, steps_per_epoch)
+        if self.config.freeze_rest and total_steps is None:
             raise ConfigError("freeze_rest", True, "needs to know where the window begins: pass total_steps")
-        if self.freeze_rest and world_size() > 1:
+        if self.config.freeze_rest and world_size() > 1:
             raise ConfigError(
                 "freeze_rest", True, "cannot be used in distributed training, which expects all gradients"
             )
@@ -190,9 +147,10 @@ class PDiffRecorder:
         if restored_store is not None and not Path(restored_store).is_dir():
             restored_store = None  # the checkpoint was moved to another machine
         store = Path(self.store or restored_store or default_store)
-        self._run = Run(self, model, window, steps_per_epoch, averaged, store)
+        self._session = Session(model, self.config, window, store, steps_per_epoch=steps_per_epoch, averaged=averaged)
+        self._outcome = self._session.outcome
         if self._is_restored:
-            self._run.restore(self._state)
+            self._session.restore(self._state)
             self._is_restored = False
         self._is_watching = watch is not None
         if watch is not None:
@@ -201,9 +159,9 @@ class PDiffRecorder:
 
     def step(self, epoch: float | None = None, metrics: Mapping[str, Any] | None = None) -> None:
         """Say that an optimizer step has been taken. Not needed when :meth:`attach` was given the optimizer."""
-        if self._run is None:
+        if self._session is None:
             raise ConfigError("model", None, "must be given with attach(model) before step() is called")
-        self._run.observe(self._run.step + 1, epoch, metrics)
+        self._session.observe(self._session.step + 1, epoch, metrics)
 
     def observe(
         self,
@@ -217,26 +175,26 @@ class PDiffRecorder:
 
         Without :meth:`start` the run's length counts as unknown. Without a number it is the next step.
         """
-        if self._run is None:
+        if self._session is None:
             self.start(model)
-        assert self._run is not None
+        assert self._session is not None
         took_step, found_inf = self._took_step or not self._is_watching, self._found_inf
         self._took_step, self._found_inf = False, None
-        if took_step and (step is None or step > self._run.step):
-            self._run.observe(self._run.step + 1 if step is None else step, epoch, metrics, found_inf)
+        if took_step and (step is None or step > self._session.step):
+            self._session.observe(self._session.step + 1 if step is None else step, epoch, metrics, found_inf)
 
     def close(self) -> None:
         """Write what is left and let go of the model. May be called again."""
-        hook, run, self._hook, self._run = self._hook, self._run, None, None
+        hook, session, self._hook, self._session = self._hook, self._session, None, None
         if hook is not None:
             hook.remove()
-        if run is not None:
-            run.close()
-            self._state = run.counters()
+        if session is not None:
+            session.close()
+            self._state = session.counters()
 
     def state_dict(self) -> dict[str, Any]:
         """Counters for a checkpoint, as plain JSON. Every snapshot so far is on disk when this returns."""
-        return self._run.state() if self._run is not None else dict(self._state)
+        return self._session.state() if self._session is not None else dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a run from its checkpoint: snapshots past its step are dropped, none is taken twice.
@@ -244,15 +202,13 @@ class PDiffRecorder:
         A run that was recorded to its end, or in another store, is left alone: another trajectory is begun.
         """
         self._state, self._is_restored = dict(state), True
-        if self._run is not None:
-            self._run.restore(self._state)
+        if self._session is not None:
+            self._session.restore(self._state)
             self._is_restored = False
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON; of a function as ``layers`` only its name."""
-        names = ("store", "layers", "every_n_steps", "last_epochs", "last_steps", "max_snapshots", "keep_newest")
-        settings = {name: getattr(self, name) for name in (*names, "trajectory", "freeze_rest", "dtype", "save_base")}
-        return settings | ({"layers": label(self.layers)} if callable(self.layers) else {})
+        return {"store": self.store, **self.config.to_json()}
 
     def __enter__(self) -> PDiffRecorder:
         return self
@@ -262,8 +218,8 @@ class PDiffRecorder:
 
     def _on_optimizer_step(self, optimizer: Optimizer) -> None:
         self._on_watched_step(optimizer)
-        if self._run is not None and self._took_step:
-            self._run.observe(self._run.step + 1, None, None, self._found_inf)
+        if self._session is not None and self._took_step:
+            self._session.observe(self._session.step + 1, None, None, self._found_inf)
         self._took_step, self._found_inf = False, None
 
     def _on_watched_step(self, optimizer: Optimizer) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from pdiff_plugin.config import Layers, RecorderConfig, layers_name
 from pdiff_plugin.errors import SelectionError
 from pdiff_plugin.modules.names import named_modules, named_tensors, unwrap
 from pdiff_plugin.snapshots.layout import Kind, Layout
-
-Layers = str | Sequence[str] | Callable[[str, Tensor], bool]
 
 KEYWORDS = ("last-norms:2", "norms", "head", "lora", "all")
 _NORM_CLASSES: tuple[type[nn.Module], ...] = (
@@ -53,7 +52,7 @@ class Selection:
         return Layout.from_tensors(self.tensors, self.kinds)
 
 
-def select(model: nn.Module, layers: Layers = "last-norms:2", *, averaged: bool = False) -> Selection:
+def select(model: nn.Module, layers: Layers = RecorderConfig.layers, *, averaged: bool = False) -> Selection:
     """Pick the tensors that a snapshot of ``model`` holds.
 
     Args:
@@ -84,7 +83,7 @@ def select(model: nn.Module, layers: Layers = "last-norms:2", *, averaged: bool 
         matched = {name for name, tensor in tensors.items() if layers(name, tensor)}
         matched |= _statistics(model, matched, modules=())
         if not matched:
-            raise SelectionError(label(layers), "picks no tensor", tuple(list(tensors)[-5:]))
+            raise SelectionError(_text(layers), "picks no tensor", tuple(list(tensors)[-5:]))
     else:
         specs = [layers] if isinstance(layers, str) else list(layers)
         if not specs:
@@ -103,7 +102,7 @@ def select(model: nn.Module, layers: Layers = "last-norms:2", *, averaged: bool 
     if not any(isinstance(tensors[name], nn.Parameter) for name in chosen):
         trained = [name for name, t in tensors.items() if isinstance(t, nn.Parameter) and is_trained(name)]
         raise SelectionError(
-            label(layers),
+            _text(layers),
             f"picks only tensors that are not trained ({', '.join(sorted(frozen or matched)[:3])}, ...)",
             tuple(trained[-5:]),
             "Unfreeze them (requires_grad_()) before recording, or choose layers that train.",
@@ -192,8 +191,5 @@ def _nearest(spec: str, modules: list[tuple[str, nn.Module]], tensors: dict[str,
     return tuple(close or [name for name, _ in modules if name][-5:])
 
 
-def label(layers: Layers) -> str:
-    """``layers`` as text: the same for the same function in another process."""
-    if callable(layers):
-        return f"<function {getattr(layers, '__name__', type(layers).__name__)}>"
-    return repr(layers if isinstance(layers, str) else list(layers))
+def _text(layers: Layers) -> str:
+    return layers_name(layers) if callable(layers) else repr(layers if isinstance(layers, str) else list(layers))

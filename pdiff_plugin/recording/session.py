@@ -1,4 +1,4 @@
-"""One training run as the recorder sees it: the window, the writer, the store, the drift of what is not recorded."""
+"""One recorded training: the window, the writer, the store, the drift of what is not recorded."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pdiff_plugin.errors import StoreNotFoundError, TrajectoryExistsError
+from pdiff_plugin.config import RecorderConfig
+from pdiff_plugin.errors import FormatError, FormatVersionError, StoreNotFoundError, TrajectoryExistsError
 from pdiff_plugin.modules.names import named_tensors, unwrap, wrapped_names
 from pdiff_plugin.recording.rest import FrozenRest, RestDrift, rest_names
-from pdiff_plugin.recording.selection import select
+from pdiff_plugin.recording.selection import Selection, select
 from pdiff_plugin.recording.window import Window
 from pdiff_plugin.recording.writer import BackgroundWriter, RowInfo
-from pdiff_plugin.snapshots.chunks import FORMAT, FORMAT_VERSION, read_base_header, read_chunks
-from pdiff_plugin.snapshots.files import read_json
-from pdiff_plugin.snapshots.layout import DTYPES, Layout
+from pdiff_plugin.snapshots.base import read_base_header
+from pdiff_plugin.snapshots.chunks import read_chunks
+from pdiff_plugin.snapshots.layout import DTYPES, LAYOUT_NAME, Layout, read_layout
 from pdiff_plugin.snapshots.shards import (
     check_sharding,
     is_sharded,
@@ -31,28 +33,54 @@ from pdiff_plugin.snapshots.shards import (
 )
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
-if TYPE_CHECKING:
-    from pdiff_plugin.recording.recorder import PDiffRecorder
-
 logger = logging.getLogger(__name__)
 
 
-class Run:
-    """One training run as the recorder sees it, from ``start`` to ``close``."""
+@dataclass
+class Outcome:
+    """What a recorded training came to.
+
+    Attributes:
+        error: why recording stopped early, if it did.
+        rest_drift: relative L2 change of the trained tensors that were not recorded, over the window; None until known.
+    """
+
+    error: Exception | None = None
+    rest_drift: float | None = None
+
+
+class Session:
+    """The recording of one training, from ``start`` to ``close`` of a recorder.
+
+    Args:
+        model: wrapped or not.
+        config: what is recorded.
+        window: the steps that are.
+        store: the store's folder.
+        steps_per_epoch: optimizer steps in an epoch, if known.
+        averaged: ``model`` is an averaged copy, whose parameters need no gradient.
+
+    Raises:
+        SelectionError: ``layers`` picks nothing that is trained.
+        LayoutMismatchError: the store holds snapshots of other tensors.
+        UnsupportedTensorError: the model is sharded, and not by ``fully_shard``.
+    """
 
     def __init__(
         self,
-        recorder: PDiffRecorder,
         model: nn.Module,
+        config: RecorderConfig,
         window: Window,
-        steps_per_epoch: int | None,
-        averaged: bool,
         store: Path,
+        *,
+        steps_per_epoch: int | None = None,
+        averaged: bool = False,
     ) -> None:
-        self.recorder, self.model, self.window = recorder, unwrap(model), window
-        self.steps_per_epoch, self.averaged, self.store = steps_per_epoch, averaged, store
+        self.model, self.config, self.window, self.store = unwrap(model), config, window, store
+        self.steps_per_epoch, self.averaged = steps_per_epoch, averaged
+        self.outcome = Outcome()
         self.is_writer = _rank() == 0
-        self.step, self.trajectory = 0, recorder.trajectory
+        self.step, self.trajectory = 0, config.trajectory
         # Ranks of a sharded model all write and must agree on a name: this is found before any of them has written.
         self._shared_trajectory = next_free_trajectory(store) if world_size() > 1 else None
         self._folder = store
@@ -61,6 +89,8 @@ class Run:
         self.last_recorded = 0
         self._num_observed = 0
         self._resume_step: int | None = None
+        self._names: list[str] = []
+        self._selected_from: dict[str, tuple[int, bool]] = {}
         self._layout: Layout | None = None
         self._read: Callable[[], list[Tensor]] = list
         self._drift = RestDrift(list)
@@ -69,10 +99,25 @@ class Run:
         self._is_measured = False
         check_sharding(self.model)
         # Wrong `layers` or a store of other tensors must not surface at the end of a long training.
-        self._check_store(select(model, recorder.layers, averaged=averaged).layout)
+        self._check_store(self.selection().layout)
         self._freeze_in_window()
 
+    def selection(self) -> Selection:
+        """The tensors that are recorded, looked for anew where the model's have been replaced, added or frozen.
+
+        Some trainers do so after the recorder was attached. Only names are kept, so that no replaced tensor stays in
+        memory.
+        """
+        present = _fingerprint(self.model)
+        if present != self._selected_from:
+            found = select(self.model, self.config.layers, averaged=self.averaged)
+            self._selected_from, self._names = present, list(found.tensors)
+            return found
+        tensors = named_tensors(self.model)
+        return Selection({name: tensors[name] for name in self._names}, ())
+
     def restore(self, counters: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint: at its step, in its trajectory, without the rows that came after it."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -86,7 +131,7 @@ class Run:
     def _leave_other_runs_alone(self, store: str | None) -> None:
         """Begin a trajectory of its own if the checkpoint is of a run whose snapshots are not this one's to drop."""
         if store is not None and Path(store).is_dir() and Path(store).resolve() != self.store.resolve():
-            reason, trajectory = f"it was recorded in another store, {store}", self.recorder.trajectory
+            reason, trajectory = f"it was recorded in another store, {store}", self.config.trajectory
         elif self.trajectory is not None and (end := _finished_at(self.store, self.trajectory)) > self.step:
             reason, trajectory = f"{self.trajectory} has since been recorded to its end at step {end}", None
         else:
@@ -98,10 +143,12 @@ class Run:
         self.trajectory, self._resume_step = trajectory, None
 
     def counters(self) -> dict[str, Any]:
+        """Where the recording is, as plain JSON."""
         return {"step": self.step, "trajectory": self.trajectory, "store": str(self.store)}
 
     def state(self) -> dict[str, Any]:
-        if self.is_writer and self.recorder.error is None and self._num_observed:
+        """The counters for a checkpoint, once every row so far is on disk."""
+        if self.is_writer and self.outcome.error is None and self._num_observed:
             # The trajectory is claimed even without rows, so that a resumed run goes on in the same one.
             writer = self._ready_writer()
             writer.flush()
@@ -112,12 +159,20 @@ class Run:
     def observe(
         self, step: int, epoch: float | None, metrics: Mapping[str, Any] | None, found_inf: Tensor | None = None
     ) -> None:
+        """Take the model after optimizer step ``step`` as a row, if that step is in the window.
+
+        Args:
+            step: 1 after the first update.
+            epoch: stored beside the row; worked out from ``steps_per_epoch`` unless given.
+            metrics: stored beside the row; what is no number is left out.
+            found_inf: on a CUDA device, the gradient scaler's verdict; the row is dropped if it is not 0.
+        """
         self.step = step
         if self._num_observed == 0:
             self._resolve()
             self._check_trajectory()
         self._num_observed += 1
-        if self.is_writer and self.recorder.error is None and self.window.is_due(step):
+        if self.is_writer and self.outcome.error is None and self.window.is_due(step):
             if epoch is None and self.steps_per_epoch:
                 epoch = step / self.steps_per_epoch
             try:
@@ -128,6 +183,7 @@ class Run:
         self._freeze_in_window()
 
     def close(self) -> None:
+        """Write what is left, with the base and the drift where the model is still the one of the last row."""
         try:
             if self._writer is not None:
                 self._finish(self._writer)
@@ -139,14 +195,14 @@ class Run:
             logger.warning(
                 "training ended at step %d, before the recording window opened at step %d: no snapshot was taken. "
                 "For training that may stop early, keep_newest=True keeps the newest %d snapshots, wherever it ends.",
-                *(self.step, first, self.recorder.max_snapshots),
+                *(self.step, first, self.config.max_snapshots),
             )
 
     def _record(self, info: RowInfo, found_inf: Tensor | None) -> None:
         writer = self._ready_writer()
         writer.add(self._read(), info, found_inf)
         if not writer.is_active:
-            self.recorder.error = writer.error
+            self.outcome.error = writer.error
             return
         is_ring = self.window.total_steps is None
         if self.num_recorded == 0 or (is_ring and self.num_recorded % self.window.num_rows == 0):
@@ -159,7 +215,7 @@ class Run:
     def _ready_writer(self) -> BackgroundWriter:
         if self._writer is None:
             layout = self._resolve()
-            dtype = DTYPES[self.recorder.dtype]
+            dtype = DTYPES[self.config.dtype]
             folder, trajectory, resume_step, shapes = self._folder, self.trajectory, self._resume_step, self._shapes
 
             def open_trajectory() -> TrajectoryWriter:
@@ -175,15 +231,15 @@ class Run:
                 self._read()[0].device,
                 keep=self.window.num_rows if self.window.total_steps is None else None,
             )
-            # A recorder that is forgotten without close() still leaves no thread behind.
-            weakref.finalize(self.recorder, self._writer.close).atexit = False
+            # A recorder that is forgotten without close(), and its session with it, still leaves no thread behind.
+            weakref.finalize(self, self._writer.close).atexit = False
         return self._writer
 
     def _resolve(self) -> Layout:
         """Find the tensors, as late as possible: some trainers replace parameters after the recorder was attached."""
         if self._layout is None:
             check_sharding(self.model)
-            selection = select(self.model, self.recorder.layers, averaged=self.averaged)
+            selection = self.selection()
             tensors = selection.tensors
             if any(map(is_sharded, tensors.values())):
                 self._folder = shard_folder(self.store, tensors)
@@ -200,13 +256,13 @@ class Run:
 
     def _measure_end(self, writer: BackgroundWriter) -> None:
         """Measure the drift and save the base, while the model is the one of the last row."""
-        drift = self.recorder.rest_drift = self._drift.measure()
+        drift = self.outcome.rest_drift = self._drift.measure()
         header = {"step": str(self.last_recorded)}
         if self.window.total_steps is not None:
             header["total_steps"] = str(self.window.total_steps)
         if drift is not None:
             header |= {"rest_drift": repr(drift), "rest_drift_from_step": str(self._drift.from_step)}
-        if self.recorder.save_base:
+        if self.config.save_base:
             state = _base_state(self.model)
             if self._shapes is not None and _rank() != 0:
                 state = {name: tensor for name, tensor in state.items() if name in self._shapes}
@@ -214,18 +270,18 @@ class Run:
         self._is_measured = True
 
     def _finish(self, writer: BackgroundWriter) -> None:
-        if self.num_recorded and not self._is_measured and writer.is_active and self.recorder.error is None:
+        if self.num_recorded and not self._is_measured and writer.is_active and self.outcome.error is None:
             try:
                 self._measure_if_unchanged(writer)
             except Exception as error:
                 # An exception that ended training must not be hidden by one of ours.
                 self._fail(error)
         writer.close()
-        self.recorder.error = self.recorder.error or writer.error
+        self.outcome.error = self.outcome.error or writer.error
         if writer.trajectory is not None:
             self.trajectory = writer.trajectory.trajectory
         if self.num_recorded and writer.trajectory is not None:
-            drift, from_step = self.recorder.rest_drift, self._drift.from_step
+            drift, from_step = self.outcome.rest_drift, self._drift.from_step
             rest = "" if drift is None else f"; the rest of the network moved by {drift:.2%} since step {from_step}"
             logger.info("recorded %d snapshots in %s%s", writer.trajectory.num_rows, writer.trajectory.folder, rest)
 
@@ -241,38 +297,42 @@ class Run:
             )
 
     def _is_last_row(self, trajectory: TrajectoryWriter) -> bool:
-        chunks, _ = read_chunks(trajectory.folder, trajectory.layout)
+        chunks, _ = read_chunks(trajectory.folder, trajectory.layout, trajectory.row_dtype)
         if not chunks:
             return False
         values = dict(zip(trajectory.layout.names, self._read(), strict=True))
-        last = chunks[-1].rows[len(chunks[-1].steps) - 1 : len(chunks[-1].steps)][0]
+        last = chunks[-1].columns(0, trajectory.layout.num_values, torch.tensor([-1]))[0]
         # Through the recorder's own dtype, as the row went: the store may keep more digits than it was given.
-        row = trajectory.layout.flatten(values, DTYPES[self.recorder.dtype])
+        row = trajectory.layout.flatten(values, DTYPES[self.config.dtype])
         return torch.equal(row.to(trajectory.row_dtype).cpu(), last)
 
     def _check_store(self, layout: Layout) -> None:
         if self.store.exists() and not self.store.is_dir():
             raise StoreNotFoundError(str(self.store), "it is a file")
-        if (self.store / "layout.json").is_file():
-            document = read_json(self.store / "layout.json", FORMAT, FORMAT_VERSION)
-            Layout.from_json(document["tensors"]).check_same(layout, f"the store {self.store}")
+        if (self.store / LAYOUT_NAME).is_file():
+            read_layout(self.store)[0].check_same(layout, f"the store {self.store}")
 
     def _check_trajectory(self) -> None:
         # Other ranks come here when rank 0 may have written its first chunk.
         if self.is_writer and self.trajectory is not None and self._resume_step is None:
             folder = self._folder / "trajectories" / self.trajectory
             if any(folder.glob("chunk-*.safetensors")):
-                raise TrajectoryExistsError(
-                    str(folder), sum(len(c.steps) for c in read_chunks(folder, self._resolve())[0])
-                )
+                chunks, _ = read_chunks(folder, *read_layout(self._folder))
+                raise TrajectoryExistsError(str(folder), sum(map(len, chunks)))
 
     def _freeze_in_window(self) -> None:
-        if self.recorder.freeze_rest and self._frozen is None and self.step >= self.window.first - 1:
-            self._frozen = FrozenRest(self.model, select(self.model, self.recorder.layers).tensors)
+        if self.config.freeze_rest and self._frozen is None and self.step >= self.window.first - 1:
+            self._frozen = FrozenRest(self.model, self.selection().tensors)
+            self._selected_from = _fingerprint(self.model)  # what is frozen was not chosen
 
     def _fail(self, error: Exception) -> None:
-        self.recorder.error = error
+        self.outcome.error = error
         logger.warning("recording stopped, training goes on: %s", error, exc_info=error)
+
+
+def _fingerprint(model: nn.Module) -> dict[str, tuple[int, bool]]:
+    """Which object each tensor of ``model`` is, and whether it is trained."""
+    return {name: (id(tensor), tensor.requires_grad) for name, tensor in named_tensors(model).items()}
 
 
 def _reader(model: nn.Module, names: Sequence[str]) -> Callable[[], list[Tensor]]:
@@ -293,8 +353,15 @@ def _reader(model: nn.Module, names: Sequence[str]) -> Callable[[], list[Tensor]
 
 def _finished_at(store: Path, trajectory: str) -> int:
     """The last step of a run that was recorded to its planned end, else 0."""
-    header = read_base_header(store / "trajectories" / trajectory)
-    return int(header["step"]) if "step" in header and header["step"] == header.get("total_steps") else 0
+    ends = [0]
+    for folder in (store, *store.glob("shards/rank-00000-of-*")):
+        try:
+            header = read_base_header(folder / "trajectories" / trajectory)
+        except (FormatError, FormatVersionError) as error:
+            logger.warning("%s The run is taken for unfinished.", error)
+        else:
+            ends += [int(header["step"])] if "step" in header and header["step"] == header.get("total_steps") else []
+    return max(ends)
 
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:

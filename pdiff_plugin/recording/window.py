@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from pdiff_plugin.config import RecorderConfig
 from pdiff_plugin.errors import ConfigError
 
 
@@ -25,16 +26,7 @@ class Window:
     num_rows: int
 
     @classmethod
-    def plan(
-        cls,
-        total_steps: int | None,
-        *,
-        steps_per_epoch: int | None,
-        every_n_steps: int | None,
-        last_epochs: int,
-        last_steps: int | None,
-        max_snapshots: int,
-    ) -> Window:
+    def plan(cls, config: RecorderConfig, total_steps: int | None, steps_per_epoch: int | None) -> Window:
         """Lay the window at the end of the run: ``last_steps``, else ``last_epochs``, else ``max_snapshots`` steps.
 
         Without ``every_n_steps`` a longer window than ``max_snapshots`` is thinned out evenly. With it, the newest
@@ -43,14 +35,16 @@ class Window:
         Raises:
             ConfigError: a run of no steps.
         """
+        if config.keep_newest:
+            total_steps = None
         if total_steps is not None and total_steps < 1:
             raise ConfigError("total_steps", total_steps, "must be at least 1; leave it out if it is not known")
-        length = last_steps or (last_epochs * steps_per_epoch if steps_per_epoch else None)
-        length = length or max_snapshots * (every_n_steps or 1)
+        length = config.last_steps or (config.last_epochs * steps_per_epoch if steps_per_epoch else None)
+        length = length or config.max_snapshots * (config.every_n_steps or 1)
         if total_steps is not None:
             length = min(length, total_steps)
-        every = every_n_steps or ceil(length / max_snapshots)
-        num_rows = min(max_snapshots, ceil(length / every))
+        every = config.every_n_steps or ceil(length / config.max_snapshots)
+        num_rows = min(config.max_snapshots, ceil(length / every))
         if total_steps is None:
             return cls(None, 1, every, num_rows)
         return cls(total_steps, total_steps - (num_rows - 1) * every, every, num_rows)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,19 @@ def write_json(path: Path, document: Any) -> None:
         temp.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
+def json_safe(value: Any, digits: int | None = None) -> Any:
+    """``value`` as JSON can hold it, at any depth: null for NaN and infinity, floats rounded to ``digits`` if given."""
+    if isinstance(value, Mapping):
+        return {key: json_safe(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(item, digits) for item in value]
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return None
+    return value if digits is None else round(value, digits)
+
+
 def read_json(path: Path, name: str, version: int) -> dict[str, Any]:
     """Read a JSON document whose ``"format"`` is ``name`` and whose ``"format_version"`` is at most ``version``.
 
@@ -55,16 +70,23 @@ def read_json(path: Path, name: str, version: int) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a text that is no UTF-8 is a ValueError, too
         raise FormatError(str(path), f"unreadable JSON ({error})", f"a {name} document") from error
     check_format(str(path), document if isinstance(document, dict) else {}, name, version)
     return dict(document)
 
 
-def check_format(path: str, header: dict[str, Any], name: str, version: int) -> None:
-    """Check the two keys that every file of ours carries; a header may hold them as text."""
+def check_format(path: str, header: Mapping[str, object], name: str, version: int) -> None:
+    """Check the two keys that every file of ours carries; a header may hold them as text.
+
+    Raises:
+        FormatError: another format, or no version.
+        FormatVersionError: from a newer release.
+    """
     if header.get("format") != name:
         raise FormatError(path, f"format {header.get('format')!r}", f"format {name!r}")
-    found = int(header.get("format_version", 0))
-    if found > version:
-        raise FormatVersionError(path, found, version)
+    found = str(header.get("format_version"))
+    if not re.fullmatch(r"[0-9]{1,9}", found):
+        raise FormatError(path, f"format_version {found}", "a whole number")
+    if int(found) > version:
+        raise FormatVersionError(path, int(found), version)

@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import reprlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pdiff_plugin.errors import LayoutMismatchError, UnsupportedTensorError
-from pdiff_plugin.modules.names import named_tensors
+from pdiff_plugin.errors import FormatError, LayoutMismatchError, UnsupportedTensorError
+from pdiff_plugin.modules.names import check_fits, named_tensors, shapes_of
+from pdiff_plugin.snapshots.files import read_json
 
 Kind = Literal["parameter", "buffer"]
+
+FORMAT = "pdiff-snapshots"
+FORMAT_VERSION = 1
+LAYOUT_NAME = "layout.json"
 
 DTYPES = {
     "float64": torch.float64,
@@ -28,6 +36,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_VALUES = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -73,9 +82,21 @@ class Layout:
         return cls(tuple(specs))
 
     @classmethod
-    def from_json(cls, tensors: Sequence[Mapping[str, Any]]) -> Layout:
-        """Inverse of :meth:`to_json`."""
-        return cls(tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"], t["kind"]) for t in tensors))
+    def from_json(cls, tensors: object, path: str = "a layout") -> Layout:
+        """Inverse of :meth:`to_json`, given anything.
+
+        Raises:
+            FormatError: it is not such a list; ``path`` says where it stands.
+        """
+        if not isinstance(tensors, list):
+            raise FormatError(path, f"tensors of type {type(tensors).__name__}", "a list of tensors")
+        layout = cls(tuple(_parse_spec(spec, path) for spec in tensors))
+        for name, count in Counter(layout.names).items():
+            if count > 1:
+                raise FormatError(path, f"{count} tensors of the name {name!r}", "each name once")
+        if layout.num_values > _MAX_VALUES:
+            raise FormatError(path, f"{layout.num_values} values in a row", f"at most {_MAX_VALUES}")
+        return layout
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain lists and dictionaries, ready for ``json.dumps``."""
@@ -98,6 +119,10 @@ class Layout:
     @property
     def names(self) -> list[str]:
         return [spec.name for spec in self.tensors]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {spec.name: spec.shape for spec in self.tensors}
 
     @property
     def flat_dtype(self) -> torch.dtype:
@@ -164,13 +189,7 @@ class Layout:
 
         The dtype may differ: weights recorded in float32 can serve a half-precision copy of the model.
         """
-        tensors = named_tensors(model)
-        for spec in self.tensors:
-            found = tensors.get(spec.name)
-            if found is None:
-                raise LayoutMismatchError(spec.name, str(spec), "no such tensor in this model", where)
-            if tuple(found.shape) != spec.shape:
-                raise LayoutMismatchError(spec.name, str(spec.shape), str(tuple(found.shape)), where)
+        check_fits(self.shapes, shapes_of(named_tensors(model)), where)
 
     def _lead(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
         lead: tuple[int, ...] | None = None
@@ -184,3 +203,43 @@ class Layout:
                 raise LayoutMismatchError(spec.name, str(spec.shape), str(tuple(found.shape)), "the layout")
             lead = here
         return lead or ()
+
+
+def parse_layout(document: object, path: str) -> tuple[Layout, torch.dtype]:
+    """Layout and dtype of the rows that the document of a ``layout.json`` stands for, given anything.
+
+    Raises:
+        FormatError: it is no such document; found and expected are named.
+    """
+    if not isinstance(document, Mapping):
+        raise FormatError(path, f"a {type(document).__name__}", "a JSON object")
+    layout = Layout.from_json(document.get("tensors"), path)
+    row_dtype, num_values = document.get("row_dtype"), document.get("num_values")
+    if not isinstance(row_dtype, str) or row_dtype not in DTYPES:
+        raise FormatError(path, f"row_dtype {row_dtype!r}", f"one of {', '.join(DTYPES)}")
+    if type(num_values) is not int or num_values != layout.num_values:
+        raise FormatError(path, f"num_values {num_values!r}", f"{layout.num_values}, the sum of its tensors")
+    return layout, DTYPES[row_dtype]
+
+
+def read_layout(folder: Path) -> tuple[Layout, torch.dtype]:
+    """What the ``layout.json`` in the folder of a store says.
+
+    Raises:
+        FormatError: it is none.
+        FormatVersionError: from a newer release.
+    """
+    path = folder / LAYOUT_NAME
+    return parse_layout(read_json(path, FORMAT, FORMAT_VERSION), str(path))
+
+
+def _parse_spec(spec: object, path: str) -> TensorSpec:
+    match spec:
+        case {"name": str(name), "shape": list(shape), "dtype": str(dtype), "kind": ("parameter" | "buffer") as kind}:
+            if dtype in DTYPES and all(type(size) is int and 0 <= size <= _MAX_VALUES for size in shape):
+                return TensorSpec(name, tuple(shape), dtype, kind)
+    raise FormatError(
+        path,
+        f"the tensor {reprlib.repr(spec)}",
+        f"name, shape (sizes from 0), dtype (one of {', '.join(DTYPES)}) and kind (parameter or buffer)",
+    )

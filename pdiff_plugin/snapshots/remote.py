@@ -14,13 +14,15 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pdiff_plugin.errors import StoreNotFoundError
 from pdiff_plugin.snapshots.files import TEMP_MARK
+from pdiff_plugin.snapshots.layout import LAYOUT_NAME
+from pdiff_plugin.snapshots.shards import SHAPES_NAME, read_worlds
 
 logger = logging.getLogger(__name__)
 
@@ -49,46 +51,55 @@ def copy_store(url: str, folder: Path, share: Callable[[int], slice] | None = No
 
     Raises:
         StoreNotFoundError: there is none.
+        FormatError: a layout cannot be read, or a rank's snapshots are missing.
     """
     fs, root = _open(url)
-    if not fs.exists(f"{root}/layout.json"):
-        raise StoreNotFoundError(url, "it has no layout.json")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "layout.json").write_bytes(fs.cat_file(f"{root}/layout.json"))
-    for remote in sorted(fs.glob(f"{root}/trajectories/*/chunk-*.safetensors")):
-        place = PurePosixPath(str(remote))
-        local = folder / "trajectories" / place.parent.name
-        local.mkdir(parents=True, exist_ok=True)
-        _copy_chunk(fs, str(remote), local / place.name, share)
+    layouts = [name for name in (LAYOUT_NAME, f"shards/*/{LAYOUT_NAME}") for name in fs.glob(f"{root}/{name}")]
+    if not layouts:
+        raise StoreNotFoundError(url, f"it has no {LAYOUT_NAME}")
+    for remote in [*layouts, *fs.glob(f"{root}/shards/*/{SHAPES_NAME}")]:
+        local = folder / PurePosixPath(str(remote)).relative_to(root)
+        local.parent.mkdir(parents=True, exist_ok=True)
+        local.write_bytes(fs.cat_file(str(remote)))
+    for world in read_worlds(folder):
+        columns = share(world.layout.num_values) if share else slice(0, world.layout.num_values)
+        for rank, place in enumerate(world.folders):
+            own = [(lo, hi) for owner, lo, hi in world.ranges(columns.start, columns.stop) if owner == rank]
+            inside = PurePosixPath(root, place.relative_to(folder))
+            for remote in sorted(fs.glob(f"{inside}/trajectories/*/chunk-*.safetensors")):
+                local = folder / PurePosixPath(str(remote)).relative_to(root)
+                local.parent.mkdir(parents=True, exist_ok=True)
+                _copy_chunk(fs, str(remote), local, own)
     return folder
 
 
-def _copy_chunk(fs: Any, remote: str, local: Path, share: Callable[[int], slice] | None) -> None:
+def _copy_chunk(fs: Any, remote: str, local: Path, columns: Sequence[tuple[int, int]]) -> None:
+    """Copy a chunk file, of its rows the ``columns`` [lo, hi) alone."""
     # https://github.com/huggingface/safetensors#format: a length, a JSON header, and the tensors, row by row.
     size = int(fs.size(remote))
     length = int.from_bytes(fs.cat_file(remote, start=0, end=8), "little")
     head = fs.cat_file(remote, start=0, end=8 + length)
-    header = json.loads(head[8:])
-    begin, end = header["rows"]["data_offsets"]
-    n, D = header["rows"]["shape"]
-    width = (end - begin) // max(1, n * D)
-    columns = share(D) if share else slice(0, D)
     origin = 8 + length
+    try:
+        header = json.loads(head[8:])
+        begin, end = header["rows"]["data_offsets"]
+        n, D = header["rows"]["shape"]
+        others = [spec["data_offsets"] for name, spec in header.items() if name not in ("rows", "__metadata__")]
+    except (ValueError, KeyError, TypeError):
+        local.write_bytes(fs.cat_file(remote))  # damaged: whoever opens the copy says so
+        return
+    width = (end - begin) // max(1, n * D)
+    ranges = [(origin + start, origin + stop) for start, stop in others]
+    for row in range(n):
+        start = origin + begin + row * D * width
+        ranges += [(start + lo * width, start + hi * width) for lo, hi in columns if lo < hi]
     with open(local, "wb") as file:
         file.truncate(size)
         file.write(head)
-        for name, spec in header.items():
-            if name not in ("rows", "__metadata__"):
-                start, stop = (origin + offset for offset in spec["data_offsets"])
-                file.seek(start)
-                file.write(fs.cat_file(remote, start=start, end=stop))
-        starts = [origin + begin + (row * D + columns.start) * width for row in range(n)]
-        bytes_of_row = (columns.stop - columns.start) * width
-        at_once = max(1, _BATCH_BYTES // max(1, bytes_of_row))
-        for first in range(0, n if bytes_of_row else 0, at_once):
-            some = starts[first : first + at_once]
-            pieces = fs.cat_ranges([remote] * len(some), some, [start + bytes_of_row for start in some])
-            for start, piece in zip(some, pieces, strict=True):
+        at_once = max(1, _BATCH_BYTES // max(1, *(stop - start for start, stop in ranges)))
+        for first in range(0, len(ranges), at_once):
+            starts, stops = map(list, zip(*ranges[first : first + at_once], strict=True))
+            for start, piece in zip(starts, fs.cat_ranges([remote] * len(starts), starts, stops), strict=True):
                 if isinstance(piece, Exception):
                     raise piece
                 file.seek(start)

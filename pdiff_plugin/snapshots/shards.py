@@ -5,16 +5,21 @@ Each rank writes the part of every tensor that it holds, which needs no communic
     STORE/shards/rank-00000-of-00002/             layout.json, trajectories/ as in any store; local shapes
     STORE/shards/rank-00000-of-00002/shard.json   {"format": "pdiff-shard", "shapes": {NAME: whole shape}}
 
-Tensors that are not sharded (buffers) are in rank 0's store alone. Opening STORE joins what all ranks have into
-ordinary trajectories, in which nothing of this shows any more.
+Tensors that are not sharded (buffers) are in rank 0's store alone. Tensors are cut along dimension 0, so that the flat
+values of a whole one are the ranks' parts one after another: whole rows are read from the files of all ranks as columns
+are asked for, and nothing is ever joined on disk.
 
-Shapes: n rows, D values in a row of the whole, R ranks.
+Shapes: m rows wanted, D values in a row of the whole, c columns, R ranks.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import reprlib
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 
@@ -22,15 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from pdiff_plugin.errors import FormatError, UnsupportedTensorError
-from pdiff_plugin.snapshots.chunks import read_base_header, read_chunks, write_base
+from pdiff_plugin.snapshots.base import read_base, read_base_header
+from pdiff_plugin.snapshots.chunks import Chunk, read_chunks
 from pdiff_plugin.snapshots.files import read_json, write_json
-from pdiff_plugin.snapshots.layout import Layout, TensorSpec
-from pdiff_plugin.snapshots.store import SnapshotStore
-from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
+from pdiff_plugin.snapshots.layout import LAYOUT_NAME, Layout, TensorSpec, read_layout
 
 FORMAT = "pdiff-shard"
 FORMAT_VERSION = 1
-_JOIN_ROWS = 64
+SHAPES_NAME = "shard.json"
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -86,7 +90,7 @@ def shard_folder(store: Path, tensors: Mapping[str, Tensor]) -> Path:
 def write_shapes(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Keep the whole shapes of the sharded tensors, chosen or not."""
     document = {name: list(shape) for name, shape in shapes.items()}
-    write_json(folder / "shard.json", {"format": FORMAT, "format_version": FORMAT_VERSION, "shapes": document})
+    write_json(folder / SHAPES_NAME, {"format": FORMAT, "format_version": FORMAT_VERSION, "shapes": document})
 
 
 def next_free_trajectory(store: Path) -> str:
@@ -95,107 +99,244 @@ def next_free_trajectory(store: Path) -> str:
     return next(name for number in range(1, len(used) + 2) if (name := f"run-{number:03d}") not in used)
 
 
-def join_shards(store: Path) -> None:
-    """Bring the joined trajectories of ``store`` up to date with what all its ranks have written.
+def layout_files(store: Path) -> list[Path]:
+    """The layout files of a store: its own, and those of its ranks."""
+    return [path for path in (store / LAYOUT_NAME, *sorted(store.glob(f"shards/*/{LAYOUT_NAME}"))) if path.is_file()]
+
+
+def read_worlds(store: Path) -> list[World]:
+    """Those who wrote into ``store``: ranks that trained together, the smallest number first, after those that had
+    the whole model.
 
     Raises:
-        FormatError: the folders of some ranks are missing.
+        FormatError: the folders of some ranks are missing, or do not belong together.
+        LayoutMismatchError: they recorded other tensors.
     """
-    worlds: dict[int, dict[int, Path]] = {}
-    for folder in (store / "shards").iterdir():
-        if (match := re.fullmatch(r"rank-(\d+)-of-(\d+)", folder.name)) and (folder / "layout.json").is_file():
-            worlds.setdefault(int(match[2]), {})[int(match[1])] = folder
-    for size, folders in worlds.items():
-        missing = sorted(set(range(size)) - set(folders))
-        if missing:
+    by_size: dict[int, dict[int, Path]] = {}
+    for path in layout_files(store):
+        if path.parent != store and (match := re.fullmatch(r"rank-(\d+)-of-(\d+)", path.parent.name)):
+            by_size.setdefault(int(match[2]), {})[int(match[1])] = path.parent
+    for size, folders in by_size.items():
+        if missing := sorted(set(range(size)) - set(folders)):
             raise FormatError(
                 str(store / "shards"), f"no snapshots of rank {missing[0]}", f"one folder for each of {size} ranks"
             )
-    opened = [_World([folders[rank] for rank in range(size)]) for size, folders in sorted(worlds.items())]
-    for trajectory in sorted({name for world in opened for name in world.ranks[0].trajectories}):
-        _join_rows(store, trajectory, opened)
-        _join_base(store, trajectory, opened)
+    worlds = [World([store])] if (store / LAYOUT_NAME).is_file() else []
+    for size, folders in sorted(by_size.items()):
+        worlds.append(World([folders[rank] for rank in range(size)], _read_shapes(folders[0] / SHAPES_NAME)))
+    for world in worlds[1:]:
+        worlds[0].layout.check_same(world.layout, f"the store {store}")
+    return worlds
 
 
-class _World:
-    """The stores of R ranks that trained together. A run that is resumed on another number of ranks has several."""
+class World:
+    """The stores of R ranks that trained together; an ordinary store is that of one rank, which had everything.
 
-    def __init__(self, folders: list[Path]) -> None:
-        self.ranks = [SnapshotStore.open(folder) for folder in folders]
-        shapes = read_json(folders[0] / "shard.json", FORMAT, FORMAT_VERSION)["shapes"]
-        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+    Args:
+        folders: of the ranks, in order.
+        shapes: whole shapes of the sharded tensors, by name.
+
+    Attributes:
+        folders: of the ranks.
+        layout: the tensors of a row of the whole.
+        row_dtype: the narrowest dtype in which the rows of all ranks are exact.
+    """
+
+    def __init__(self, folders: Sequence[Path], shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        self.folders, self._shapes = list(folders), shapes or {}
+        self.is_sharded = shapes is not None
+        self._layouts, self._row_dtypes = zip(*map(read_layout, folders), strict=True)
+        self.row_dtype: torch.dtype = reduce(torch.promote_types, self._row_dtypes)
         self.layout = Layout(
-            tuple(
-                TensorSpec(s.name, self.shapes.get(s.name, s.shape), s.dtype, s.kind)
-                for s in self.ranks[0].layout.tensors
-            )
+            tuple(TensorSpec(s.name, self._shapes.get(s.name, s.shape), s.dtype, s.kind) for s in self._layouts[0])
+        )
+        self._pieces = list(self._cut())
+        self._starts = torch.tensor([piece.start for piece in self._pieces], dtype=torch.int64)
+        self._start_list = self._starts.tolist()
+        self._ranks = torch.tensor([piece.rank for piece in self._pieces], dtype=torch.int64)
+        self._shifts = torch.tensor([piece.shift for piece in self._pieces], dtype=torch.int64)
+
+    @property
+    def trajectories(self) -> list[str]:
+        return sorted(path.name for path in (self.folders[0] / "trajectories").glob("*") if path.is_dir())
+
+    def chunks(self, trajectory: str) -> tuple[list[list[Chunk]], list[str]]:
+        """The chunks of a trajectory that each rank has written, and a sentence for each that cannot be read."""
+        chunks: list[list[Chunk]] = []
+        problems: list[str] = []
+        for folder, layout, row_dtype in zip(self.folders, self._layouts, self._row_dtypes, strict=True):
+            path = folder / "trajectories" / trajectory
+            found, unread = read_chunks(path, layout, row_dtype) if path.is_dir() else ([], [])
+            chunks.append(found)
+            problems += unread
+        return chunks, problems
+
+    def base_header(self, trajectory: str) -> dict[str, str]:
+        """What a trajectory's base says of itself, empty unless all ranks have written that of one step.
+
+        Raises:
+            FormatError: it cannot be read.
+            FormatVersionError: from a newer release.
+        """
+        headers = [read_base_header(folder / "trajectories" / trajectory) for folder in self.folders]
+        return headers[0] if all(headers) and len({header.get("step") for header in headers}) == 1 else {}
+
+    def base(self, trajectory: str) -> dict[str, Tensor] | None:
+        """The whole model at the end of a trajectory's window, or None. Errors are those of :meth:`base_header`."""
+        bases = [read_base(folder / "trajectories" / trajectory) for folder in self.folders]
+        parts = [base for base in bases if base is not None]
+        if len(parts) < len(self.folders):
+            return None
+        for name in self._shapes.keys() & parts[0]:
+            if lacking := [folder for folder, part in zip(self.folders, parts, strict=True) if name not in part]:
+                raise FormatError(str(lacking[0] / "trajectories" / trajectory), f"a base without {name}", "its part")
+        return {
+            name: torch.cat([part[name] for part in parts]) if name in self._shapes else tensor
+            for name, tensor in parts[0].items()
+        }
+
+    def ranges(self, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
+        """Where columns [lo, hi) of the whole are: rank and columns [first, last) of its own rows, in order."""
+        for piece in self._pieces[max(0, bisect_right(self._start_list, lo) - 1) :]:
+            if piece.start >= hi:
+                return
+            yield piece.rank, max(lo, piece.start) + piece.shift, min(hi, piece.stop) + piece.shift
+
+    def locate(self, columns: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Where any ``columns`` (c,) are: rank, a mask (c,) of those that it has, and these among its own columns."""
+        pieces = torch.searchsorted(self._starts, columns, right=True) - 1  # (c,)
+        ranks, own = self._ranks[pieces], columns + self._shifts[pieces]
+        for rank in torch.unique(ranks).tolist():
+            is_own = ranks == rank
+            yield rank, is_own, own[is_own]
+
+    def _cut(self) -> Iterator[_Piece]:
+        for spec in self.layout:
+            start, rows = self.layout.slices[spec.name].start, 0
+            for rank, layout in enumerate(self._layouts if spec.name in self._shapes else self._layouts[:1]):
+                place = layout.slices.get(spec.name)
+                part = layout.shapes.get(spec.name, ())
+                if place is None or part[1:] != spec.shape[1:]:
+                    found = "no such tensor" if place is None else str(part)
+                    raise FormatError(str(self.folders[rank] / LAYOUT_NAME), f"{spec.name}: {found}", str(spec))
+                rows += part[0] if part else 0
+                if place.stop > place.start:
+                    yield _Piece(start, start + place.stop - place.start, rank, place.start - start)
+                start += place.stop - place.start
+            if spec.name in self._shapes and rows != spec.shape[0]:
+                path = str(self.folders[0] / SHAPES_NAME)
+                raise FormatError(path, f"{spec.name} of shape {spec.shape}", f"the {rows} rows of all its parts")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Columns [start, stop) of the whole, which a rank has ``shift`` columns further on in its own rows."""
+
+    start: int
+    stop: int
+    rank: int
+    shift: int
+
+
+@dataclass(frozen=True)
+class JoinedChunk:
+    """Whole rows, each rank's part of them in one chunk of its own, read as far as asked for. See :class:`Chunk`."""
+
+    steps: list[int]
+    epochs: list[float | None]
+    metrics: list[dict[str, float]]
+    _world: World
+    _parts: Sequence[tuple[Chunk, Tensor]]  # of each rank: a chunk, and places (n,) in it
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def columns(self, lo: int, hi: int, rows: Tensor | None = None) -> Tensor:
+        """Columns [lo, hi) of the rows at ``rows`` (m,), or of all: (m, hi - lo)."""
+        parts = []
+        for rank, first, last in self._world.ranges(lo, hi):
+            chunk, places = self._parts[rank]
+            is_whole = rows is None and len(chunk) == len(self)
+            parts.append(chunk.columns(first, last, None if is_whole else places if rows is None else places[rows]))
+        if not parts:
+            return torch.empty(len(self if rows is None else rows), 0)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def gather(self, columns: Tensor, rows: Tensor) -> Tensor:
+        """Values at any ``columns`` (c,) of the rows at ``rows`` (m,), both int64: (m, c)."""
+        out = torch.empty(len(rows), len(columns), dtype=self._world.row_dtype)
+        for rank, is_own, own in self._world.locate(columns):
+            chunk, places = self._parts[rank]
+            out[:, is_own] = chunk.gather(own, places[rows]).to(out.dtype)
+        return out
+
+
+def read_trajectory(worlds: Sequence[World], trajectory: str) -> tuple[Sequence[Chunk | JoinedChunk], list[str]]:
+    """The rows of a trajectory in order, and a sentence for each chunk that cannot be read.
+
+    Steps that some rank lacks are left out. A run that was resumed on another number of ranks was written by several
+    worlds: where steps overlap, the one that got further counts. What was recorded whole counts before the first step
+    of the shards: after it, it may be a copy of them that an earlier release made.
+    """
+    problems: list[str] = []
+    whole: Sequence[Chunk] = []
+    rows: _Rows = {}
+    sharded: list[_Rows] = []
+    for world in worlds:
+        chunks, unread = world.chunks(trajectory)
+        problems += unread
+        if world.is_sharded:
+            sharded.append(_common_rows(world, chunks))
+        else:
+            whole, rows = chunks[0], _common_rows(world, chunks)
+    if not any(sharded):
+        return whole, problems
+    first = min(step for steps in sharded for step in steps)
+    rows = {step: place for step, place in rows.items() if step < first}
+    for steps in sorted(filter(None, sharded), key=max):
+        rows |= steps
+    return list(_joined(rows)), problems
+
+
+# Step -> who wrote it, and of each rank a chunk and the number of a row in it.
+_Rows = dict[int, tuple[World, list[tuple[Chunk, int]]]]
+
+
+def _common_rows(world: World, chunks: Sequence[Sequence[Chunk]]) -> _Rows:
+    """The rows that all ranks of a world have in their ``chunks``."""
+    places = [{step: (chunk, row) for chunk in own for row, step in enumerate(chunk.steps)} for own in chunks]
+    return {step: (world, [own[step] for own in places]) for step in set.intersection(*map(set, places))}
+
+
+def _joined(rows: _Rows) -> Iterator[JoinedChunk]:
+    """``rows`` in order, in runs of those that lie in the same chunks."""
+
+    def files(step: int) -> list[int]:
+        return [id(chunk) for chunk, _ in rows[step][1]]
+
+    for _, group in groupby(sorted(rows), key=files):
+        steps = list(group)
+        world, parts = rows[steps[0]]
+        places = list(zip(*([row for _, row in rows[step][1]] for step in steps), strict=True))  # of each rank
+        chunks = [chunk for chunk, _ in parts]
+        yield JoinedChunk(
+            steps,
+            [chunks[0].epochs[row] for row in places[0]],
+            [chunks[0].metrics[row] for row in places[0]],
+            world,
+            [(chunk, torch.tensor(own)) for chunk, own in zip(chunks, places, strict=True)],
         )
 
-    def places(self, trajectory: str) -> dict[int, list[int]]:
-        """Step -> index in each rank's store, for the steps of a trajectory that all ranks have."""
-        places = [_places(rank, trajectory) for rank in self.ranks]
-        return {step: [place[step] for place in places] for step in sorted(set.intersection(*map(set, places)))}
 
-    def base_step(self, trajectory: str) -> int:
-        """The step of a trajectory's base, 0 unless all ranks have written it."""
-        steps = {int(rank.base_header(trajectory).get("step", 0)) for rank in self.ranks}
-        return steps.pop() if len(steps) == 1 else 0
-
-
-def _join_rows(store: Path, trajectory: str, worlds: list[_World]) -> None:
-    found = [(places, world) for world in worlds if (places := world.places(trajectory))]
-    rows: dict[int, tuple[_World, list[int]]] = {}
-    for places, world in sorted(found, key=lambda one: max(one[0])):  # where steps overlap, that which got further wins
-        rows |= {step: (world, indices) for step, indices in places.items()}
-    folder, layout = store / "trajectories" / trajectory, worlds[0].layout
-    for world in worlds[1:]:
-        layout.check_same(world.layout, f"the store {store}")
-    present = read_chunks(folder, layout)[0] if folder.is_dir() else []
-    steps = sorted(rows)
-    if [step for chunk in present for step in chunk.steps] == steps:
-        return
-    writer = TrajectoryWriter(store, layout, worlds[0].ranks[0].row_dtype, trajectory, resume_step=-1)
-    for _, group in groupby(steps, key=lambda step: id(rows[step][0])):
-        alike = list(group)
-        for start in range(0, len(alike), _JOIN_ROWS):
-            some = alike[start : start + _JOIN_ROWS]
-            world = rows[some[0]][0]
-            indices = [list(column) for column in zip(*(rows[step][1] for step in some), strict=True)]  # of each rank
-            parts = [
-                rank.layout.unflatten(rank.rows(indices=own)) for rank, own in zip(world.ranks, indices, strict=True)
-            ]
-            writer.write_chunk(
-                layout.flatten(_joined(parts, world.shapes, dim=1)),  # (n, D)
-                some,
-                [world.ranks[0].epochs[index] for index in indices[0]],
-                [world.ranks[0].metrics[index] for index in indices[0]],
-            )
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        shapes = read_json(path, FORMAT, FORMAT_VERSION).get("shapes")
+    except FileNotFoundError as error:
+        raise FormatError(str(path), "no such file", "the whole shapes of sharded tensors") from error
+    if not isinstance(shapes, dict) or not all(map(_is_shape, shapes.values())):
+        raise FormatError(str(path), f"shapes {reprlib.repr(shapes)}", "an object of name -> sizes")
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
-def _join_base(store: Path, trajectory: str, worlds: list[_World]) -> None:
-    world = max(worlds, key=lambda world: world.base_step(trajectory))
-    step = world.base_step(trajectory)
-    folder = store / "trajectories" / trajectory
-    if not step or not folder.is_dir() or int(read_base_header(folder).get("step", 0)) == step:
-        return
-    bases = [base for rank in world.ranks if (base := rank.base(trajectory)) is not None]
-    header = world.ranks[0].base_header(trajectory)
-    kept = ("step", "total_steps", "rest_drift", "rest_drift_from_step")
-    write_base(folder, _joined(bases, world.shapes, dim=0), {key: header[key] for key in kept if key in header})
-
-
-def _places(store: SnapshotStore, trajectory: str) -> dict[int, int]:
-    """Step -> index in the store, for one trajectory."""
-    if trajectory not in store.trajectories:
-        return {}
-    number = store.trajectories.index(trajectory)
-    inside = (store.trajectory_index == number).nonzero().squeeze(1).tolist()
-    return {int(store.steps[index]): index for index in inside}
-
-
-def _joined(parts: list[dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], dim: int) -> dict[str, Tensor]:
-    """Whole tensors from those of R ranks, cut along ``dim``; what is not sharded comes from rank 0."""
-    return {
-        name: torch.cat([part[name] for part in parts], dim=dim) if name in shapes else tensor
-        for name, tensor in parts[0].items()
-    }
+def _is_shape(found: object) -> bool:
+    return isinstance(found, list) and bool(found) and all(type(size) is int and size >= 0 for size in found)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from pdiff_plugin.snapshots.layout import Layout
 
 # Reads columns [lo, hi) of chosen snapshots: (lo, hi) -> (N, hi - lo) float32.
 ColumnReader = Callable[[int, int], Tensor]
+
+T = TypeVar("T")
 
 # Tensors of this name are positive and vary by factors: their logarithm is modelled.
 LOG_SUFFIX = "running_var"
@@ -136,6 +139,26 @@ def measure(
             gram += part / variances[number]
     scales = torch.where(variances > 0, variances.sqrt(), 1.0)
     return Statistics(all_reduce(gram), scales)
+
+
+def without_nonfinite(num_rows: int, attempt: Callable[[Tensor], T], on_dropped: Callable[[Tensor, Tensor], None]) -> T:
+    """What ``attempt`` makes of those rows that hold neither NaN nor Inf.
+
+    Args:
+        num_rows: N; all rows are tried first.
+        attempt: given the rows to read, (any,) int64; raises :class:`NonFiniteRowsError` for places among them, which
+            are left out from then on.
+        on_dropped: told the rows that are left and those that were just left out; raises where these are too many.
+    """
+    rows = torch.arange(num_rows)
+    while True:
+        try:
+            return attempt(rows)
+        except NonFiniteRowsError as error:
+            keep = torch.ones(len(rows), dtype=torch.bool)
+            keep[error.rows] = False
+        lost, rows = rows[~keep], rows[keep]
+        on_dropped(rows, lost)
 
 
 def indicator(places: Tensor, size: int) -> Tensor:

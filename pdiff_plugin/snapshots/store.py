@@ -2,7 +2,7 @@
 
     STORE/layout.json                                  names, shapes, dtypes, kinds; written once by the first writer
     STORE/trajectories/<id>/chunk-000001.safetensors   see chunks.py
-    STORE/trajectories/<id>/base.safetensors           the whole model at the end of the recording window (optional)
+    STORE/trajectories/<id>/base.safetensors           see base.py (optional)
     STORE/shards/                                      parts that the ranks of a sharded model wrote, see shards.py
 
 Every file appears by an atomic rename; names that do not match are ignored. Nothing is pickled.
@@ -12,22 +12,18 @@ Shapes: N snapshots in the store, D values in a row.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from pdiff_plugin.errors import StoreNotFoundError
-from pdiff_plugin.snapshots.chunks import FORMAT, FORMAT_VERSION, Chunk, read_base_header, read_chunks
-from pdiff_plugin.snapshots.files import read_json
-from pdiff_plugin.snapshots.layout import DTYPES, Layout
+from pdiff_plugin.errors import FormatError, FormatVersionError, StoreNotFoundError
+from pdiff_plugin.snapshots.chunks import Chunk
+from pdiff_plugin.snapshots.shards import JoinedChunk, World, read_trajectory, read_worlds
 
 logger = logging.getLogger(__name__)
 
@@ -45,39 +41,42 @@ class SnapshotStore:
         problems: one sentence per file that could not be read; its rows are left out.
     """
 
-    def __init__(self, path: Path, layout: Layout, row_dtype: torch.dtype) -> None:
-        self.path, self.layout, self.row_dtype = path, layout, row_dtype
+    def __init__(self, path: Path, worlds: Sequence[World]) -> None:
+        self.path, self.layout, self._worlds = path, worlds[0].layout, worlds
+        self.row_dtype: torch.dtype = reduce(torch.promote_types, (world.row_dtype for world in worlds))
         self.problems: list[str] = []
         self.trajectories: list[str] = []
-        self._chunks: list[tuple[int, Chunk]] = []
-        for folder in sorted(p for p in (path / "trajectories").glob("*") if p.is_dir()):
-            chunks, problems = read_chunks(folder, layout)
+        self._chunks: list[tuple[int, Chunk | JoinedChunk]] = []
+        self._base_headers: dict[str, dict[str, str]] = {}
+        for name in sorted({name for world in worlds for name in world.trajectories}):
+            chunks, problems = read_trajectory(worlds, name)
             self.problems += problems
             if chunks:
                 self._chunks += [(len(self.trajectories), chunk) for chunk in chunks]
-                self.trajectories.append(folder.name)
+                self.trajectories.append(name)
+            try:
+                self._base_headers[name] = self._find_base(name)[1]
+            except (FormatError, FormatVersionError) as error:
+                self.problems.append(f"{error} The whole model of {name} is left out.")
         for problem in self.problems:
             logger.warning(problem)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> SnapshotStore:
-        """Open an existing store for reading.
+        """Open an existing store for reading. Nothing is written.
 
         Raises:
-            StoreNotFoundError: no such folder, or one without ``layout.json``.
+            StoreNotFoundError: no such folder, or one without ``layout.json`` and shards.
+            FormatError: its layout cannot be read, or a rank's snapshots are missing.
             FormatVersionError: written by a newer release.
         """
         path = Path(path)
         if not path.is_dir():
             raise StoreNotFoundError(str(path), "it is a file" if path.exists() else "there is no such folder")
-        if (path / "shards").is_dir():
-            from pdiff_plugin.snapshots.shards import join_shards  # builds on this module
-
-            join_shards(path)
-        if not (path / "layout.json").is_file():
+        worlds = read_worlds(path)
+        if not worlds:
             raise StoreNotFoundError(str(path), "it has no layout.json")
-        document = read_json(path / "layout.json", FORMAT, FORMAT_VERSION)
-        return cls(path, Layout.from_json(document["tensors"]), DTYPES[document["row_dtype"]])
+        return cls(path, worlds)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -101,7 +100,7 @@ class SnapshotStore:
     @cached_property
     def _chunk_starts(self) -> Tensor:
         """Place of the first row of each chunk, and N."""
-        return torch.tensor([0, *(len(chunk.steps) for _, chunk in self._chunks)]).cumsum(0)
+        return torch.tensor([0, *(len(chunk) for _, chunk in self._chunks)]).cumsum(0)
 
     @cached_property
     def epochs(self) -> list[float | None]:
@@ -135,10 +134,9 @@ class SnapshotStore:
         wanted = self._numbers(indices)
         out = torch.empty(len(wanted), hi - lo, dtype=dtype)
         for chunk, places, own in self._pieces(wanted):
-            if isinstance(places, slice) and len(own) == len(chunk.steps):
-                out[places] = chunk.rows[:, lo:hi]
-            else:
-                out[places] = chunk.rows[:, lo:hi][own].to(dtype)
+            is_whole = isinstance(places, slice) and len(own) == len(chunk)
+            values = chunk.columns(lo, hi, None if is_whole else own)
+            out[places] = values if isinstance(places, slice) else values.to(dtype)
         return out
 
     def _numbers(self, indices: Sequence[int] | Tensor | None) -> Tensor:
@@ -156,7 +154,7 @@ class SnapshotStore:
             raise IndexError(f"snapshot {int(outside[0])} of a store that holds {len(self)}")
         return torch.where(numbers < 0, numbers + len(self), numbers)
 
-    def _pieces(self, wanted: Tensor) -> Iterator[tuple[Chunk, Tensor | slice, Tensor]]:
+    def _pieces(self, wanted: Tensor) -> Iterator[tuple[Chunk | JoinedChunk, Tensor | slice, Tensor]]:
         """Each chunk that holds some of the snapshots ``wanted`` (m,), where they are among these, and its rows.
 
         Places are a slice where ``wanted`` rises throughout.
@@ -180,7 +178,7 @@ class SnapshotStore:
         wanted = self._numbers(indices)
         out = torch.empty(len(wanted), len(columns), dtype=self.rows(0, 0).dtype)
         for chunk, places, own in self._pieces(wanted):
-            out[places] = chunk.rows.index_select(1, columns)[own].to(out.dtype)
+            out[places] = chunk.gather(columns, own).to(out.dtype)
         return out
 
     def state_dict(self, index: int) -> dict[str, Tensor]:
@@ -190,17 +188,23 @@ class SnapshotStore:
         return self.layout.unflatten(self.rows(indices=[index % len(self)])[0])
 
     def base(self, trajectory: str | None = None) -> dict[str, Tensor] | None:
-        """The whole model at the end of a trajectory's window (the last one's unless named), or None."""
-        names = [trajectory] if trajectory else list(reversed(self.trajectories))
-        for name in names:
-            path = self.path / "trajectories" / name / "base.safetensors"
-            if path.is_file():
-                tensors = load_file(path)
-                with safe_open(path, framework="pt") as file:
-                    aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
-                return tensors | {alias: tensors[name] for alias, name in aliases.items()}
+        """The whole model at the end of a trajectory's window (the last one's unless named), or None.
+
+        Raises:
+            FormatError: it cannot be read.
+            FormatVersionError: written by a newer release.
+        """
+        for name in [trajectory] if trajectory else reversed(self.trajectories):
+            world, _ = self._find_base(name)
+            if world is not None:
+                return world.base(name)
         return None
 
     def base_header(self, trajectory: str) -> dict[str, str]:
-        """What a trajectory's base file says of itself (``rest_drift`` among it), empty without one."""
-        return read_base_header(self.path / "trajectories" / trajectory)
+        """What a trajectory's base file says of itself (``rest_drift`` among it), empty without a readable one."""
+        return self._base_headers.get(trajectory, {})
+
+    def _find_base(self, trajectory: str) -> tuple[World | None, dict[str, str]]:
+        """Whose base counts, and its header: the latest of shards, else what was recorded whole."""
+        found = [(world, header) for world in self._worlds if (header := world.base_header(trajectory))]
+        return max(found, key=lambda one: (one[0].is_sharded, int(one[1].get("step", 0))), default=(None, {}))

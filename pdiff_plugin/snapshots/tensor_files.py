@@ -7,7 +7,9 @@ Files are written piece by piece, so that a large tensor need never be in memory
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pdiff_plugin.errors import FormatError
+from pdiff_plugin.errors import FormatError, UnsupportedTensorError
 from pdiff_plugin.snapshots.files import check_format, replacing
 
 # https://github.com/huggingface/safetensors#format
@@ -25,8 +27,20 @@ _DTYPE_CODES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.complex64: "C64",
     torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 _COPY_BYTES = 1 << 24
 
@@ -38,6 +52,9 @@ class TensorFileWriter:
         path: the file; it is complete once every value was written and the writer is closed.
         tensors: name -> (dtype, shape).
         header: the file's metadata.
+
+    Raises:
+        UnsupportedTensorError: a dtype that the format does not know; no file is made.
     """
 
     def __init__(
@@ -48,6 +65,8 @@ class TensorFileWriter:
         offset = 0
         # Readers want tensors aligned to their dtype: the widest ones come first.
         for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+            if dtype not in _DTYPE_CODES:
+                raise UnsupportedTensorError(name, f"of {dtype}", "a safetensors file has no such dtype")
             size = dtype.itemsize * torch.Size(shape).numel()
             document[name] = {
                 "dtype": _DTYPE_CODES[dtype],
@@ -57,7 +76,8 @@ class TensorFileWriter:
             self._places[name] = (offset, dtype)
             offset += size
         text = json.dumps(document).encode()
-        text += b" " * (-len(text) % 8)
+        # Tensors then lie alike whatever the header says, and products of mapped ones have the same last digit.
+        text += b" " * (-(8 + len(text)) % 64)
         self.path = path
         self._missing = offset
         self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
@@ -83,7 +103,12 @@ class TensorFileWriter:
         """
         self._file.close()
         if self._missing:
-            raise FormatError(str(self.path), f"{self._missing} bytes unwritten", "every declared value")
+            raise FormatError(
+                str(self.path),
+                f"{self._missing} bytes unwritten",
+                "every declared value",
+                "Write the rest before closing.",
+            )
 
     def __enter__(self) -> TensorFileWriter:
         return self
@@ -102,10 +127,13 @@ def save_tensors(
 
     Args:
         path: the file, which is replaced.
-        tensors: of any of the dtypes that a snapshot may have, and int64 and uint8.
+        tensors: of any dtype, layout in memory and device.
         name: of the format.
         version: of the format.
         header: more text for the header.
+
+    Raises:
+        UnsupportedTensorError: a dtype that safetensors does not know.
     """
     text = {"format": name, "format_version": str(version), **(header or {})}
     specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
@@ -118,14 +146,43 @@ def load_tensors(path: Path, name: str, version: int) -> tuple[dict[str, Tensor]
     """Tensors, mapped from the file, and header of what :func:`save_tensors` wrote.
 
     Raises:
+        FileNotFoundError: there is no such file.
         FormatError: unreadable, or another format.
         FormatVersionError: from a newer release.
     """
+    with _opened(path, name, version) as (file, header):
+        return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (not a dict)
+
+
+def load_header(path: Path, name: str, version: int) -> dict[str, str]:
+    """The header alone; errors as those of :func:`load_tensors`."""
+    with _opened(path, name, version) as (_, header):
+        return header
+
+
+def from_json(path: Path, header: Mapping[str, str], key: str) -> Any:
+    """What stands in a header as JSON text.
+
+    Raises:
+        FormatError: there is no such key, or no JSON under it.
+    """
+    try:
+        return json.loads(header[key])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise FormatError(
+            str(path), f"{reprlib.repr(header.get(key))} as {key}", f"a header with JSON as {key}"
+        ) from error
+
+
+@contextmanager
+def _opened(path: Path, name: str, version: int) -> Iterator[tuple[Any, dict[str, str]]]:
     try:
         with safe_open(path, framework="pt") as file:
             opened: Any = file
-            header: dict[str, str] = opened.metadata() or {}
+            header = opened.metadata() or {}
             check_format(str(path), header, name, version)
-            return {key: opened.get_tensor(key) for key in opened.keys()}, header  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise FormatError(str(path), f"an unreadable file ({error})", f"a {name} file") from error
+            yield opened, header
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise FormatError(str(path), f"an unreadable file ({error})", f"a complete {name} file") from error

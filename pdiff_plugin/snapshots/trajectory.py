@@ -5,11 +5,13 @@ Shapes: n rows in a chunk, D values in a row.
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,11 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.errors import FormatError, TrajectoryExistsError
-from pdiff_plugin.snapshots.chunks import (
-    CHUNK_NAME,
-    FORMAT,
-    FORMAT_VERSION,
-    read_chunk,
-    read_chunks,
-    save_chunk,
-    write_base,
-)
-from pdiff_plugin.snapshots.files import TEMP_MARK, read_json, temporary
-from pdiff_plugin.snapshots.layout import DTYPE_NAMES, DTYPES, Layout
+from pdiff_plugin.snapshots.base import write_base
+from pdiff_plugin.snapshots.chunks import CHUNK_NAME, read_chunk, read_chunks, save_chunk
+from pdiff_plugin.snapshots.files import TEMP_MARK, temporary
+from pdiff_plugin.snapshots.layout import DTYPE_NAMES, FORMAT, FORMAT_VERSION, LAYOUT_NAME, Layout, read_layout
+from pdiff_plugin.snapshots.shards import next_free_trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +54,10 @@ class TrajectoryWriter:
         self.path = Path(path)
         self.layout = layout
         self.row_dtype = _create_layout(self.path, layout, row_dtype)
-        self.trajectory, self.folder = _claim_trajectory(self.path / "trajectories", trajectory)
+        self.trajectory, self.folder = _claim_trajectory(self.path, trajectory)
         for stray in self.folder.glob(f"{TEMP_MARK}*"):
             stray.unlink(missing_ok=True)
-        chunks, problems = read_chunks(self.folder, layout)
+        chunks, problems = read_chunks(self.folder, layout, self.row_dtype)
         if chunks and resume_step is None:
             raise TrajectoryExistsError(str(self.folder), sum(len(chunk.steps) for chunk in chunks))
         for problem in problems:
@@ -72,7 +68,7 @@ class TrajectoryWriter:
         if resume_step is not None:
             num_found = self.num_rows
             self._keep_rows(lambda steps: [i for i, step in enumerate(steps) if step <= resume_step])
-            if num_found > self.num_rows and resume_step >= 0:
+            if num_found > self.num_rows:
                 num_dropped = num_found - self.num_rows
                 logger.warning("dropped %d snapshots past step %d from %s", num_dropped, resume_step, self.folder)
 
@@ -120,10 +116,10 @@ class TrajectoryWriter:
                 path.unlink(missing_ok=True)
                 continue
             if len(rows) < len(steps):
-                chunk = read_chunk(path, self.layout)
+                chunk = read_chunk(path, self.layout, self.row_dtype)
                 save_chunk(
                     path,
-                    chunk.rows[rows],
+                    chunk.columns(0, self.layout.num_values, torch.tensor(rows)),
                     [steps[i] for i in rows],
                     [chunk.epochs[i] for i in rows],
                     [chunk.metrics[i] for i in rows],
@@ -134,7 +130,7 @@ class TrajectoryWriter:
 
 def _create_layout(path: Path, layout: Layout, row_dtype: torch.dtype) -> torch.dtype:
     path.mkdir(parents=True, exist_ok=True)
-    target = path / "layout.json"
+    target = path / LAYOUT_NAME
     document = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -154,23 +150,26 @@ def _create_layout(path: Path, layout: Layout, row_dtype: torch.dtype) -> torch.
             os.replace(temp, target)
         finally:
             temp.unlink(missing_ok=True)
-    found = read_json(target, FORMAT, FORMAT_VERSION)
-    Layout.from_json(found["tensors"]).check_same(layout, f"the store {path}")
-    return DTYPES[found["row_dtype"]]
+    found, row_dtype = read_layout(path)
+    found.check_same(layout, f"the store {path}")
+    return row_dtype
 
 
-def _claim_trajectory(parent: Path, trajectory: str | None) -> tuple[str, Path]:
+def _claim_trajectory(store: Path, trajectory: str | None) -> tuple[str, Path]:
+    parent = store / "trajectories"
     parent.mkdir(exist_ok=True)
     if trajectory is not None:
         if not re.fullmatch(r"[\w.+=-]+", trajectory) or trajectory.startswith("."):
-            raise FormatError(str(parent), f"trajectory id {trajectory!r}", "letters, digits and . _ + = - only")
+            raise FormatError(
+                str(parent), f"trajectory id {trajectory!r}", "letters, digits and . _ + = - only", "Choose another."
+            )
+        # A reader takes the ranks' rows for the whole trajectory from their first step on.
+        if sharded := list(store.glob(f"shards/*/trajectories/{glob.escape(trajectory)}/chunk-*.safetensors")):
+            raise TrajectoryExistsError(str(sharded[0].parent), len(sharded))
         (parent / trajectory).mkdir(exist_ok=True)
         return trajectory, parent / trajectory
-    number = 1
     while True:
-        name = f"run-{number:03d}"
-        try:
+        name = next_free_trajectory(store)
+        with suppress(FileExistsError):  # another writer was first
             (parent / name).mkdir()
             return name, parent / name
-        except FileExistsError:
-            number += 1

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from pdiff_plugin import FitConfig, Layout, fit
-from pdiff_plugin.fitting import conv_stage, diffusion_stage
+from pdiff_plugin.fitting.training import Training
 from pdiff_plugin.snapshots.layout import TensorSpec
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
@@ -118,9 +118,8 @@ def measure_here(kind: str, store: Path, out: Path) -> dict[str, float]:
     def tell(what: str) -> None:
         told.setdefault(what, []).append({key: read() for key, read in clock.items()})
 
-    for stage in (conv_stage, diffusion_stage):
-        set_lr = stage.set_lr
-        stage.set_lr = lambda *args, name=stage.__name__, set_lr=set_lr: (tell(name), set_lr(*args))
+    advance = Training.advance
+    Training.advance = lambda self, loss: (advance(self, loss), tell(f"step of {self.stage}"))[0]
     with PeakMemory() as memory:
         start = {key: read() for key, read in clock.items()}
         fit(store, config, out=out, on_progress=lambda progress: tell(progress.stage))
@@ -129,8 +128,8 @@ def measure_here(kind: str, store: Path, out: Path) -> dict[str, float]:
         # Both passes over the columns: in `default` they alone grow with D.
         found[f"passes_{key}"] = told["autoencoder"][-1][key] - start[key]
         if kind == "paper":
-            for stage, num_steps in ((conv_stage, 500), (diffusion_stage, 1000)):
-                at = [times[key] for times in told[stage.__name__]]
+            for stage, num_steps in (("autoencoder", 500), ("diffusion", 1000)):
+                at = [times[key] for times in told[f"step of {stage}"]]
                 steps = [later - earlier for earlier, later in pairwise(at[1:])]
                 found[key] += (num_steps - PAPER_STEPS) * statistics.median(steps)
     return {**found, "peak_gb": memory.peak_gb}

@@ -13,8 +13,9 @@ from pdiff_plugin.config import TuneConfig
 from pdiff_plugin.errors import ConfigError, FitExistsError
 
 pytest.importorskip("ray")
-from pdiff_plugin.cluster.tune import HeldoutScore, energy_distance, tune
-from pdiff_plugin.fitting.fit import heldout_blocks
+from pdiff_plugin.cluster.tune import SPACE, HeldoutScore, _configured, _open, energy_distance, tune
+from pdiff_plugin.snapshots.layout import Layout, TensorSpec
+from pdiff_plugin.snapshots.split import heldout_blocks
 
 # Starting Ray and its workers leaves sockets and files of Ray's own to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -79,6 +80,37 @@ def test_a_search_ends_with_its_best_fit_and_is_returned_when_asked_again(local_
     recorded_anew = make_store(2.0 * torch.rand(60, 40))
     with pytest.raises(FitExistsError, match="a search on other snapshots"):
         tune(recorded_anew, QUICK, TuneConfig(num_trials=3), out=tmp_path / "tuned")
+
+
+def test_what_is_searched_reaches_the_fit_and_the_base_keeps_the_rest():
+    base = replace(QUICK, diffusion=replace(QUICK.diffusion, sampler="flow", num_sampling_steps=5))
+    mine = {name: searched.value(name, base) for name, searched in SPACE.items()}
+    assert mine == {"latent_dim": 64, "prediction_type": "flow", "lr": 1e-3, "patience": 6, "temperature": 1.0}
+    assert _configured(base, mine, 90) == base
+
+    other = _configured(base, mine | {"latent_dim": 16, "lr": 2e-3, "prediction_type": "epsilon"}, 30)
+
+    assert other.autoencoder == replace(base.autoencoder, latent_dim=16)
+    expected = replace(QUICK.diffusion, prediction_type="epsilon", lr=2e-3, max_steps=30)
+    assert other.diffusion == expected  # a sampler of flows does not fit
+
+
+def test_a_search_on_a_store_exchanged_in_its_later_columns_is_not_gone_on_with(make_store, tmp_path):
+    layout = Layout((TensorSpec("w", (100,), "float32", "parameter"),))
+    store, search = make_store(layout=layout), TuneConfig(num_trials=2)
+    document = _open(store, QUICK, search, tmp_path / "tuned", None, fresh=False)
+    assert _open(store, QUICK, search, tmp_path / "tuned", None, fresh=False) == document
+    rows = store.rows()
+    rows[:, 70:] += 1.0
+    shutil.rmtree(store.path)
+    exchanged = make_store(rows, layout=layout)
+
+    with pytest.raises(FitExistsError, match="a search on other snapshots"):
+        _open(exchanged, QUICK, search, tmp_path / "tuned", None, fresh=False)
+
+    del document["fingerprint"]  # as before there was one
+    (tmp_path / "tuned" / "tune.json").write_text(json.dumps(document))
+    assert _open(exchanged, QUICK, search, tmp_path / "tuned", None, fresh=False)["snapshots"] == document["snapshots"]
 
 
 @pytest.mark.parametrize("settings", [{"heldout_fraction": 0.0}, {}])

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pdiff_plugin import DiffusionEnsemble, WeightSet, ensemble_from_diffusion, swapped
+from pdiff_plugin.config import SamplingConfig
 from pdiff_plugin.errors import ConfigError, FormatError, FormatVersionError, LayoutMismatchError, TrainingModeError
 from pdiff_plugin.modules.names import named_tensors
 from pdiff_plugin.snapshots.layout import Layout
@@ -403,7 +404,25 @@ def test_a_generator_gives_the_members(model, x):
     ensemble = ensemble_from_diffusion(model, generator, num_members=7, temperature=0.5, rng=rng, sampler="ddim")
 
     assert ensemble.members(x).shape == (7, B, C)
-    assert generator.asked == {"num_sampling_steps": None, "temperature": 0.5, "rng": rng, "sampler": "ddim"}
+    defaults = {"num_sampling_steps": None, "diversity": 1.0, "trajectory": None}
+    assert generator.asked == defaults | {"temperature": 0.5, "rng": rng, "sampler": "ddim"}
+
+
+def test_settings_of_sampling_may_come_as_one_object_with_single_changes(model):
+    generator = FakeGenerator(model, ["3.bias"])
+
+    ensemble_from_diffusion(model, generator, sampling=SamplingConfig(diversity=0.5, temperature=0.7), temperature=0.9)
+
+    assert (generator.asked["diversity"], generator.asked["temperature"]) == (0.5, 0.9)
+    with pytest.raises(TypeError, match="unexpected argument 'steps'; SamplingConfig has sampler"):
+        ensemble_from_diffusion(model, generator, steps=3)
+
+
+def test_the_former_name_of_the_execution_warns(model, weights):
+    ensemble = DiffusionEnsemble(model, weights)
+
+    with pytest.warns(DeprecationWarning, match="is now called execution"):
+        assert ensemble.evaluation == ensemble.execution == "vmap tail"
 
 
 def test_a_generator_of_another_model_is_refused_before_it_draws(model):

@@ -18,11 +18,11 @@ def rows(store_of: Write) -> SnapshotRows:
     rng = torch.Generator().manual_seed(0)
     weight = torch.randn(40, 3, 5, generator=rng) * 0.1 + torch.randn(3, 5, generator=rng)
     variance = (torch.randn(40, 5, generator=rng) * 2).exp() * 1e-3  # spans five powers of ten
-    return SnapshotRows(store_of({"weight": weight, "bn.running_var": variance}))
+    return SnapshotRows.measure(store_of({"weight": weight, "bn.running_var": variance}))
 
 
 def test_snapshots_are_evenly_spaced_rows(rows: SnapshotRows) -> None:
-    drawn = baselines.snapshots(rows, 4, rng_for(0, "snapshots"))
+    drawn = BASELINES["snapshots"].draw(rows, 4, rng_for(0, "snapshots"))
     expected = [rows.store.state_dict(i)["weight"] for i in (0, 13, 26, 39)]
     assert torch.equal(drawn["weight"], torch.stack(expected))
 
@@ -75,7 +75,7 @@ def test_a_set_depends_on_its_seed_alone(rows: SnapshotRows, name: str) -> None:
 
 def test_half_precision_weights_stay_in_their_dtype(store_of: Write) -> None:
     values = (torch.randn(20, 8, generator=torch.Generator().manual_seed(0)) * 3 - 14).exp().half()
-    rows = SnapshotRows(store_of({"bn.running_var": values.clamp_min(6e-8)}))
+    rows = SnapshotRows.measure(store_of({"bn.running_var": values.clamp_min(6e-8)}))
     drawn = baselines.gaussian(rows, 200, rng_for(0, "gaussian"))["bn.running_var"]
     assert drawn.dtype == torch.float16
     assert float(drawn.min()) > 0

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from torch.utils.data import DataLoader
 from pdiff_plugin.config import DiffusionConfig, FitConfig
 from pdiff_plugin.errors import ConfigError, LayoutMismatchError, UnusableSnapshotsError
 from pdiff_plugin.evaluation.baselines import average, rng_for
-from pdiff_plugin.evaluation.evaluate import Evaluation, evaluate
+from pdiff_plugin.evaluation.evaluate import evaluate
+from pdiff_plugin.evaluation.kind import Scores
+from pdiff_plugin.evaluation.result import Evaluation
 from pdiff_plugin.evaluation.rows import SnapshotRows
-from pdiff_plugin.evaluation.scores import Scores, score_sets
+from pdiff_plugin.evaluation.scores import score_sets
 from pdiff_plugin.evaluation.sweep import sweep
-from pdiff_plugin.evaluation.task import Task
+from pdiff_plugin.evaluation.task import Data, Task
 from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.store import SnapshotStore
@@ -41,7 +44,7 @@ KEYS = {
 
 def pairs(store: SnapshotStore, seed: int = 0) -> WeightSet:
     """Stand-in for generated members: means of two snapshots."""
-    return average(SnapshotRows(store), 8, rng_for(seed, "pairs"), k=2)
+    return average(SnapshotRows.measure(store), 8, rng_for(seed, "pairs"), k=2)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,7 @@ def test_the_model_keeps_modes_flags_and_weights(one_run: Run) -> None:
 
 def test_copies_are_called_copies(one_run: Run) -> None:
     task, store = one_run
-    rows = SnapshotRows(store)
+    rows = SnapshotRows.measure(store)
     result = evaluate(task, store, weights=rows.members(torch.arange(0, 60, 7)), num_members=8)
     assert result.verdict.outcome == "copies the snapshots"
     assert result.sets["generated"]["nearest_snapshot_distance"] == pytest.approx(0.0, abs=1e-6)
@@ -170,6 +173,22 @@ def test_a_store_that_has_changed_since_the_fit_is_told(
     generator.trajectories = ["another"]
     sweep(task, earlier, generator, diversities=(1.0,), settings={}, num_members=2)
     assert f"fitted on the runs another, the store holds {earlier.trajectories[0]}; fit again" in caplog.text
+
+
+def test_a_store_exchanged_for_one_of_the_same_names_and_number_is_told(
+    one_run: Run, store_of: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task, store = one_run
+    generator = fit(store, FitConfig(diffusion=DiffusionConfig(max_steps=20, width=32)))
+    rows = store.rows()
+    rows[:, -1] += 1.0
+    TrajectoryWriter(tmp_path / "exchanged", store.layout).write_chunk(rows, store.steps.tolist())
+    found = evaluate(task, tmp_path / "exchanged", generator, num_members=2, sets="core")
+    assert found.details["changed_since_fit"] in caplog.text
+    assert "the generator was fitted on other snapshots of the same names and number; fit again" in caplog.text
+    del generator.provenance["fingerprint"]  # as before there was one
+    found = evaluate(task, tmp_path / "exchanged", generator, num_members=2, sets="core")
+    assert found.details["changed_since_fit"] is None
 
 
 def test_duplicates_among_the_snapshots_are_counted(one_run: Run, store_of: Any) -> None:
@@ -278,7 +297,7 @@ def test_sets_that_do_not_fit_in_memory_together_take_several_passes(
 ) -> None:
     task, store = one_run
     together = evaluate(task, store, num_members=4, sets="core")
-    monkeypatch.setattr("pdiff_plugin.evaluation.evaluate._PASS_BYTES", 1)
+    monkeypatch.setattr("pdiff_plugin.evaluation.set_run._PASS_BYTES", 1)
     apart = evaluate(task, store, num_members=4, sets="core")
     assert apart.sets == together.sets
 
@@ -287,14 +306,16 @@ def test_no_pass_holds_more_members_than_memory_is_meant_for(one_run: Run, monke
     task, store = one_run
     held: list[int] = []
 
-    def score(task: Task, sets: Mapping[str, WeightSet], **options: Any) -> tuple[dict[str, Scores], Tensor]:
+    def score(
+        task: Task, sets: Mapping[str, WeightSet], data: Data | None = None, **options: Any
+    ) -> tuple[dict[str, Scores], Tensor]:
         held.append(sum(weights.num_members for weights in sets.values()))
-        return score_sets(task, sets, **options)
+        return score_sets(task, sets, data, **options)
 
     together = evaluate(task, store, weights=pairs(store), num_members=8, sets="core", score=score)
     assert held == [60 + 5 * 8]
     held.clear()
-    monkeypatch.setattr("pdiff_plugin.evaluation.evaluate._PASS_BYTES", 20 * 4 * store.layout.num_values)
+    monkeypatch.setattr("pdiff_plugin.evaluation.set_run._PASS_BYTES", 20 * 4 * store.layout.num_values)
     apart = evaluate(task, store, weights=pairs(store), num_members=8, sets="core", score=score)
     assert held == [20, 20, 20, 16, 16, 8]
     assert apart.sets == together.sets
@@ -308,7 +329,7 @@ def test_a_shuffled_loader_is_refused_when_it_takes_several_passes(
     task, store = one_run
     assert isinstance(task.eval_loader, DataLoader)
     shuffled = DataLoader(task.eval_loader.dataset, 400, shuffle=True, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("pdiff_plugin.evaluation.evaluate._PASS_BYTES", 1)
+    monkeypatch.setattr("pdiff_plugin.evaluation.set_run._PASS_BYTES", 1)
     with pytest.raises(ConfigError, match="must not shuffle"):
         evaluate(Task(task.model, shuffled), store, num_members=4, sets="core")
 
@@ -337,14 +358,12 @@ def test_weights_with_another_tensor_are_refused_by_its_name(one_run: Run) -> No
 
 
 def test_a_generator_of_another_layout_is_refused_by_the_tensor(one_run: Run) -> None:
-    class Other:
-        layout = type(one_run[1].layout)(one_run[1].layout.tensors[:-1])
-
-        def sample(self, num_members: int, *, rng: Any = None) -> WeightSet:
-            raise AssertionError("never asked")
+    task, store = one_run
+    other = fit(store.path, FitConfig(diffusion=DiffusionConfig(max_steps=1, width=16)))
+    other.layout = type(store.layout)(store.layout.tensors[:-1])
 
     with pytest.raises(LayoutMismatchError, match=r"tensor .3.bias.: .* found nothing"):
-        evaluate(*one_run, Other())
+        evaluate(task, store, other)
 
 
 def test_an_unknown_set_is_refused_with_the_known_names(one_run: Run) -> None:

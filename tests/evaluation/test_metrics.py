@@ -10,6 +10,7 @@ from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 from torch import Tensor
 
 from pdiff_plugin.evaluation import metrics
+from pdiff_plugin.evaluation.classification import score_batch
 
 M, N, C = 7, 500, 10
 
@@ -37,20 +38,26 @@ def test_ece_agrees_with_torchmetrics(logits: Tensor, targets: Tensor, num_bins:
 
 def test_accuracy_of_the_ensemble_agrees_with_torchmetrics(logits: Tensor, targets: Tensor) -> None:
     classification = pytest.importorskip("torchmetrics.functional.classification")
-    log_probs = metrics.ensemble_log_probs(metrics.member_log_probs(logits))
-    expected = classification.multiclass_accuracy(log_probs.exp(), targets, num_classes=C, average="micro")
-    assert float((log_probs.argmax(-1) == targets).double().mean()) == pytest.approx(float(expected), abs=1e-6)
+    mean = logits.double().softmax(-1).mean(0)
+    expected = classification.multiclass_accuracy(mean, targets, num_classes=C, average="micro")
+    found = score_batch(logits, targets, torch.arange(M))["score"][-1]
+    assert float(found.double().mean()) == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_ensemble_averages_probabilities(logits: Tensor) -> None:
-    log_probs = metrics.ensemble_log_probs(metrics.member_log_probs(logits))
-    torch.testing.assert_close(log_probs.exp(), logits.double().softmax(-1).mean(0))
+def test_the_first_members_of_the_order_are_averaged_by_their_probabilities(logits: Tensor, targets: Tensor) -> None:
+    order = torch.randperm(M, generator=torch.Generator().manual_seed(2))
+    found = score_batch(logits, targets, order)
+    for place, size in enumerate((1, 2, 4, 7)):
+        mean = logits[order[:size]].double().softmax(-1).mean(0)
+        torch.testing.assert_close(found["confidence"][place], mean.max(-1).values)
+        torch.testing.assert_close(found["loss"][place], -mean[torch.arange(N), targets].log())
 
 
 def test_nll_agrees_with_scikit_learn(logits: Tensor, targets: Tensor) -> None:
-    log_probs = metrics.ensemble_log_probs(metrics.member_log_probs(logits))
-    expected = log_loss(targets.numpy(), log_probs.exp().numpy(), labels=list(range(C)))
-    assert float(metrics.nll(log_probs, targets).mean()) == pytest.approx(expected, abs=1e-9)
+    mean = logits.double().softmax(-1).mean(0)
+    expected = log_loss(targets.numpy(), mean.numpy(), labels=list(range(C)))
+    found = score_batch(logits, targets, torch.arange(M))["loss"][-1]
+    assert float(found.mean()) == pytest.approx(expected, abs=1e-9)
 
 
 def test_brier_agrees_with_scikit_learn_class_by_class(logits: Tensor, targets: Tensor) -> None:

@@ -15,9 +15,11 @@ import torch
 
 from pdiff_plugin.config import DiffusionConfig, FitConfig
 from pdiff_plugin.errors import EvaluationNotFoundError, FormatVersionError, MissingDependencyError
-from pdiff_plugin.evaluation.evaluate import Evaluation, evaluate
+from pdiff_plugin.evaluation.baselines import LOOKS
+from pdiff_plugin.evaluation.evaluate import evaluate
 from pdiff_plugin.evaluation.page import render_html, write_report
-from pdiff_plugin.evaluation.plots import LOOKS, density, pictures
+from pdiff_plugin.evaluation.plots import density, pictures
+from pdiff_plugin.evaluation.result import Evaluation
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.generator.weights import WeightSet
@@ -128,7 +130,7 @@ def test_sets_of_a_single_member_with_unknown_errors_are_saved_and_drawn(
     task, store = one_run
     weights = WeightSet({name: tensor[None] for name, tensor in store.state_dict(30).items()})
     result = evaluate(task, store, weights=weights, num_members=1, sets="core")
-    assert [c.nll_error for c in result.comparisons] == [math.inf] * 4
+    assert [c.loss_error for c in result.comparisons] == [math.inf] * 4
     assert Evaluation.load(result.save(tmp_path)).comparisons == result.comparisons
     assert 'id="paired-differences"' in write_report(tmp_path).read_text()
 
@@ -148,11 +150,6 @@ def test_without_its_arrays_the_report_has_table_and_differences(
     html = write_report(tmp_path).read_text(encoding="utf-8")
     assert result.verdict.sentence in html
     assert [path.stem for path in (tmp_path / "report-figures").iterdir()] == ["paired-differences"]
-
-
-def test_save_html_writes_one_file(result: Evaluation, tmp_path: Path) -> None:
-    result.save_html(tmp_path / "page.html")
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
 def test_a_folder_without_an_evaluation_is_refused(tmp_path: Path) -> None:

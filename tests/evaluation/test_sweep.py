@@ -101,7 +101,7 @@ def test_the_sentence_says_where_generated_lies_above_and_where_below() -> None:
         generated | {"setting": 2.0, "margin": None},
     ]
     assert Sweep(points, "task", 8, 0).sentence == (
-        "At equal novelty, by diversity, generated members are above the best alternative at 0.5 (+0.40 ± 0.10 "
-        "points); level with the best alternative at 1.5 (+0.15 ± 0.10 points); below the best alternative at 1 "
-        "(-1.00 ± 0.10 points); more novel than any alternative at 2."
+        "At equal novelty, by diversity, generated members are above the best baseline at 0.5 (+0.40 ± 0.10 "
+        "points); level with the best baseline at 1.5 (+0.15 ± 0.10 points); below the best baseline at 1 "
+        "(-1.00 ± 0.10 points); more novel than any baseline at 2."
     )

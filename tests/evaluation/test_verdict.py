@@ -7,40 +7,33 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pdiff_plugin.evaluation.scores import Scores, score_sets
+from pdiff_plugin.evaluation.baselines import neighbours, runs_in_turn
+from pdiff_plugin.evaluation.classification import CLASSIFICATION, nll_without_each
+from pdiff_plugin.evaluation.kind import Scores
+from pdiff_plugin.evaluation.scores import score_sets
 from pdiff_plugin.evaluation.task import Task
-from pdiff_plugin.evaluation.verdict import (
-    Candidate,
-    Strata,
-    Verdict,
-    compare,
-    half_mask,
-    jackknife_error,
-    judge,
-    stratum_of,
-)
+from pdiff_plugin.evaluation.verdict import ScoredSet, Verdict, compare, half_mask, jackknife_error, judge
 from pdiff_plugin.generator.weights import WeightSet
 
 N = 2000
 
 
-def candidate(text: str, nll: Tensor, error_rate: float = 0.2, num_members: int = 4) -> Candidate:
+def scored(text: str, nll: Tensor, error_rate: float = 0.2, num_members: int = 4) -> ScoredSet:
     """A set of equal members with this ensemble NLL, wrong on the first items."""
     correct = torch.arange(N) >= error_rate * N
     scores = Scores(
-        correct=correct.expand(num_members, N),
-        member_nll=nll.expand(num_members, N),
+        member_score=correct.expand(num_members, N),
+        member_loss=nll.expand(num_members, N),
         sizes=(num_members,),
-        nll=nll[None],
-        confidence=torch.full((1, N), 0.8),
-        hit=correct[None],
-        hit_difference=torch.zeros(1, N, dtype=torch.int8),
-        brier=torch.zeros(N),
-        entropy=torch.zeros(N),
+        loss=nll[None],
+        score=correct[None],
+        half_difference=torch.zeros(1, N, dtype=torch.int8),
+        uncertainty=torch.zeros(N),
+        more={},
         forward_passes=1.0,
         seconds=0.0,
     )
-    return Candidate(text, [scores])
+    return ScoredSet(CLASSIFICATION, text, [scores])
 
 
 def nll(mean: float, noise: float = 0.0, seed: int = 0) -> Tensor:
@@ -51,8 +44,8 @@ def nll(mean: float, noise: float = 0.0, seed: int = 0) -> Tensor:
 
 
 def verdict(
-    generated: Candidate,
-    *others: Candidate,
+    generated: ScoredSet,
+    *others: ScoredSet,
     distance: float = 1.0,
     overlap: float = 0.9,
     reference_overlap: float = 0.8,
@@ -62,67 +55,67 @@ def verdict(
         {f"other-{i}": other for i, other in enumerate(others)},
         distance=distance,
         reference_distance=1.0,
-        overlap=overlap,
-        reference_overlap=reference_overlap,
+        likeness=overlap,
+        reference_likeness=reference_overlap,
     )
     return found
 
 
-def test_better_than_every_alternative_is_worth_it() -> None:
-    found = verdict(candidate("generated", nll(0.50)), candidate("averages", nll(0.55)), candidate("SWAG", nll(0.52)))
+def test_better_than_every_baseline_is_worth_it() -> None:
+    found = verdict(scored("generated", nll(0.50)), scored("averages", nll(0.55)), scored("SWAG", nll(0.52)))
     assert found.outcome == "worth it"
     assert "ensemble NLL 0.5000 against 0.5200 with SWAG (difference -0.0200 ± " in found.sentence
     assert list(found.numbers.values()) == pytest.approx([0.50, 0.52])
 
 
-def test_one_alternative_as_good_is_enough_to_be_no_better() -> None:
-    found = verdict(candidate("generated", nll(0.50)), candidate("averages", nll(0.55)), candidate("SWAG", nll(0.50)))
+def test_one_baseline_as_good_is_enough_to_be_no_better() -> None:
+    found = verdict(scored("generated", nll(0.50)), scored("averages", nll(0.55)), scored("SWAG", nll(0.50)))
     assert found.outcome == "no better than averaging"
     assert "with SWAG" in found.sentence
 
 
 def test_a_sure_but_tiny_gain_does_not_count() -> None:
-    found = verdict(candidate("generated", nll(0.499)), candidate("averages", nll(0.50)))
+    found = verdict(scored("generated", nll(0.499)), scored("averages", nll(0.50)))
     assert found.outcome == "no better than averaging"
 
 
 def test_a_difference_within_its_error_is_too_few_data() -> None:
-    found = verdict(candidate("generated", nll(0.49, noise=1.0, seed=1)), candidate("averages", nll(0.50)))
+    found = verdict(scored("generated", nll(0.49, noise=1.0, seed=1)), scored("averages", nll(0.50)))
     assert found.outcome == "too few data to tell"
     assert found.sentence.endswith("a gain of 0.0050 would count. Evaluate on more data.")
 
 
 def test_members_that_vary_from_draw_to_draw_call_for_more_of_them() -> None:
-    drawn = [candidate("generated", nll(mean)).draws[0] for mean in (0.40, 0.58)]
-    found = verdict(Candidate("generated", drawn), candidate("averages", nll(0.50)))
+    drawn = [scored("generated", nll(mean)).draws[0] for mean in (0.40, 0.58)]
+    found = verdict(ScoredSet(CLASSIFICATION, "generated", drawn), scored("averages", nll(0.50)))
     assert found.outcome == "too few data to tell"
     assert found.sentence.endswith("Take more members, or several draws.")
 
 
 def test_a_gain_in_nll_that_costs_accuracy_is_not_worth_it() -> None:
-    found = verdict(candidate("generated", nll(0.40), error_rate=0.25), candidate("averages", nll(0.50)))
+    found = verdict(scored("generated", nll(0.40), error_rate=0.25), scored("averages", nll(0.50)))
     assert found.outcome == "no better than averaging"
     assert "accuracy is -5.00 ± 0.49 points from that with averages" in found.sentence
 
 
 def test_members_close_to_a_snapshot_are_copies_however_good() -> None:
-    found = verdict(candidate("generated", nll(0.1)), candidate("averages", nll(0.5)), distance=0.49)
+    found = verdict(scored("generated", nll(0.1)), scored("averages", nll(0.5)), distance=0.49)
     assert found.outcome == "copies the snapshots"
     assert found.numbers == {"nearest_snapshot_distance": 0.49, "snapshots_nearest_distance": 1.0}
 
 
 def test_members_with_a_snapshots_errors_are_copies() -> None:
-    found = verdict(candidate("generated", nll(0.1)), candidate("averages", nll(0.5)), overlap=0.995)
+    found = verdict(scored("generated", nll(0.1)), scored("averages", nll(0.5)), overlap=0.995)
     assert found.outcome == "copies the snapshots"
     assert "99.5% are the same" in found.sentence
 
 
 def test_members_are_no_copies_where_all_snapshots_make_the_same_errors() -> None:
-    sets = candidate("generated", nll(0.1)), candidate("averages", nll(0.5))
+    sets = scored("generated", nll(0.1)), scored("averages", nll(0.5))
     found = verdict(*sets, overlap=0.995, reference_overlap=0.992)
     assert found.outcome == "worth it"
     assert found.sentence.endswith(
-        "share 99.5% of their errors with the likest snapshot, but the snapshots themselves share 99.2%: "
+        "share 99.5% of their errors with the closest snapshot, but the snapshots themselves share 99.2%: "
         "that tells nothing of copies."
     )
     assert "share" not in verdict(*sets, overlap=0.98, reference_overlap=0.97).sentence
@@ -130,7 +123,7 @@ def test_members_are_no_copies_where_all_snapshots_make_the_same_errors() -> Non
 
 
 def test_too_few_errors_tell_nothing() -> None:
-    found = verdict(candidate("generated", nll(0.1), error_rate=0.004), candidate("averages", nll(0.5)), overlap=1.0)
+    found = verdict(scored("generated", nll(0.1), error_rate=0.004), scored("averages", nll(0.5)), overlap=1.0)
     assert found.outcome == "too few data to tell"
     assert "8.0 errors on 2000 items" in found.sentence
 
@@ -145,24 +138,26 @@ def test_the_jackknife_knows_the_spread_of_an_ensemble_over_its_draws() -> None:
         return (math.log(16) - (-member_nll).logsumexp(0)).mean()
 
     spread = torch.stack([ensemble_nll(draw()) for _ in range(400)]).std()
-    estimates = torch.tensor([jackknife_error(draw()) for _ in range(200)])
+    estimates = torch.tensor([jackknife_error(nll_without_each(draw())) for _ in range(200)])
     assert float(estimates.mean()) == pytest.approx(float(spread), rel=0.1)
 
 
 @pytest.mark.parametrize(
-    ("num_members", "strata"),
-    [(32, "none"), (32, 2), (32, 8), (32, 16), (16, 8), (32, "neighbours"), (9, "neighbours")],
+    "stratum",
+    [torch.zeros(32, dtype=torch.int64)]
+    + [runs_in_turn(*counts) for counts in ((32, 2), (32, 8), (32, 16), (16, 8))]
+    + [neighbours(32), neighbours(9)],
 )
-def test_the_jackknife_knows_the_spread_of_members_of_several_kinds(num_members: int, strata: Strata) -> None:
+def test_the_jackknife_knows_the_spread_of_members_of_several_kinds(stratum: Tensor) -> None:
     rng = torch.Generator().manual_seed(0)
-    stratum = stratum_of(num_members, strata)
+    num_members = len(stratum)
     centre = 0.5 * torch.randn(int(stratum.max()) + 1, 50, generator=rng, dtype=torch.float64)
     nlls, squares = [], []
     for _ in range(400):
         shift = 0.5 * torch.randn(num_members, 1, generator=rng, dtype=torch.float64)
         member_nll = -(1.5 + centre[stratum] + shift).sigmoid().log()
         nlls.append(float((math.log(num_members) - (-member_nll).logsumexp(0)).mean()))
-        squares.append(jackknife_error(member_nll, stratum) ** 2)
+        squares.append(jackknife_error(nll_without_each(member_nll), stratum) ** 2)
     error = math.sqrt(sum(squares) / len(squares))
     assert error == pytest.approx(float(torch.tensor(nlls).std()), rel=0.15)
 
@@ -170,11 +165,13 @@ def test_the_jackknife_knows_the_spread_of_members_of_several_kinds(num_members:
 def test_as_many_runs_as_members_do_not_make_the_spread_known() -> None:
     member_nll = torch.tensor([[1.0], [2.0], [3.0]] * 4, dtype=torch.float64)
     for num_runs in (12, 7):
-        assert jackknife_error(member_nll, stratum_of(12, num_runs)) == pytest.approx(jackknife_error(member_nll))
+        assert jackknife_error(nll_without_each(member_nll), runs_in_turn(12, num_runs)) == pytest.approx(
+            jackknife_error(nll_without_each(member_nll))
+        )
 
 
 def test_the_error_of_a_single_random_member_is_unknown() -> None:
-    found = verdict(candidate("generated", nll(0.1), num_members=1), candidate("averages", nll(0.5)))
+    found = verdict(scored("generated", nll(0.1), num_members=1), scored("averages", nll(0.5)))
     assert found.outcome == "too few data to tell"
     assert found.sentence.endswith("Take more members, or several draws.")
 
@@ -186,10 +183,10 @@ def test_two_draws_that_are_alike_by_chance_do_not_make_a_difference_sure() -> N
         shift = 0.3 * torch.randn(8, 1, generator=rng, dtype=torch.float64)
         member_nll = -(1.5 + shift).sigmoid().log().expand(8, 50)
         ensemble = math.log(8) - (-member_nll).logsumexp(0)
-        return dataclasses.replace(candidate("", ensemble[:1].expand(N)).draws[0], member_nll=member_nll)
+        return dataclasses.replace(scored("", ensemble[:1].expand(N)).draws[0], member_loss=member_nll)
 
-    pairs = [[Candidate("", [draw(), draw()]) for _ in range(2)] for _ in range(400)]
-    sure = [abs(c.nll) > 2 * c.nll_error for c in (compare("", *pair) for pair in pairs)]
+    pairs = [[ScoredSet(CLASSIFICATION, "", [draw(), draw()]) for _ in range(2)] for _ in range(400)]
+    sure = [abs(c.loss) > 2 * c.loss_error for c in (compare("", *pair) for pair in pairs)]
     assert sum(sure) / len(sure) < 0.07  # 5 % of equal sets differ by more than two standard errors
 
 
@@ -208,32 +205,32 @@ def test_the_error_of_accuracy_knows_its_spread_over_draws(num_members: int, com
 
     task = Task(nn.Linear(12, 10, bias=False), [(x, y)])
     scores, _ = score_sets(task, {str(draw): members() for draw in range(80)})
-    drawn = [Candidate("", [found]) for found in scores.values()]
-    spread = float(torch.stack([c.hit.mean() for c in drawn]).std())
-    error = math.sqrt(sum(c.accuracy_draw_error**2 for c in drawn) / len(drawn))
+    drawn = [ScoredSet(CLASSIFICATION, "", [found]) for found in scores.values()]
+    spread = float(torch.stack([c.score.mean() for c in drawn]).std())
+    error = math.sqrt(sum(c.score_draw_error**2 for c in drawn) / len(drawn))
     assert 0.75 < error / spread < 1.35
     pairs = [compare("", *pair) for pair in zip(drawn[::2], drawn[1::2], strict=True)]
-    in_errors = torch.tensor([c.accuracy / c.accuracy_error for c in pairs])
+    in_errors = torch.tensor([c.score / c.score_error for c in pairs])
     # Above one by the few members that the error comes from, below by what the error over items has seen already.
     assert 0.5 < float(in_errors.square().mean().sqrt()) < 1.3
 
 
 def test_runs_taken_in_turn_do_not_count_as_spread() -> None:
     member_nll = torch.tensor([[1.0], [2.0]] * 4, dtype=torch.float64)  # two runs, equal members within each
-    assert jackknife_error(member_nll, stratum_of(8, 2)) == pytest.approx(0.0, abs=1e-12)
-    assert jackknife_error(member_nll) > 0.1
+    assert jackknife_error(nll_without_each(member_nll), runs_in_turn(8, 2)) == pytest.approx(0.0, abs=1e-12)
+    assert jackknife_error(nll_without_each(member_nll)) > 0.1
 
 
 def test_neighbouring_snapshots_stand_for_draws_from_one() -> None:
-    assert stratum_of(5, "neighbours").tolist() == [0, 0, 1, 1, 1]
+    assert neighbours(5).tolist() == [0, 0, 1, 1, 1]
     member_nll = torch.tensor([1.0, 1.0, 2.0, 2.0], dtype=torch.float64)[:, None]
-    assert jackknife_error(member_nll, stratum_of(4, "neighbours")) == pytest.approx(0.0, abs=1e-12)
+    assert jackknife_error(nll_without_each(member_nll), neighbours(4)) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_several_draws_give_their_own_error() -> None:
-    draws = [candidate("generated", nll(mean)).draws[0] for mean in (0.4, 0.5, 0.6)]
-    assert Candidate("generated", draws).draw_error == pytest.approx(0.1 / 3**0.5)
-    assert Candidate("generated", draws, is_random=False).draw_error == 0.0
+    draws = [scored("generated", nll(mean)).draws[0] for mean in (0.4, 0.5, 0.6)]
+    assert ScoredSet(CLASSIFICATION, "generated", draws).draw_error == pytest.approx(0.1 / 3**0.5)
+    assert ScoredSet(CLASSIFICATION, "generated", draws, is_random=False).draw_error == 0.0
 
 
 def test_half_mask_is_half_and_seeded() -> None:

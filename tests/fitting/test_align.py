@@ -12,9 +12,9 @@ from pdiff_plugin import DiffusionConfig, FitConfig, SubspaceConfig, WeightGener
 from pdiff_plugin.cluster.tune import HeldoutScore
 from pdiff_plugin.config import ConvConfig
 from pdiff_plugin.errors import ConfigError
-from pdiff_plugin.fitting.fit import choose_heldout
 from pdiff_plugin.generator.alignment import Alignment, recognise
 from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.split import Split
 from pdiff_plugin.snapshots.store import SnapshotStore
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
@@ -128,8 +128,8 @@ def test_two_processes_fit_what_one_fits(shuffled, fit_in_a_group, tmp_path):
 
 def test_a_search_scores_samples_against_aligned_snapshots(shuffled):
     generator = fit(shuffled, ALIGNED)
-    everything = torch.arange(len(shuffled))
-    score = HeldoutScore(shuffled.path, everything[choose_heldout(shuffled, everything, 0.1)])
+    split = Split.choose(shuffled, torch.arange(len(shuffled)), 0.1)
+    score = HeldoutScore(shuffled.path, split.rows[split.heldout])
 
     aligned = score(generator, 1.0)
     generator.alignment = None

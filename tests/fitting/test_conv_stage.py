@@ -101,7 +101,7 @@ def sizes(monkeypatch):
     """Block size made small, and the number of values in every read and in what every network call was given."""
     for module in ("generator.subspace", "generator.conv", "fitting.conv_stage"):
         monkeypatch.setattr(f"pdiff_plugin.{module}.BLOCK_VALUES", 128)
-    monkeypatch.setattr("pdiff_plugin.fitting.fit._block_values", lambda num_rows, memory_gb: 128)
+    monkeypatch.setattr("pdiff_plugin.snapshots.split.Split.block_values", lambda split, memory_gb: 128)
     found = {"read": [], "encode": [], "decode": []}
 
     def watch(owner, name, kind, size):

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from pdiff_plugin import DiffusionConfig, FitConfig, Layout, SubspaceConfig, WeightGenerator, fit
 from pdiff_plugin.errors import FitExistsError, FormatVersionError, StoreNotFoundError, UnusableSnapshotsError
-from pdiff_plugin.fitting.fit import heldout_blocks
+from pdiff_plugin.fitting import statistics_stage
+from pdiff_plugin.fitting.statistics_stage import nonfinite_names
 from pdiff_plugin.snapshots.layout import TensorSpec
+from pdiff_plugin.snapshots.split import Split
 
+DATA = Path(__file__).parents[1] / "data"
 QUICK = FitConfig(
     autoencoder=SubspaceConfig(latent_dim=6),
     diffusion=DiffusionConfig(width=16, num_blocks=1, max_steps=60, batch_size=16, eval_every_n_steps=20),
@@ -216,6 +221,55 @@ def test_a_fit_of_other_snapshots_in_the_folder_is_refused_and_replaced_when_ask
     assert generator.provenance["store"] == str(tmp_path / "other")
 
 
+@pytest.mark.parametrize("status", ["finished", "running"])
+def test_a_store_that_was_exchanged_in_its_last_columns_alone_is_refused(make_store, tmp_path, status):
+    layout = Layout((TensorSpec("w", (500,), "float32", "parameter"), TensorSpec("b", (8,), "float32", "parameter")))
+    store = make_store(layout=layout)
+    fit(store, QUICK, out=tmp_path / "fit")
+    document = json.loads((tmp_path / "fit" / "fit.json").read_text())
+    (tmp_path / "fit" / "fit.json").write_text(json.dumps({**document, "status": status}))
+    rows = store.rows()
+    rows[:, 500:] += 1.0
+    other = make_store(rows, name="other", layout=layout)
+
+    with pytest.raises(FitExistsError, match="other snapshots"):
+        fit(other, QUICK, out=tmp_path / "fit")
+
+
+def test_a_fit_from_before_there_was_a_fingerprint_of_the_whole_row_is_taken_as_it_is(make_store, tmp_path):
+    store = make_store()
+    fit(store, QUICK, out=tmp_path / "fit")
+    document = json.loads((tmp_path / "fit" / "fit.json").read_text())
+    del document["fingerprint"]
+    (tmp_path / "fit" / "fit.json").write_text(json.dumps(document))
+    stages = []
+
+    fit(store, QUICK, out=tmp_path / "fit", on_progress=lambda p: stages.append(p.stage))
+
+    assert stages == []
+    with pytest.raises(FitExistsError, match="other snapshots"):
+        fit(make_store(2.0 * store.rows(), name="other"), QUICK, out=tmp_path / "fit")
+
+
+def test_a_fit_that_an_older_release_left_unfinished_goes_on_to_the_generator_of_a_whole_one(tmp_path):
+    shutil.copytree(DATA / "fit-v1-unfinished", tmp_path / "cut")
+    document = json.loads((tmp_path / "cut" / "fit.json").read_text())
+    document["store"] = str((DATA / "store-v1-fitted").resolve())
+    (tmp_path / "cut" / "fit.json").write_text(json.dumps(document))
+    config, seen = FitConfig.from_json(document["config"]), []
+    fit(DATA / "store-v1-fitted", config, out=tmp_path / "whole")
+
+    fit(DATA / "store-v1-fitted", config, out=tmp_path / "cut", on_progress=seen.append)
+
+    assert [(p.stage, p.step) for p in seen if p.stage != "autoencoder"] == [("diffusion", 60)]
+    # To rounding, because the first forty steps were taken on another machine.
+    cut, whole = (load_file(tmp_path / name / "generator.safetensors") for name in ("cut", "whole"))
+    torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-5)
+    cut, whole = (json.loads((tmp_path / name / "fit.json").read_text())["history"] for name in ("cut", "whole"))
+    assert [entry["step"] for entry in cut] == [0, 20, 40, 60]
+    assert [entry["heldout_loss"] for entry in cut] == pytest.approx([entry["heldout_loss"] for entry in whole], 1e-4)
+
+
 def test_fresh_forgets_an_interrupted_fit_and_keeps_files_of_others(make_store, tmp_path):
     store = make_store()
     fit(store, QUICK, out=tmp_path / "whole")
@@ -282,8 +336,25 @@ def test_snapshots_with_nan_are_left_out_and_named_by_step(make_store, tmp_path,
     assert "(run-001 step 18)" in caplog.text
     assert generator.provenance["num_snapshots"] == 38
     document = json.loads((tmp_path / "fit" / "fit.json").read_text())
-    assert document["nonfinite_steps"] == ["run-001 step 18", "run-001 step 5"]
+    assert document["nonfinite_steps"] == ["run-001 step 5", "run-001 step 18"]
     assert all(t.isfinite().all() for t in generator.sample(4).values())
+
+
+def test_snapshots_with_nan_are_named_in_the_order_of_runs_and_steps_and_no_others_are(make_store, monkeypatch):
+    layout = Layout((TensorSpec("w", (1,), "float32", "parameter"),))
+    for _ in range(2):
+        store = make_store(torch.zeros(10_000, 1), layout=layout)
+    lost = [8, 1999, 10_004, 17_000]
+    is_lost = torch.zeros(20_000, dtype=torch.bool).index_fill_(0, torch.tensor(lost), True)
+    named, original = [], statistics_stage.names_of
+    monkeypatch.setattr(
+        statistics_stage, "names_of", lambda store, rows: named.append(len(rows)) or original(store, rows)
+    )
+
+    found = nonfinite_names(Split.choose(store, (~is_lost).nonzero().squeeze(1), 0.1))
+
+    assert found == ["run-001 step 9", "run-001 step 2000", "run-002 step 5", "run-002 step 7001"]
+    assert named == [4]
 
 
 def test_more_than_five_percent_of_snapshots_with_nan_are_refused(make_store):
@@ -370,19 +441,7 @@ def test_fitting_needs_no_ray(make_store):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("num_snapshots", [10, 37, 300])
-def test_heldout_snapshots_are_few_contiguous_blocks_away_from_the_ends(num_snapshots):
-    held = heldout_blocks(num_snapshots, 0.1)
-
-    assert int(held.sum()) == round(0.1 * num_snapshots)
-    assert not held[0]
-    assert not held[-1]
-    starts = int((held[1:] & ~held[:-1]).sum())
-    assert starts == (3 if num_snapshots == 300 else 1)
-
-
 def test_nothing_is_held_out_when_asked(make_store):
-    assert not heldout_blocks(50, 0.0).any()
     config = FitConfig(autoencoder=QUICK.autoencoder, diffusion=QUICK.diffusion, heldout_fraction=0.0)
     assert "copy_ratio" not in fit(make_store(), config).report
 

@@ -1,5 +1,6 @@
 """The subspace autoencoder against numpy's SVD and scikit-learn's PCA."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,14 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from pdiff_plugin.config import SubspaceConfig
+from pdiff_plugin.config import FitConfig, SubspaceConfig
+from pdiff_plugin.fitting.runtime import Runtime
 from pdiff_plugin.fitting.subspace_stage import _empty_basis, fit_subspace
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
+from pdiff_plugin.snapshots.split import Split
 from pdiff_plugin.snapshots.statistics import NonFiniteRowsError, column_blocks, measure
+from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 N = 24
 LAYOUT = Layout(
@@ -36,16 +41,16 @@ def rows():
     return walk
 
 
-def fitted(rows, config=FULL, heldout=(), layout=LAYOUT, block_values=16):
-    def read(lo, hi):
-        return rows[:, lo:hi].clone()
-
-    held = torch.tensor(sorted(heldout), dtype=torch.int64)
-    train = torch.tensor([i for i in range(len(rows)) if i not in set(heldout)])
-    statistics = measure(read, layout, block_values=block_values, train_rows=train)
-    return fit_subspace(
-        read, layout, statistics, config, block_values=block_values, train_rows=train, heldout_rows=held
-    )
+def fitted(rows, config=FULL, heldout=(), block_values=16):
+    held = torch.zeros(len(rows), dtype=torch.bool)
+    held[list(heldout)] = True
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Split, "block_values", lambda split, memory_gb: block_values)
+        TrajectoryWriter(folder, LAYOUT).write_chunk(rows, range(1, len(rows) + 1))
+        store = SnapshotStore.open(folder)
+        split = replace(Split.choose(store, torch.arange(len(store)), 0.0), heldout=held)
+        statistics = measure(split.read, LAYOUT, block_values=block_values, train_rows=split.train_rows)
+        return fit_subspace(split, statistics, FitConfig(autoencoder=config), Runtime())
 
 
 def standardised(rows):

@@ -164,7 +164,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(GeneratorNotFoundError, match=r"holds no generator\.safetensors"):
         WeightGenerator.load(tmp_path)
     path.write_bytes(b"not a tensor file")
-    with pytest.raises(FormatError, match="expected a pdiff-generator file"):
+    with pytest.raises(FormatError, match="expected a complete pdiff-generator file"):
         WeightGenerator.load(path)
     save_file({"x": torch.zeros(1)}, path, {"format": "pdiff-snapshots", "format_version": "1"})
     with pytest.raises(FormatError, match="expected format 'pdiff-generator'"):

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pdiff_plugin import WeightGenerator
-from pdiff_plugin.config import AutoencoderConfig
+from pdiff_plugin.config import AUTOENCODER_CONFIGS
 from pdiff_plugin.errors import FormatError
 from pdiff_plugin.generator.generator_file import AUTOENCODERS
 
@@ -35,7 +34,7 @@ def test_a_generator_written_before_makes_the_members_it_made_then(name):
 
 
 def test_every_kind_of_autoencoder_that_can_be_configured_can_be_read():
-    assert set(AUTOENCODERS) == {config.kind for config in get_args(AutoencoderConfig)}
+    assert set(AUTOENCODERS) == set(AUTOENCODER_CONFIGS)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("fit-v1", "subspace"), ("fit-v1-conv", "conv")])
@@ -69,18 +68,15 @@ def changed(folder, name, *, header=None, tensors=None):
 @pytest.mark.parametrize(
     ("header", "text"),
     [
-        ({"config": None}, "found a header without 'config', expected"),
-        ({"layout": None}, "found a header without 'layout', expected"),
-        ({"provenance": None}, "found a header without 'provenance', expected"),
-        ({"config": "{"}, "'config' in the header that cannot be read (JSONDecodeError"),
-        ({"config": "[]"}, "'config' in the header that cannot be read (TypeError"),
-        ({"config": "{}"}, "'config' in the header that cannot be read (KeyError: 'autoencoder')"),
-        ({"layout": "3"}, "'layout' in the header that cannot be read (TypeError"),
-        (
-            {"layout": '[{"name": "w", "shape": [2], "dtype": "int8", "kind": "parameter"}]'},
-            "dtype 'int8': it must be one of float64, float32, float16, bfloat16",
-        ),
-        ({"trajectories": "null"}, "'trajectories' in the header that cannot be read (TypeError"),
+        ({"config": None}, "None as config, expected a header with JSON as config"),
+        ({"layout": None}, "None as layout, expected a header with JSON as layout"),
+        ({"provenance": None}, "None as provenance, expected a header with JSON as provenance"),
+        ({"config": "{"}, "'{' as config, expected a header with JSON as config"),
+        ({"config": "[]"}, "config in the header that cannot be read (TypeError"),
+        ({"config": "{}"}, "config in the header that cannot be read (KeyError: 'autoencoder')"),
+        ({"layout": "3"}, "tensors of type int, expected a list of tensors"),
+        ({"layout": '[{"name": "w", "shape": [2], "dtype": "int8", "kind": "parameter"}]'}, "'dtype': 'int8'"),
+        ({"trajectories": "null"}, "trajectories in the header that cannot be read (TypeError"),
     ],
 )
 def test_a_header_that_lacks_a_part_or_holds_another_is_refused_by_name(tmp_path, header, text):
@@ -122,7 +118,7 @@ def test_tensors_that_do_not_fit_together_are_refused_by_name(tmp_path, name, te
     with pytest.raises(FormatError) as error:
         WeightGenerator.load(folder)
 
-    assert str(error.value) == f"{folder / 'generator.safetensors'}: found tensor {tensor!r} {text}."
+    assert str(error.value).startswith(f"{folder / 'generator.safetensors'}: found tensor {tensor!r} {text}. Check")
 
 
 def test_a_loaded_generator_knows_where_it_came_from():

@@ -115,7 +115,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_members_equal_those_of_the_plain_loop(case):
-    make, pick, shape, evaluation = CASES[case]
+    make, pick, shape, execution = CASES[case]
     model = build(make)
     weights = perturbed(model, pick)
     x = inputs(shape)
@@ -128,7 +128,7 @@ def test_members_equal_those_of_the_plain_loop(case):
         found = ensemble.members(x)
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
-    assert ensemble.evaluation == evaluation
+    assert ensemble.execution == execution
     assert (expected - expected[0]).abs().max() > 1e-3 * expected.abs().max()
     assert torch.equal(x, kept)
     assert not any("forward" in module.__dict__ for module in model.modules())
@@ -158,7 +158,7 @@ def test_a_write_that_only_later_members_make_is_caught():
         torch.testing.assert_close(ensemble.members(inputs(ROW)), expected)
 
     assert not torch.equal(expected[3], expected[2])
-    assert ensemble.evaluation == CACHED
+    assert ensemble.execution == CACHED
 
 
 def test_a_model_that_cannot_be_replayed_is_run_whole(caplog):
@@ -213,7 +213,7 @@ def test_32_members_of_a_resnet18_cost_a_few_forward_passes(pick, limit, chunk):
     ensemble(x)  # the first batch is checked against the plain loop
 
     assert flops(ensemble, x) / flops(model, x) <= limit
-    assert ensemble.evaluation == VMAP
+    assert ensemble.execution == VMAP
 
 
 HEAVY = {
@@ -257,7 +257,7 @@ def test_transformers_and_convnext_cost_trunk_plus_tails(case):
 
     assert found == pytest.approx(whole - tail_flops + 32 * tail_flops, rel=0.01)
     assert found < 20 * whole
-    assert ensemble.evaluation == VMAP
+    assert ensemble.execution == VMAP
 
 
 def test_an_opaque_trunk_is_still_computed_once():
@@ -317,7 +317,7 @@ def test_a_users_error_in_the_tail_is_not_taken_for_a_refusal_of_vmap():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         ensemble(torch.zeros(4, 5))
 
-    assert ensemble.evaluation == VMAP
+    assert ensemble.execution == VMAP
 
 
 @pytest.mark.parametrize("strategy", ["auto", "loop"])
@@ -411,7 +411,7 @@ def test_compiled_parts_are_run_by_the_plain_loop():
     ensemble = DiffusionEnsemble(model, weights)
 
     torch.testing.assert_close(ensemble.members(inputs(ROW)), expected)
-    assert ensemble.evaluation == PLAIN
+    assert ensemble.execution == PLAIN
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 cannot export what runs under vmap")

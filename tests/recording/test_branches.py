@@ -1,6 +1,7 @@
 import copy
 import importlib.util
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from pdiff_plugin import SnapshotStore, collect
+from pdiff_plugin import CollectConfig, Cycle, Perturb, Reinit, SnapshotStore, collect
 from pdiff_plugin.errors import ConfigError, TrajectoryExistsError
 
 _spec = importlib.util.spec_from_file_location("awkward_models", Path(__file__).parent.parent / "modules" / "models.py")
@@ -155,7 +156,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("restart", ["perturb", "reinit"])
+@pytest.mark.parametrize("restart", [Perturb(noise=0.5, warmup_steps=1), Reinit(warmup_steps=1)], ids=repr)
 @pytest.mark.parametrize("case", CASES)
 def test_each_branch_ends_as_if_it_were_trained_alone(case, restart, tmp_path):
     make, layers, shape = CASES[case]
@@ -172,8 +173,6 @@ def test_each_branch_ends_as_if_it_were_trained_alone(case, restart, tmp_path):
         num_snapshots=4,
         num_trajectories=3,
         restart=restart,
-        warmup_steps=1,
-        noise=0.5,
         optimizer=starts,
     )
 
@@ -319,7 +318,7 @@ def test_perturbed_branches_start_at_the_given_weights_and_around_them(tmp_path)
         layers=["1", "2"],
         num_snapshots=1,
         num_trajectories=3,
-        noise=0.2,
+        restart=Perturb(noise=0.2),
         optimizer=starts,
     )
 
@@ -333,9 +332,9 @@ def test_perturbed_branches_start_at_the_given_weights_and_around_them(tmp_path)
     assert not torch.equal(others[0]["2.weight"], others[1]["2.weight"])
 
 
-@pytest.mark.parametrize("restart", ["perturb", "reinit"])
+@pytest.mark.parametrize("restart", [Perturb(), Reinit()], ids=repr)
 def test_branches_that_would_all_start_at_the_same_values_are_refused(restart, net, batches, tmp_path):
-    with pytest.raises(ConfigError, match=f"restart = '{restart}': .*choose other layers"):
+    with pytest.raises(ConfigError, match=f"restart = {re.escape(repr(restart))}: .*choose other layers"):
         collect(net, batches, F.cross_entropy, store=tmp_path / "a", num_trajectories=2, restart=restart)
     assert not (tmp_path / "a").exists()
 
@@ -355,9 +354,8 @@ def test_reinitialised_branches_are_fresh_and_repeatable(net, batches, tmp_path)
             store=tmp_path / str(len(states)),
             layers=["bn3", "fc.weight"],
             num_snapshots=1,
-            warmup_steps=0,
             num_trajectories=count,
-            restart="reinit",
+            restart=Reinit(warmup_steps=0),
             seed=seed,
             optimizer=starts,
         )
@@ -378,7 +376,7 @@ def test_reinitialised_branches_are_fresh_and_repeatable(net, batches, tmp_path)
 def test_initialisation_leaves_the_global_random_state_alone(tmp_path):
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
     before = torch.get_rng_state()
-    for restart in ("perturb", "reinit", "cycle"):
+    for restart in (Perturb(), Reinit(), Cycle()):
         collect(
             model,
             data(ROW),
@@ -410,18 +408,28 @@ def test_a_module_that_cannot_be_initialised_is_named_before_anything_is_recorde
             store=tmp_path / "a",
             layers=["1", "2"],
             num_trajectories=2,
-            restart="reinit",
+            restart=Reinit(),
         )
     assert str(caught.value) == (
-        "restart = 'reinit': it calls reset_parameters(), which Scaled '1' (it owns 'gain') lacks; "
-        "choose other layers, or 'perturb'."
+        "restart = Reinit(warmup_steps=None): it calls reset_parameters(), which Scaled '1' (it owns 'gain') lacks; "
+        "choose other layers, or Perturb()."
     )
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(("restart", "default"), [("perturb", 0), ("reinit", 3), ("cycle", 9)])
-@pytest.mark.parametrize("warmup_steps", [None, 2])
-def test_only_the_steps_after_the_warmup_are_recorded(restart, default, warmup_steps, tmp_path):
+@pytest.mark.parametrize(
+    ("restart", "num_warmup"),
+    [
+        (Perturb(), 0),
+        (Reinit(), 3),
+        (Cycle(), 9),
+        (Perturb(warmup_steps=2), 2),
+        (Reinit(warmup_steps=2), 2),
+        (Cycle(warmup_steps=2), 2),
+    ],
+    ids=repr,
+)
+def test_only_the_steps_after_the_warmup_are_recorded(restart, num_warmup, tmp_path):
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
     reports = []
     store = collect(
@@ -434,10 +442,8 @@ def test_only_the_steps_after_the_warmup_are_recorded(restart, default, warmup_s
         num_trajectories=2,
         trajectory="mlp",
         restart=restart,
-        warmup_steps=warmup_steps,
         on_progress=reports.append,
     )
-    num_warmup = default if warmup_steps is None else warmup_steps
     assert store.trajectories == ["mlp-1", "mlp-2"]
     assert store.steps.tolist() == 2 * [num_warmup + 1, num_warmup + 2, num_warmup + 3]
     num_steps = 2 * (num_warmup + 3)
@@ -461,7 +467,7 @@ def test_a_cycle_is_one_run_under_a_cosine_rate(tmp_path):
         layers="last-norms:1",
         num_snapshots=2,
         num_trajectories=3,
-        restart="cycle",
+        restart=Cycle(),
         optimizer=lambda parameters: torch.optim.SGD(
             [{"params": parameters[:1], "lr": 0.5}, {"params": parameters[1:], "lr": 1.0}], momentum=0.9
         ),
@@ -483,7 +489,7 @@ def test_a_cycle_is_one_run_under_a_cosine_rate(tmp_path):
     torch.testing.assert_close(store.rows(), torch.stack(rows), rtol=0.0, atol=0.0)
 
 
-@pytest.mark.parametrize("restart", ["perturb", "cycle"])
+@pytest.mark.parametrize("restart", [Perturb(), Cycle(warmup_steps=0)], ids=repr)
 def test_the_default_optimizer_starts_at_lr(restart, tmp_path):
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
     given = model[1].weight.detach().clone()
@@ -495,7 +501,6 @@ def test_the_default_optimizer_starts_at_lr(restart, tmp_path):
         layers="1.weight",
         num_snapshots=1,
         num_trajectories=2,
-        warmup_steps=0,
         restart=restart,
         lr=0.25,
     )
@@ -504,7 +509,7 @@ def test_the_default_optimizer_starts_at_lr(restart, tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("restart", ["perturb", "cycle"])
+@pytest.mark.parametrize("restart", [Perturb(), Cycle(warmup_steps=0)], ids=repr)
 def test_an_interruption_keeps_the_rows_and_the_base_of_every_branch(error, restart, net, batches, tmp_path):
     net.conv1.requires_grad_(False)
     F.cross_entropy(net(batches[0][0]), batches[0][1]).backward()
@@ -529,17 +534,16 @@ def test_an_interruption_keeps_the_rows_and_the_base_of_every_branch(error, rest
             layers=["bn3", "fc"],
             num_snapshots=5,
             num_trajectories=3,
-            warmup_steps=0,
             restart=restart,
         )
 
     store = SnapshotStore.open(tmp_path)
-    if restart == "perturb":  # the first batch was also used for the check
+    if isinstance(restart, Perturb):  # the first batch was also used for the check
         assert store.steps.tolist() == [1, 2, 3, 1, 2, 1, 2]
     else:
         assert store.steps.tolist() == [1, 2, 3, 4, 5, 1, 2, 3]
     # In the last cycle the statistics have moved on since the last snapshot.
-    for name in store.trajectories if restart == "perturb" else store.trajectories[:1]:
+    for name in store.trajectories if isinstance(restart, Perturb) else store.trajectories[:1]:
         assert torch.equal(store.base(name)["bn3.weight"], rows_of(store, name)[-1][: net.bn3.weight.numel()])
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
     assert modes == [module.training for module in net.modules()]
@@ -566,7 +570,7 @@ def test_an_error_of_the_progress_callback_leaves_the_model_as_it_was(net, batch
     assert not any("forward" in module.__dict__ for module in net.modules())
 
 
-@pytest.mark.parametrize("restart", ["perturb", "cycle"])
+@pytest.mark.parametrize("restart", [Perturb(), Cycle()], ids=repr)
 def test_a_name_in_use_is_refused_before_a_step_is_taken(restart, net, batches, tmp_path):
     options = {"store": tmp_path, "layers": "head", "num_snapshots": 2}
     collect(net, batches, F.cross_entropy, trajectory="a-3", **options)
@@ -576,11 +580,63 @@ def test_a_name_in_use_is_refused_before_a_step_is_taken(restart, net, batches, 
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("restart", "again"), ("num_trajectories", 0), ("warmup_steps", -1), ("noise", 0.0)]
+    ("make", "message"),
+    [
+        (lambda: CollectConfig(restart="again"), r"restart = 'again': it must be Perturb\(\), Reinit\(\) or Cycle\(\)"),
+        (lambda: CollectConfig(num_trajectories=0), "num_trajectories = 0: it must be at least 1"),
+        (lambda: CollectConfig(num_snapshots=0), "num_snapshots = 0: it must be at least 1"),
+        (lambda: CollectConfig(dtype="int8"), "dtype = 'int8': it must be one of float64"),
+        (lambda: Perturb(noise=0.0), "noise = 0.0: it must be positive"),
+        (lambda: Perturb(warmup_steps=-1), "warmup_steps = -1: it must be at least 0"),
+        (lambda: Reinit(warmup_steps=-1), "warmup_steps = -1: it must be at least 0"),
+        (lambda: Cycle(warmup_steps=-1), "warmup_steps = -1: it must be at least 0"),
+    ],
 )
-def test_settings_that_cannot_work_are_refused(field, value, net, batches, tmp_path):
-    with pytest.raises(ConfigError, match=field):
-        collect(net, batches, F.cross_entropy, store=tmp_path, **{field: value})
+def test_settings_that_cannot_work_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("old", "restart"),
+    [
+        ({"restart": "perturb"}, Perturb()),
+        ({"noise": 0.2, "warmup_steps": 2}, Perturb(noise=0.2, warmup_steps=2)),
+        ({"restart": "reinit", "warmup_steps": 1, "noise": 0.2}, Reinit(warmup_steps=1)),
+        ({"restart": "reinit", "warmup_steps": None}, Reinit()),
+        ({"restart": "cycle", "warmup_steps": 1}, Cycle(warmup_steps=1)),
+    ],
+)
+def test_the_old_spelling_of_a_restart_is_the_new_one_and_warns(old, restart, tmp_path):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    options = {"layers": "head", "num_snapshots": 2, "num_trajectories": 2}
+    with pytest.warns(DeprecationWarning, match="pass restart=Perturb") as caught:
+        before = collect(model, data(ROW), logits_loss, store=tmp_path / "old", **options, **old)
+    after = collect(model, data(ROW), logits_loss, store=tmp_path / "new", **options, restart=restart)
+    assert caught[0].filename == __file__
+    assert torch.equal(before.rows(), after.rows())
+    assert before.steps.tolist() == after.steps.tolist()
+
+
+def test_an_old_restart_of_an_unknown_name_is_refused(net, batches, tmp_path):
+    with (
+        pytest.warns(DeprecationWarning, match="restart='again'"),
+        pytest.raises(ConfigError, match="restart = 'again': it must be one of perturb, reinit, cycle"),
+    ):
+        collect(net, batches, F.cross_entropy, store=tmp_path, restart="again")
+
+
+def test_one_object_says_the_same_as_its_fields_and_fields_change_it(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    config = CollectConfig(layers="head", num_snapshots=3, lr=0.1)
+    fields = {"layers": "head", "num_snapshots": 3, "lr": 0.1}
+    whole = collect(model, data(ROW), logits_loss, config, store=tmp_path / "object")
+    split = collect(model, data(ROW), logits_loss, store=tmp_path / "fields", **fields)
+    changed = collect(model, data(ROW), logits_loss, config, store=tmp_path / "both", num_snapshots=2)
+    assert torch.equal(whole.rows(), split.rows())
+    assert torch.equal(changed.rows(), whole.rows()[:2])
+    with pytest.raises(TypeError, match="unexpected argument 'noise'; CollectConfig has layers, num_snapshots"):
+        collect(model, data(ROW), logits_loss, config, store=tmp_path / "none", noise=0.1)
 
 
 def test_an_optimizer_that_branches_would_share_is_refused(net, batches, tmp_path):

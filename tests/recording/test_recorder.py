@@ -1,7 +1,9 @@
 import copy
+import gc
 import json
 import logging
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import timm.optim
 import torch
 from torch import nn
 
-from pdiff_plugin import PDiffRecorder, SnapshotStore
+from pdiff_plugin import PDiffRecorder, RecorderConfig, SnapshotStore
 from pdiff_plugin.errors import (
     ConfigError,
     LayoutMismatchError,
@@ -19,6 +21,7 @@ from pdiff_plugin.errors import (
     TrajectoryExistsError,
     UnsupportedTensorError,
 )
+from pdiff_plugin.recording.selection import select
 
 
 def sgd(model, lr=0.1):
@@ -512,6 +515,58 @@ def test_settings_that_cannot_work_are_refused(settings, text):
     with pytest.raises(ConfigError) as caught:
         PDiffRecorder(**settings)
     assert str(caught.value) == text
+
+
+def test_one_object_says_the_same_as_its_fields_and_fields_change_it():
+    config = RecorderConfig(layers=["head"], last_steps=5)
+    assert PDiffRecorder("a", config).settings() == PDiffRecorder("a", layers=["head"], last_steps=5).settings()
+    assert PDiffRecorder("a", config, dtype="bfloat16").config == RecorderConfig(
+        layers=("head",), last_steps=5, dtype="bfloat16"
+    )
+    with pytest.raises(TypeError, match="unexpected argument 'layer'; RecorderConfig has layers, every_n_steps"):
+        PDiffRecorder(layer="head")
+
+
+def test_the_tensors_are_selected_once_where_the_model_stays_the_same(net, train, tmp_path, monkeypatch):
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return select(*args, **kwargs)
+
+    monkeypatch.setattr("pdiff_plugin.recording.session.select", counted)
+    optimizer = sgd(net)
+    with PDiffRecorder(tmp_path, freeze_rest=True, last_steps=3).attach(net, optimizer, total_steps=4):
+        train(net, optimizer, 4)
+    assert len(calls) == 1
+    assert len(SnapshotStore.open(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("change", ["replaced", "frozen"])
+def test_tensors_that_change_between_attach_and_the_first_step_are_selected_anew(net, tmp_path, change):
+    recorder = PDiffRecorder(tmp_path, layers=["bn3", "head"]).attach(net)
+    if change == "frozen":
+        net.bn3.requires_grad_(False)
+    else:
+        net.fc = nn.Linear(6, 2)
+    recorder.step()
+    recorder.close()
+    layout = SnapshotStore.open(tmp_path).layout
+    if change == "frozen":
+        assert layout.names == ["fc.weight", "fc.bias"]
+    else:
+        assert {spec.name: spec.shape for spec in layout}["fc.weight"] == (2, 6)
+
+
+def test_a_recorder_that_is_forgotten_ends_its_thread_and_keeps_its_rows(net, tmp_path):
+    recorder = PDiffRecorder(tmp_path).attach(net)
+    recorder.step()
+    threads = [thread for thread in threading.enumerate() if thread.name == "pdiff-writer"]
+    assert len(threads) == 1
+    del recorder
+    gc.collect()
+    assert not threads[0].is_alive()
+    assert SnapshotStore.open(tmp_path).steps.tolist() == [1]
 
 
 def test_the_constructor_opens_no_file_and_takes_plain_values(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pdiff_plugin.snapshots.files import replacing
+from pdiff_plugin.snapshots.files import json_safe, replacing
 
 
 def test_a_file_has_the_permissions_that_the_umask_gives(tmp_path: Path) -> None:
@@ -46,3 +47,11 @@ def test_two_writers_of_one_file_in_one_process_do_not_meet(tmp_path: Path) -> N
         assert path.read_text() == "second"
     assert path.read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_json_gets_null_for_what_it_does_not_have_at_any_depth() -> None:
+    value = {"a": [1, True, 0.25, "x", None], "b": {"c": (float("nan"), float("-inf"))}}
+    cleaned = {"a": [1, True, 0.25, "x", None], "b": {"c": [None, None]}}
+    assert json_safe(value) == cleaned
+    assert json.loads(json.dumps(json_safe(value), allow_nan=False)) == cleaned
+    assert json_safe([1.23456789, 7, float("inf")], 3) == [1.235, 7, None]

@@ -6,9 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pdiff_plugin.errors import LayoutMismatchError, UnsupportedTensorError
+from pdiff_plugin import PDiffRecorder, import_checkpoints
+from pdiff_plugin.errors import FormatError, LayoutMismatchError, UnsupportedTensorError
 from pdiff_plugin.modules.names import named_modules, named_tensors, unwrap, wrapped_names
-from pdiff_plugin.snapshots.layout import DTYPES, Layout
+from pdiff_plugin.snapshots.layout import DTYPES, Layout, TensorSpec, parse_layout
+from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 tensor_sets = st.lists(st.tuples(shapes, st.sampled_from(sorted(DTYPES))), min_size=1, max_size=5)
@@ -146,3 +149,86 @@ def test_tied_tensors_and_shared_modules_come_once():
     model = nn.Sequential(shared, shared, nn.Linear(2, 2))
     model[2].weight = shared.weight
     assert list(named_tensors(model)) == ["0.weight", "0.bias", "2.bias"]
+
+
+SPEC = {"name": "a", "shape": [2], "dtype": "float32", "kind": "parameter"}
+DOCUMENT = {"row_dtype": "bfloat16", "num_values": 2, "tensors": [SPEC]}
+
+
+def test_a_document_is_a_layout_and_a_dtype_of_rows():
+    layout, row_dtype = parse_layout(DOCUMENT, "here")
+    assert layout == Layout((TensorSpec("a", (2,), "float32", "parameter"),))
+    assert row_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        (None, "here: found a NoneType, expected a JSON object"),
+        ([DOCUMENT], "here: found a list, expected a JSON object"),
+        ({}, "here: found tensors of type NoneType, expected a list of tensors"),
+        (DOCUMENT | {"tensors": {"a": SPEC}}, "here: found tensors of type dict, expected a list of tensors"),
+        (DOCUMENT | {"tensors": ["a"]}, "here: found the tensor 'a', expected name, shape (sizes from 0), dtype (one"),
+        (DOCUMENT | {"tensors": [{**SPEC, "name": 1}]}, "found the tensor {'dtype': 'float32', "),
+        (DOCUMENT | {"tensors": [{**SPEC, "shape": 2}]}, "found the tensor"),
+        (DOCUMENT | {"tensors": [{**SPEC, "shape": [-2]}]}, "found the tensor"),
+        (DOCUMENT | {"tensors": [{**SPEC, "shape": [2.0]}]}, "found the tensor"),
+        (DOCUMENT | {"tensors": [{**SPEC, "shape": [True]}]}, "found the tensor"),
+        (DOCUMENT | {"tensors": [{**SPEC, "shape": [2**63]}]}, "found the tensor"),
+        (DOCUMENT | {"tensors": [{**SPEC, "dtype": "int8"}]}, "(one of float64, float32, float16, bfloat16) and kind"),
+        (DOCUMENT | {"tensors": [{**SPEC, "kind": "other"}]}, "found the tensor"),
+        (DOCUMENT | {"tensors": [SPEC, SPEC]}, "here: found 2 tensors of the name 'a', expected each name once"),
+        (
+            DOCUMENT | {"tensors": [{**SPEC, "shape": [2**40, 2**40]}]},
+            f"here: found {2**80} values in a row, expected at most",
+        ),
+        (
+            DOCUMENT | {"row_dtype": "int8"},
+            "here: found row_dtype 'int8', expected one of float64, float32, float16, b",
+        ),
+        (DOCUMENT | {"row_dtype": ["float32"]}, "here: found row_dtype ['float32']"),
+        ({key: value for key, value in DOCUMENT.items() if key != "row_dtype"}, "here: found row_dtype None"),
+        (DOCUMENT | {"num_values": 3}, "here: found num_values 3, expected 2, the sum of its tensors"),
+        (DOCUMENT | {"num_values": "2"}, "here: found num_values '2', expected 2"),
+    ],
+)
+def test_a_document_that_is_no_layout_is_refused_by_what_is_wrong(document, text):
+    with pytest.raises(FormatError) as caught:
+        parse_layout(document, "here")
+    assert text in str(caught.value)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(["row_dtype", "num_values", "tensors", "name", "shape", "dtype", "kind"]), json_values)
+def test_no_value_of_a_document_ends_in_another_error(key, value):
+    document = {**DOCUMENT, "tensors": [{**SPEC, key: value}]} if key in SPEC else {**DOCUMENT, key: value}
+    try:
+        layout, _ = parse_layout(document, "here")
+    except FormatError:
+        return
+    assert layout.num_values == 2
+
+
+@pytest.mark.parametrize("key", ["row_dtype", "num_values", "tensors"])
+def test_whoever_reads_a_layout_refuses_a_wrong_one(tmp_path, key):
+    """A store, a writer, a recorder and an import of checkpoints."""
+    net = nn.Linear(2, 1)
+    layout = Layout.from_tensors(dict(net.named_parameters()))
+    TrajectoryWriter(tmp_path / "store", layout)
+    path = tmp_path / "store" / "layout.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "wrong"}))
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    for read in (
+        SnapshotStore.open,
+        lambda store: TrajectoryWriter(store, layout),
+        lambda store: PDiffRecorder(store, layers="all").attach(net),
+        lambda store: import_checkpoints(tmp_path / "net.pt", store=store, layers="all", model=net),
+    ):
+        with pytest.raises(FormatError, match=r"layout\.json: found"):
+            read(tmp_path / "store")

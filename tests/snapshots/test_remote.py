@@ -13,6 +13,8 @@ from pdiff_plugin.errors import StoreNotFoundError
 from pdiff_plugin.snapshots.remote import copy_store, is_remote, mirrored
 from pdiff_plugin.snapshots.store import SnapshotStore
 
+DATA = Path(__file__).parents[1] / "data"
+
 
 @pytest.fixture
 def bucket() -> str:
@@ -49,6 +51,31 @@ def test_a_share_of_the_columns_is_copied_and_the_rest_reads_as_zeros(
     assert torch.equal(copy.rows(12, 24), original.rows(12, 24))
     assert copy.rows(0, 12).abs().max() == 0
     assert copy.rows(24, 48).abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["store-v1-sharded", "store-v1-joined"])
+def test_a_store_that_ranks_wrote_is_copied_as_one(bucket: str, tmp_path: Path, name: str) -> None:
+    fsspec.filesystem("memory").put(str(DATA / name), f"{bucket}/store", recursive=True)
+    expected = SnapshotStore.open(DATA / name).rows()
+
+    whole = SnapshotStore.open(copy_store(f"{bucket}/store", tmp_path / "whole"))
+    share = SnapshotStore.open(copy_store(f"{bucket}/store", tmp_path / "share", lambda D: slice(3, 9)))
+
+    assert torch.equal(whole.rows(), expected)
+    assert torch.equal(share.rows(3, 9), expected[:, 3:9])
+    assert share.rows(0, 3).abs().max() == 0
+    assert share.rows(9, 14).abs().max() == 0
+
+
+def test_a_damaged_chunk_in_the_bucket_is_reported_as_on_a_disk(bucket: str, walk_store: Path, tmp_path: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.put(str(walk_store), f"{bucket}/store", recursive=True)
+    fs.pipe(f"{bucket}/store/trajectories/run-001/chunk-000002.safetensors", b"half a file")
+
+    copy = SnapshotStore.open(copy_store(f"{bucket}/store", tmp_path / "copy"))
+
+    assert torch.equal(copy.rows(), SnapshotStore.open(walk_store).rows())
+    assert "chunk-000002.safetensors: found an unreadable file" in copy.problems[0]
 
 
 def test_no_store_in_the_bucket_is_said(bucket: str, tmp_path: Path) -> None:

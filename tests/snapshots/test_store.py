@@ -1,11 +1,16 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
+from pdiff_plugin import PDiffRecorder
 from pdiff_plugin.errors import (
     FormatError,
     FormatVersionError,
@@ -71,8 +76,8 @@ def test_negative_indices_and_masks_pick_rows_as_they_do_in_a_tensor(tmp_path):
     full = store.rows()
     mask = torch.tensor([False, True, False, False, True])
     assert torch.equal(store.rows(1, 4, [-1, 0, -5]), full[[-1, 0, -5], 1:4])
-    for given in (mask, mask.tolist(), mask.numpy()):
-        assert torch.equal(store.rows(indices=given), full[mask])
+    for picked in (mask, mask.tolist(), mask.numpy()):
+        assert torch.equal(store.rows(indices=picked), full[mask])
     columns = torch.tensor([6, 2])
     assert torch.equal(store.gather(columns, torch.tensor([-1, 0])), full[[-1, 0]][:, columns])
     assert torch.equal(store.gather(columns, mask), full[mask][:, columns])
@@ -163,8 +168,11 @@ def test_a_truncated_chunk_is_reported_and_the_rest_is_read(tmp_path, caplog):
         store = SnapshotStore.open(tmp_path)
         assert store.steps.tolist() == [1, 2, 3]
         assert len(store.problems) == 1
-        assert store.problems[0].startswith(f"{chunk(tmp_path, 2)}: found an unreadable chunk")
-        assert store.problems[0].endswith("expected a complete safetensors file. Its snapshots are left out.")
+        assert store.problems[0].startswith(f"{chunk(tmp_path, 2)}: found an unreadable file")
+        assert store.problems[0].endswith(
+            "expected a complete pdiff-snapshots file. Check the path; if it is right, copy the file again or write it "
+            "anew. Its snapshots are left out."
+        )
         assert store.problems[0] in caplog.text
 
 
@@ -175,7 +183,7 @@ def test_a_chunk_of_another_width_is_reported(tmp_path):
     other.write_chunk(torch.zeros(1, 14), [4]).replace(chunk(tmp_path, 2))
     store = SnapshotStore.open(tmp_path)
     assert len(store) == 3
-    assert "found rows of shape [1, 14], expected (1, 7)" in store.problems[0]
+    assert "found rows of torch.float32 (1, 14), expected torch.float32 (1, 7)" in store.problems[0]
 
 
 def test_strays_are_ignored_and_cleaned_by_the_next_writer_of_the_trajectory(tmp_path):
@@ -266,6 +274,145 @@ def test_the_base_keeps_tied_tensors_once_and_integer_buffers(tmp_path):
     assert store.base_header("run-001")["rest_drift"] == "0.5"
     assert store.base("run-009") is None
     assert store.base_header("run-009") == {}
+
+
+def test_a_base_may_hold_every_dtype_that_safetensors_knows(tmp_path):
+    writer = write(tmp_path)
+    state = {
+        str(dtype): torch.tensor([[0, 1], [1, 0]]).to(dtype)
+        for dtype in (torch.bool, torch.int8, torch.int32, torch.uint16, torch.complex64, torch.float8_e4m3fn)
+    }
+    writer.write_base(state, {})
+    found = SnapshotStore.open(tmp_path).base()
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("header", "text"),
+    [
+        (None, "found an unreadable file"),
+        ({"format": "pt"}, "found format 'pt', expected format 'pdiff-snapshots'"),
+        ({"format": "pdiff-snapshots"}, "found format_version None, expected a whole number"),
+        ({"format": "pdiff-snapshots", "format_version": "9"}, "has format version 9"),
+        ({"format": "pdiff-snapshots", "format_version": "1", "step": "last"}, "found step 'last', expected a number"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_reported_and_the_snapshots_are_read(tmp_path, header, text):
+    path = write(tmp_path).folder / "base.safetensors"
+    path.write_bytes(b"half a fi") if header is None else save_file({"a": torch.zeros(1)}, path, header)
+
+    store = SnapshotStore.open(tmp_path)
+
+    assert len(store) == 5
+    assert len(store.problems) == 1
+    assert str(path) in store.problems[0]
+    assert text in store.problems[0]
+    assert store.problems[0].endswith("The whole model of run-001 is left out.")
+    assert store.base_header("run-001") == {}
+    with pytest.raises((FormatError, FormatVersionError), match=re.escape(text)):
+        store.base()
+
+
+def test_a_run_whose_base_cannot_be_read_is_resumed_all_the_same(tmp_path, caplog):
+    def train(recorder, model, num_steps):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with recorder.attach(model, optimizer, total_steps=4):
+            for _ in range(num_steps):
+                model(torch.ones(1, 2)).sum().backward()
+                optimizer.step()
+            return recorder.state_dict()
+
+    model = nn.Linear(2, 1)
+    state = train(PDiffRecorder(tmp_path, layers="all"), model, 2)
+    folder = tmp_path / "trajectories" / "run-001"
+    (folder / "base.safetensors").write_bytes(b"half a fi")
+    recorder = PDiffRecorder(tmp_path, layers="all")
+    recorder.load_state_dict(state)
+
+    train(recorder, model, 2)
+
+    assert recorder.error is None
+    assert "base.safetensors: found an unreadable file" in caplog.text
+    store = SnapshotStore.open(tmp_path)
+    assert store.trajectories == ["run-001"]
+    assert store.problems == []  # the base is that of the finished run now
+
+
+@pytest.mark.parametrize("aliases", ["{", "[]", '{"b": "nothing"}', '{"b": 1}'])
+def test_a_base_with_other_aliases_is_refused(tmp_path, aliases):
+    path = write(tmp_path).folder / "base.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"format": "pdiff-snapshots", "format_version": "1", "aliases": aliases})
+    with pytest.raises(FormatError, match="aliases"):
+        SnapshotStore.open(tmp_path).base()
+
+
+ROWS, STEPS = rows(2), torch.tensor([6, 7])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "text"),
+    [
+        ({"steps": STEPS}, {}, "found the tensors steps, expected rows and steps"),
+        ({"rows": ROWS}, {}, "found the tensors rows, expected rows and steps"),
+        ({"rows": ROWS.bfloat16(), "steps": STEPS}, {}, "rows of torch.bfloat16 (2, 7), expected torch.float32 (2, 7)"),
+        ({"rows": ROWS[:1], "steps": STEPS}, {}, "found rows of torch.float32 (1, 7), expected torch.float32 (2, 7)"),
+        ({"rows": ROWS, "steps": STEPS.int()}, {}, "found steps of torch.int32 (2,), expected torch.int64 (n,)"),
+        ({"rows": ROWS, "steps": STEPS[None]}, {}, "found steps of torch.int64 (1, 2), expected torch.int64 (n,)"),
+        ({"rows": ROWS, "steps": STEPS}, {"epochs": None}, "found None as epochs, expected a header with JSON as epoc"),
+        ({"rows": ROWS, "steps": STEPS}, {"epochs": "[1"}, "found '[1' as epochs"),
+        ({"rows": ROWS, "steps": STEPS}, {"epochs": "[1]"}, "found other epochs, expected 2 numbers or nulls"),
+        ({"rows": ROWS, "steps": STEPS}, {"epochs": '[1, "x"]'}, "found other epochs"),
+        ({"rows": ROWS, "steps": STEPS}, {"epochs": '{"0": 1, "1": 2}'}, "found other epochs"),
+        ({"rows": ROWS, "steps": STEPS}, {"metrics": "[{}]"}, "found other metrics, expected 2 objects of name -> nu"),
+        ({"rows": ROWS, "steps": STEPS}, {"metrics": '[{}, {"loss": "low"}]'}, "found other metrics"),
+        ({"rows": ROWS, "steps": STEPS}, {"metrics": "[{}, [1]]"}, "found other metrics"),
+        ({"rows": ROWS, "steps": STEPS}, {"format_version": "one"}, "found format_version one, expected a whole numbe"),
+    ],
+)
+def test_a_chunk_that_is_none_is_reported(tmp_path, tensors, header, text):
+    write(tmp_path)
+    whole = {"format": "pdiff-snapshots", "format_version": "1", "epochs": "[null, null]", "metrics": "[{}, {}]"}
+    whole = {key: value for key, value in (whole | header).items() if value is not None}
+    save_file(tensors, chunk(tmp_path, 3), whole)
+
+    store = SnapshotStore.open(tmp_path)
+
+    assert store.steps.tolist() == [1, 2, 3, 4, 5]
+    assert len(store.problems) == 1
+    assert text in store.problems[0]
+
+
+@given(st.data())
+def test_no_bytes_in_place_of_a_chunk_end_in_another_error(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("store")
+    write(path)
+    content = bytearray(chunk(path, 2).read_bytes())
+    # The header is where a flipped byte means something.
+    for place in data.draw(st.lists(st.integers(0, 400), min_size=1, max_size=3)):
+        content[min(place, len(content) - 1)] = data.draw(st.integers(0, 255))
+    chunk(path, 2).write_bytes(bytes(content[: data.draw(st.integers(0, 2000))]))
+    try:
+        store = SnapshotStore.open(path)
+    except FormatVersionError:
+        return
+    assert store.steps.tolist()[:3] == [1, 2, 3]
+    assert len(store.problems) == (len(store) == 3)
+    assert store.rows().shape == (len(store), 7)
+
+
+def test_opening_reads_no_row(tmp_path):
+    """Rows stay on disk: what the file says of them after it was opened is what is read."""
+    write(tmp_path, chunks=((1, 2, 3),))
+    store = SnapshotStore.open(tmp_path)
+    with open(chunk(tmp_path, 1), "rb+") as file:
+        content = file.read()
+        place = content.index(rows(3, 1).numpy().tobytes())
+        file.seek(place)
+        file.write(rows(3, 100).numpy().tobytes())
+    assert torch.equal(store.rows(), rows(3, 100))
 
 
 def test_the_store_of_format_version_1_is_read():

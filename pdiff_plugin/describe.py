@@ -1,0 +1,151 @@
+"""What the commands tell of stores, generators and results: documents for ``--json``, tables for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pdiff_plugin import console
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pdiff_plugin.evaluation.result import Evaluation
+    from pdiff_plugin.generator.generator import WeightGenerator
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on stdout."""
+    print(json.dumps(document, indent=2))
+
+
+def store(path: Path) -> dict[str, Any]:
+    """What a snapshot store holds, as plain JSON."""
+    from pdiff_plugin.snapshots.store import SnapshotStore
+
+    opened = SnapshotStore.open(path)
+    trajectories = []
+    for index, name in enumerate(opened.trajectories):
+        steps = opened.steps[opened.trajectory_index == index]
+        header = opened.base_header(name)
+        drift = header.get("rest_drift")
+        trajectories.append(
+            {
+                "id": name,
+                "snapshots": len(steps),
+                "first_step": int(steps[0]),
+                "last_step": int(steps[-1]),
+                "base": "yes" if header else "no",
+                "rest_drift": f"{float(drift):.2%}" if drift else "-",
+            }
+        )
+    return {
+        "store": str(path),
+        "num_snapshots": len(opened),
+        "num_values": opened.layout.num_values,
+        "row_dtype": str(opened.row_dtype).removeprefix("torch."),
+        "tensors": opened.layout.to_json(),
+        "trajectories": trajectories,
+        "problems": opened.problems,
+    }
+
+
+def show_store(document: dict[str, Any]) -> None:
+    """Print what :func:`store` tells."""
+    rows = [
+        [t["id"], str(t["snapshots"]), f"{t['first_step']}..{t['last_step']}", t["base"], t["rest_drift"]]
+        for t in document["trajectories"]
+    ]
+    headers = ["trajectory", "snapshots", "steps", "base", "drift of the rest"]
+    title = f"store {document['store']}: {document['num_snapshots']} snapshots"
+    console.table(title, headers, rows, note=_tensors(document))
+    for problem in document["problems"]:
+        console.say(f"! {problem}")
+
+
+def generator(path: str, fitted: WeightGenerator) -> dict[str, Any]:
+    """What a generator makes and what its fit measured, as plain JSON."""
+    return {
+        "generator": path,
+        "num_values": fitted.layout.num_values,
+        "tensors": fitted.layout.to_json(),
+        "trajectories": fitted.trajectories,
+        "config": fitted.config.to_json(),
+        "report": fitted.report,
+        "provenance": fitted.provenance,
+    }
+
+
+def show_generator(document: dict[str, Any]) -> None:
+    """Print what :func:`generator` tells."""
+    rows = [[name, _text(value)] for name, value in document["report"].items()]
+    console.table(f"generator {document['generator']}", ["measured by the fit", ""], rows, numeric=False)
+    console.say(_tensors(document))
+
+
+def layers(name: str, model: nn.Module, chosen: str) -> dict[str, Any]:
+    """What would be recorded of a model, as plain JSON."""
+    from pdiff_plugin.recording.selection import select
+
+    selection = select(model, chosen)
+    return {
+        "model": name,
+        "layers": chosen,
+        "tensors": selection.layout.to_json(),
+        "num_values": selection.layout.num_values,
+        "num_model_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "frozen": list(selection.frozen),
+    }
+
+
+def show_layers(document: dict[str, Any]) -> None:
+    """Print what :func:`layers` tells."""
+    from pdiff_plugin.snapshots.layout import Layout
+
+    layout, total = Layout.from_json(document["tensors"]), document["num_model_parameters"]
+    rows = [[s.name, s.kind, s.dtype, " x ".join(map(str, s.shape)), f"{s.numel:,}"] for s in layout]
+    share = sum(s.numel for s in layout if s.kind == "parameter") / max(total, 1)
+    note = (
+        f"{layout.num_values:,} values in {len(layout.tensors)} tensors; {share:.3%} of the model's {total:,} "
+        f"parameters. 300 snapshots take {300 * 4 * layout.num_values / 2**20:,.1f} MiB."
+    )
+    if document["frozen"]:
+        note += f"\nLeft out because frozen: {', '.join(document['frozen'])}."
+    title = f"{document['model']}, layers={document['layers']}"
+    console.table(title, ["tensor", "kind", "dtype", "shape", "values"], rows, note=note)
+
+
+def show_trials(folder: Path, document: dict[str, Any]) -> None:
+    """Print the trials of a search, the best first."""
+    from pdiff_plugin.cluster.tune import SPACE
+
+    columns = ["score", *SPACE, "max_steps", "copy_ratio"]
+    rows = [
+        ["default" if trial["is_default"] else str(number), *(_text(trial[column]) for column in columns)]
+        for number, trial in enumerate(document["trials"], start=1)
+    ]
+    console.table(f"tuned {folder}", ["trial", *columns], rows, note=f"score: {document['score']}; lower is better")
+
+
+def show_evaluation(result: Evaluation) -> None:
+    """Print the table of an evaluation and its verdict."""
+    title = f"{result.details['task']}: {result.details['num_items']} items"
+    console.table(title, *result.table(), note=result.footnote, lead=result.lead)
+    console.say(f"\n{result.verdict.sentence}")
+
+
+def _tensors(document: dict[str, Any]) -> str:
+    tensors = document["tensors"]
+    names = ", ".join(t["name"] for t in tensors[:6]) + (", ..." if len(tensors) > 6 else "")
+    return f"{document['num_values']:,} values in {len(tensors)} tensors: {names}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return " ".join(_text(v) for v in value)
+    return str(value)

@@ -1,0 +1,235 @@
+"""One class for each item: logits (B, C) and class indices (B,).
+
+Shapes: M members, B items in a batch, n items in all, C classes, S ensemble sizes, H divisions into halves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdiff_plugin.errors import DataError
+from pdiff_plugin.evaluation import metrics
+from pdiff_plugin.evaluation.kind import (
+    MEMBERS,
+    NEAREST,
+    Likeness,
+    Measured,
+    Metric,
+    Quantity,
+    Scores,
+    TaskKind,
+    best_score,
+    ensemble_loss,
+    ensemble_score,
+    ensemble_sizes,
+    spread_of_scores,
+)
+
+# Ways in which members are divided into two halves, whose difference tells how far an ensemble's accuracy is by chance.
+_NUM_DIVISIONS = 16
+
+
+def check_targets(targets: Any, name: str) -> Tensor:
+    """Class indices (B,) int64 on the CPU.
+
+    Raises:
+        DataError: they are something else.
+    """
+    if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
+        found = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
+        raise DataError(f"targets of {name}", found, "must be class indices, integers of shape (B,)")
+    return targets.to(device="cpu", dtype=torch.int64)
+
+
+def check_logits(logits: Tensor, targets: Tensor, name: str) -> Tensor:
+    """``logits`` again, if they are (M, B, C) and every one of ``targets`` (B,) is a class.
+
+    Raises:
+        DataError: they are not.
+    """
+    if logits.ndim != 3 or logits.shape[1] != len(targets):
+        found = str(tuple(logits.shape[1:]))
+        raise DataError("output of the model", found, f"must be logits of shape ({len(targets)}, C), one per target")
+    if targets.min() < 0 or targets.max() >= logits.shape[2]:
+        found = f"from {int(targets.min())} to {int(targets.max())}"
+        raise DataError(f"targets of {name}", found, f"must be from 0 to {logits.shape[2] - 1}, the model's classes")
+    return logits
+
+
+def score_batch(logits: Tensor, targets: Tensor, order: Tensor) -> dict[str, Tensor]:
+    """Per-item results (..., B) of logits (M, B, C).
+
+    Beside what every kind has: ``confidence``, the ensemble's largest probability, (S, B), and ``brier``, (B,).
+    """
+    log_probs = metrics.member_log_probs(logits)
+    log_true = -metrics.nll(log_probs, targets)  # (M, B)
+    sizes = torch.tensor(ensemble_sizes(len(logits)))
+    counts = sizes.double()[:, None]
+    probs = log_probs[order].exp().cumsum(dim=0)[sizes - 1] / counts[..., None]  # (S, B, C)
+    confidence, predicted = probs.max(dim=-1)
+    return {
+        "member_score": (log_probs.argmax(dim=-1) == targets) & ~logits.isnan().any(dim=-1),
+        "member_loss": -log_true,
+        "loss": counts.log() - log_true[order].logcumsumexp(dim=0)[sizes - 1],
+        "score": predicted == targets,
+        "half_difference": _hit_difference(log_probs.exp(), targets),
+        "uncertainty": metrics.entropy(probs[-1].log()),
+        "confidence": confidence,
+        "brier": metrics.brier(probs[-1], targets),
+    }
+
+
+def nll_without_each(member_nll: Tensor) -> Tensor:
+    """Mean NLL of the ensemble without each of its members, (M,), from -log p(true) of each, (M, n)."""
+    probs = (-member_nll).exp()
+    others = (probs.sum(dim=0) - probs).clamp_min(1e-300) / (len(probs) - 1)  # (M, n)
+    return -others.log().mean(dim=1)
+
+
+def _hit_difference(probs: Tensor, targets: Tensor) -> Tensor:
+    """Hits of one half of the members minus those of the other, (H, B) int8, from probabilities (M, B, C).
+
+    Members 2i and 2i + 1 never share a half: where they start from neighbouring snapshots, halves differ by what was
+    drawn and not by the snapshots.
+    """
+    m = len(probs)
+    first = torch.randint(2, (_NUM_DIVISIONS, (m + 1) // 2), generator=torch.Generator().manual_seed(0))
+    is_mine = torch.stack([first, 1 - first], dim=2).flatten(1)[:, :m].to(probs.dtype)  # (H, M)
+    mine = (is_mine @ probs.flatten(1)).reshape(-1, *probs.shape[1:])  # (H, B, C)
+    theirs = probs.sum(dim=0) - mine
+    return (mine.argmax(dim=-1) == targets).to(torch.int8) - (theirs.argmax(dim=-1) == targets).to(torch.int8)
+
+
+def _ece(measured: Measured) -> float:
+    scores = measured.scores
+    return metrics.ece(scores.more["confidence"][measured.place], scores.score[measured.place])
+
+
+def _reliability(scores: Scores) -> Tensor:
+    """Count, confidence and accuracy by bin, (3, number of bins)."""
+    bins = metrics.reliability(scores.more["confidence"][-1], scores.score[-1])
+    return torch.stack([bins.count, bins.confidence, bins.accuracy])
+
+
+METRICS = (
+    MEMBERS,
+    Metric(
+        "accuracy_mean",
+        "acc mean",
+        "%",
+        of=lambda measured: float(measured.member_scores.mean()),
+        better="higher",
+        help="accuracy of the members, their mean",
+    ),
+    Metric("accuracy_std", "± std", "%", of=spread_of_scores, help="standard deviation of the members' accuracies"),
+    Metric(
+        "accuracy_best",
+        "best*",
+        "%",
+        of=best_score,
+        better="higher",
+        help="chosen on one half of the data, scored on the other",
+        is_noted=True,
+    ),
+    Metric(
+        "accuracy_worst",
+        "worst",
+        "%",
+        of=lambda measured: float(measured.member_scores.min()),
+        better="higher",
+        help="accuracy of the worst member",
+    ),
+    Metric(
+        "ensemble_accuracy",
+        "ens acc",
+        "%",
+        of=ensemble_score,
+        better="higher",
+        help="accuracy of the mean of the members' probabilities",
+        label="ensemble accuracy",
+        needs_scores_only=True,
+    ),
+    Metric(
+        "ensemble_nll",
+        "ens NLL",
+        ".4f",
+        of=ensemble_loss,
+        better="lower",
+        help="mean -log p(true) of the mean of the members' probabilities",
+        label="ensemble NLL",
+        needs_scores_only=True,
+    ),
+    Metric(
+        "ensemble_ece",
+        "ens ECE",
+        ".4f",
+        of=_ece,
+        better="lower",
+        help=f"expected calibration error of the ensemble, over {metrics.NUM_BINS} bins of equal width",
+        label="ensemble ECE",
+        needs_scores_only=True,
+    ),
+    Metric(
+        "ensemble_brier",
+        "",
+        ".4f",
+        of=lambda measured: float(measured.scores.more["brier"].mean()),
+        better="lower",
+        help="squared error of the ensemble's probabilities, summed over classes",
+        needs_scores_only=True,
+    ),
+    Metric(
+        "wrong_iou_mean",
+        "IoU",
+        ".3f",
+        of=lambda measured: metrics.pair_mean(measured.within),
+        better="lower",
+        help="share of errors in common, over pairs of members",
+        is_noted=True,
+    ),
+    Metric(
+        "wrong_iou_max_to_snapshots",
+        "IoU to snap",
+        ".3f",
+        of=lambda measured: float(measured.closest.nanmean()),
+        better="lower",
+        help="the same with the closest snapshot, over members",
+        is_noted=True,
+    ),
+    NEAREST,
+    Metric(
+        "member_nll_mean",
+        "",
+        ".4f",
+        of=lambda measured: float(measured.scores.member_loss.mean()),
+        better="lower",
+        help="mean -log p(true) of the members",
+    ),
+)
+
+CLASSIFICATION = TaskKind(
+    name="classification",
+    loss=Quantity("nll", "NLL", "NLL", ".4f"),
+    score=Quantity("accuracy", "acc", "accuracy", "%"),
+    likeness=Likeness(
+        "wrong_iou",
+        "IoU",
+        "share of errors in common",
+        ".3f",
+        of=metrics.wrong_iou,
+        copied="of the items that a generated member or its closest snapshot gets wrong, {found:.1%} are the same",
+        all_alike="Members share {found:.1%} of their errors with the closest snapshot, but the snapshots themselves "
+        "share {reference:.1%}: that tells nothing of copies.",
+    ),
+    check_targets=check_targets,
+    check_outputs=check_logits,
+    score_batch=score_batch,
+    errors=lambda scores: ~scores.member_score,
+    left_out=lambda scores: nll_without_each(scores.member_loss),
+    metrics=METRICS,
+    curves=("ensemble_nll", "ensemble_ece", "ensemble_accuracy"),
+    arrays={"reliability": _reliability},
+)

@@ -1,0 +1,107 @@
+"""The fit as one rank of a process group, whoever started it: torchrun, srun, Ray.
+
+# torchrun --nnodes 2 --nproc-per-node 4 ... fit.py
+torch.distributed.init_process_group("cpu:gloo,cuda:nccl")     # "gloo" without GPUs
+torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))           # only with GPUs
+fit_on_ranks("runs/cifar", out="fits/cifar")
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from pdiff_plugin.config import FitConfig
+from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.fitting.fit import autoencoder_stage, run_stages
+from pdiff_plugin.fitting.folder import FitFolder, local_folder
+from pdiff_plugin.fitting.runtime import GroupRuntime
+from pdiff_plugin.fitting.statistics_stage import check_num_snapshots
+from pdiff_plugin.generator.generator import WeightGenerator
+from pdiff_plugin.progress import OnProgress
+from pdiff_plugin.snapshots.fingerprint import first_columns
+from pdiff_plugin.snapshots.remote import copy_store, is_remote
+from pdiff_plugin.snapshots.store import SnapshotStore
+
+
+def fit_on_ranks(
+    store: str | os.PathLike[str],
+    config: FitConfig | None = None,
+    *,
+    out: str | os.PathLike[str],
+    fresh: bool = False,
+    on_progress: OnProgress | None = None,
+) -> WeightGenerator | None:
+    """As :func:`pdiff_plugin.fit`, on all ranks of the default process group, every one of which calls this alike.
+
+    The group needs a backend for tensors on the CPU (gloo) even where it trains on GPUs, and a timeout of more than the
+    time that rank 0 needs to train the `conv` autoencoder, which the others wait for.
+
+    Args:
+        store: folder of a snapshot store that every rank sees, or the URL of one in a bucket.
+        config: settings of the fit; the defaults unless given.
+        out: run folder, seen by rank 0 alone or by all, or the URL of one in a bucket.
+        fresh: start anew, replacing the fit in ``out``.
+        on_progress: told how the stages get on, on rank 0.
+
+    Returns:
+        The generator on rank 0, None on the others.
+
+    Raises:
+        ConfigError: there are more ranks than rows in a batch.
+        UnusableSnapshotsError, FitExistsError: as in one process, on every rank.
+    """
+    config, source, out = config or FitConfig(), whole_path(store), whole_path(out)
+    runtime = GroupRuntime(None, on_progress)
+    check_num_ranks(runtime.world_size, config)
+    with ExitStack() as stack:
+        if runtime.rank == 0:
+            runtime.folder = stack.enter_context(local_folder(out))
+        else:  # keeps nothing, but needs a place for a large basis
+            runtime.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdiff-")))
+        opened = stack.enter_context(opened_store(source, lambda D: _columns(D, config, runtime)))
+        check_num_snapshots(opened)
+        folder = runtime.on_rank_0(lambda: FitFolder.open(opened, config, runtime.folder, fresh=fresh, source=source))
+        if runtime.on_rank_0(lambda: folder.is_finished):
+            return WeightGenerator.load(runtime.folder) if runtime.rank == 0 else None
+        if runtime.rank != 0:
+            folder = replace(folder, path=None)
+        folder.document.setdefault("attempts", []).append(
+            {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_workers": runtime.world_size}
+        )
+        folder.write()
+        return run_stages(opened, config, folder, runtime)
+
+
+def _columns(num_values: int, config: FitConfig, runtime: GroupRuntime) -> slice:
+    """The columns of a store that this rank reads, and on rank 0 those that tell whether it is still the same."""
+    # What is aligned mixes the columns.
+    is_whole = autoencoder_stage(config).reads_whole_rows or config.align != "none"
+    own = slice(0, num_values) if is_whole else runtime.share(num_values)
+    return slice(0, max(own.stop, first_columns(num_values).stop)) if runtime.rank == 0 else own
+
+
+def check_num_ranks(num_ranks: int, config: FitConfig) -> None:
+    """Raise :class:`ConfigError` for more ranks than a batch has rows."""
+    if num_ranks > config.diffusion.batch_size:
+        raise ConfigError("num_workers", num_ranks, "must be at most diffusion.batch_size")
+
+
+def whole_path(path: str | os.PathLike[str]) -> str:
+    """A path that means the same in another process, be it a folder's or a URL."""
+    return str(path) if is_remote(path) else str(Path(path).resolve())
+
+
+@contextmanager
+def opened_store(source: str, columns: Callable[[int], slice]) -> Iterator[SnapshotStore]:
+    """The store at ``source``; of one in a bucket, a copy of some columns of their number, gone afterwards."""
+    if not is_remote(source):
+        yield SnapshotStore.open(source)
+        return
+    with tempfile.TemporaryDirectory(prefix="pdiff-") as folder:
+        yield SnapshotStore.open(copy_store(source, Path(folder) / "store", columns))

@@ -1,0 +1,90 @@
+"""The fit on the ranks of a process group that is not Ray's, as torchrun and srun start them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch import distributed
+
+from pdiff_plugin import DiffusionConfig, FitConfig, WeightGenerator, fit
+from pdiff_plugin.errors import ConfigError, FitExistsError, UnusableSnapshotsError
+from pdiff_plugin.fitting.ranks import fit_on_ranks
+
+QUICK = FitConfig(diffusion=DiffusionConfig(width=16, num_blocks=1, max_steps=60, batch_size=16, eval_every_n_steps=20))
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_two_ranks_fit_what_one_process_fits_and_go_on_where_it_stopped(make_store, fit_in_a_group, tmp_path):
+    store = make_store(trajectories=2)
+    alone = fit(store, QUICK, out=tmp_path / "alone")
+
+    def interrupt(progress):
+        if progress.stage == "diffusion" and progress.step >= 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(store, QUICK, out=tmp_path / "fit", on_progress=interrupt)
+
+    together = fit_in_a_group(store, QUICK)
+
+    for name, tensor in alone.denoiser.state_dict().items():
+        torch.testing.assert_close(together.denoiser.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    assert sorted(p.name for p in (tmp_path / "fit").iterdir()) == ["fit.json", "generator.safetensors"]
+    document = json.loads((tmp_path / "fit" / "fit.json").read_text())
+    assert [attempt["num_workers"] for attempt in document["attempts"]] == [2]
+    assert together.provenance == alone.provenance
+    before = (tmp_path / "fit" / "generator.safetensors").stat().st_mtime_ns
+    fit_in_a_group(store, QUICK)
+    assert (tmp_path / "fit" / "generator.safetensors").stat().st_mtime_ns == before
+
+
+def test_ranks_that_copy_their_columns_from_a_bucket_know_the_store_by_all_of_them(
+    make_store, fit_in_a_group, tmp_path
+):
+    store = make_store()
+    bucket = f"file://{tmp_path}"  # goes through fsspec like any other
+
+    together = fit_in_a_group(store, QUICK, source=f"{bucket}/store", out=f"{bucket}/fit")
+
+    alone = fit(store, QUICK)
+    assert together.provenance == alone.provenance | {"store": f"{bucket}/store"}
+    # The same fit may go on with the store on a disk.
+    shutil.copytree(tmp_path / "fit", tmp_path / "here")
+    assert fit(store, QUICK, out=tmp_path / "here").provenance == together.provenance
+
+
+def test_a_group_of_one_rank_fits_exactly_what_one_process_fits(make_store, group_of_one, tmp_path):
+    store, seen = make_store(), []
+    alone = fit(store, QUICK, out=tmp_path / "alone")
+
+    generator = fit_on_ranks(store.path, QUICK, out=tmp_path / "fit", on_progress=seen.append)
+
+    assert isinstance(generator, WeightGenerator)
+    files = [(tmp_path / name / "generator.safetensors").read_bytes() for name in ("alone", "fit")]
+    assert files[0] == files[1]
+    assert generator.report == alone.report
+    assert {"statistics", "autoencoder", "diffusion"} <= {progress.stage for progress in seen}
+
+
+def test_what_one_process_refuses_ranks_refuse_too(make_store, group_of_one, tmp_path):
+    store = make_store()
+    fit_on_ranks(store.path, QUICK, out=tmp_path / "fit")
+
+    with pytest.raises(FitExistsError, match="other settings"):
+        fit_on_ranks(store.path, FitConfig(), out=tmp_path / "fit")
+    fit_on_ranks(store.path, FitConfig(diffusion=QUICK.diffusion, seed=1), out=tmp_path / "fit", fresh=True)
+    with pytest.raises(UnusableSnapshotsError, match="found 9 snapshots"):
+        fit_on_ranks(make_store(torch.rand(9, 40), name="few").path, QUICK, out=tmp_path / "few")
+
+
+def test_more_ranks_than_a_batch_has_rows_are_refused(make_store, group_of_one, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 17)
+    with pytest.raises(ConfigError, match=r"num_workers = 17: it must be at most diffusion\.batch_size"):
+        fit_on_ranks(make_store().path, QUICK, out=tmp_path / "fit")
