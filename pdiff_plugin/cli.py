@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,8 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 import pdiff_plugin as pdiff
 from pdiff_plugin import console, describe
 from pdiff_plugin.config import (
+    AUTOENCODER_CONFIGS,
+    AutoencoderName,
     ConvConfig,
     DiffusionConfig,
     DistributedConfig,
@@ -35,8 +37,7 @@ from pdiff_plugin.config import (
     SubspaceConfig,
     TuneConfig,
 )
-from pdiff_plugin.errors import ConfigError, MembersExistError, MissingDependencyError, PDiffError, StoreNotFoundError
-from pdiff_plugin.progress import OnProgress, Progress
+from pdiff_plugin.errors import ConfigError, MissingDependencyError, PDiffError, StoreNotFoundError
 from pdiff_plugin.user_code import find_function, load_model, made_by
 
 Inline = arg(name="")  # a config's fields become flags without its own name in front
@@ -52,7 +53,6 @@ FitPath = Positional[Annotated[Path, arg(metavar="FIT", help="Folder of a fit, o
 FitStore = Annotated[
     Path | None, arg(metavar="STORE", help="The snapshot store; the one the generator was fitted on unless given.")
 ]
-AutoencoderName = Literal["subspace", "conv"]
 TaskName = Annotated[
     str, arg(metavar="MODULE:FUNCTION", help="Returns a pdiff_plugin.Task; modules are also looked for in this folder.")
 ]
@@ -120,7 +120,7 @@ def inspect(path: Positional[Path], *, json: Json = False) -> None:
     Args:
         path: A store, a generator file or the folder of a fit.
     """
-    from pdiff_plugin.generator.generator import FILE_NAME
+    from pdiff_plugin.generator.generator_file import FILE_NAME
 
     if path.suffix == ".safetensors" or (path / FILE_NAME).is_file():
         document, show = describe.generator(str(path), pdiff.WeightGenerator.load(path)), describe.show_generator
@@ -256,6 +256,17 @@ class Gate:
         if not 0.0 <= self.keep_above <= 1.0:
             raise ConfigError("--keep-above", self.keep_above, "must be a share of right answers, from 0 to 1")
 
+    def keep(self, weights: pdiff.WeightSet) -> Sequence[int]:
+        """Places of the members that are good enough."""
+        from pdiff_plugin.evaluation.gate import keep_accurate
+
+        try:
+            return keep_accurate(made_by("--task", str(self.task), pdiff.Task), weights, self.keep_above or 0.0).indices
+        except ConfigError as error:
+            if error.field != "threshold":
+                raise
+            raise ConfigError("--keep-above", self.keep_above, error.expected) from error
+
 
 def generate(
     generator: FitPath,
@@ -278,12 +289,25 @@ def generate(
     """
     fitted = pdiff.WeightGenerator.load(generator)
     gate.check()
-    earlier = sorted(out.glob("member-*.safetensors"))
-    if earlier and not overwrite:
-        raise MembersExistError(str(out), len(earlier))
-    out.mkdir(parents=True, exist_ok=True)
+    from pdiff_plugin.generator.members import write_members
+
+    write = None
+    if _runs_on_ray(distributed):
+        from pdiff_plugin.cluster.members import write_members_on_workers
+
+        write = partial(write_members_on_workers, generator=generator, distributed=distributed)
     with console.progress() as on_progress:
-        paths = _write_members(generator, fitted, out, num_members, seed, sampling, gate, distributed, on_progress)
+        paths = write_members(
+            fitted,
+            out,
+            sampling,
+            num_members=num_members,
+            seed=seed,
+            overwrite=overwrite,
+            keep=gate.keep if gate.keep_above is not None else None,
+            write=write,
+            on_progress=on_progress,
+        )
     num_dropped = num_members - len(paths)
     if json:
         files = [str(path) for path in paths]
@@ -292,47 +316,6 @@ def generate(
     if num_dropped:
         console.say(f"{num_dropped} of {num_members} members dropped: accuracy below {gate.keep_above}")
     console.say(f"{len(paths)} members of {fitted.layout.num_values:,} values each in {out}")
-
-
-def _write_members(
-    generator: Path,
-    fitted: pdiff.WeightGenerator,
-    out: Path,
-    num_members: int,
-    seed: int,
-    sampling: SamplingConfig,
-    gate: Gate,
-    distributed: DistributedConfig,
-    on_progress: OnProgress,
-) -> list[Path]:
-    """Draw members, drop those that are not good enough and replace the files of earlier ones."""
-    import torch
-
-    rng = torch.Generator().manual_seed(seed)
-    latents = fitted.sample_latents(num_members, **vars(sampling), rng=rng)
-    if gate.keep_above is not None:
-        from pdiff_plugin.evaluation.gate import keep_accurate
-
-        try:
-            task = made_by("--task", str(gate.task), pdiff.Task)
-            latents = latents[list(keep_accurate(task, fitted.decode(latents), gate.keep_above).indices)]
-        except ConfigError as error:
-            if error.field != "threshold":
-                raise
-            raise ConfigError("--keep-above", gate.keep_above, error.expected) from error
-    for path in out.glob("member-*.safetensors"):
-        path.unlink()
-    header = {"format": "pt", "generator": str(generator), "seed": str(seed)}
-    if _runs_on_ray(distributed):
-        from pdiff_plugin.cluster.members import write_members_on_workers
-
-        return write_members_on_workers(generator, latents, out, header, distributed, on_progress)
-    from pdiff_plugin.generator.members import write_members
-
-    def tell(number: int) -> None:
-        on_progress(Progress("generate", number + 1, len(latents)))
-
-    return write_members(fitted, latents, out, header, on_member=tell)
 
 
 def sweep(
@@ -438,10 +421,6 @@ _CONFIGS = (
     *(SamplingConfig, Gate, EvaluateConfig, DistributedConfig),
 )
 _PRESETS: dict[str, Callable[[], FitConfig]] = {"default": FitConfig, "paper": FitConfig.paper}
-_AUTOENCODERS: dict[AutoencoderName, type[SubspaceConfig | ConvConfig]] = {
-    "subspace": SubspaceConfig,
-    "conv": ConvConfig,
-}
 
 
 def main(args: list[str] | None = None) -> int:
@@ -495,11 +474,10 @@ def _fit_from(args: list[str]) -> Callable[..., None]:
     parser.add_argument("--autoencoder", nargs="?")
     given, _ = parser.parse_known_args(args)
     config = _PRESETS.get(given.preset, FitConfig)()  # a name that is none is refused by the parser
-    kind = _AUTOENCODERS.get(given.autoencoder, type(config.autoencoder))
+    kind = AUTOENCODER_CONFIGS.get(given.autoencoder, type(config.autoencoder))
     if kind is not type(config.autoencoder):
         config = dataclasses.replace(config, autoencoder=kind())
-    name = next(name for name, known in _AUTOENCODERS.items() if known is kind)
-    return partial(fit, config=config, autoencoder=name)
+    return partial(fit, config=config, autoencoder=config.autoencoder.kind)
 
 
 def _present_spelling(args: list[str]) -> list[str]:

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
-Sampler = Literal["ddpm", "ddim", "dpm-solver++", "flow", "one-step"]
+# Samplers by what the denoiser must predict; the table in generator/samplers.py says how each of them works. The names
+# stand here, so that neither the command line nor the refusal of a setting needs torch.
+NoiseSampler = Literal["ddpm", "ddim"]
+FlowSampler = Literal["flow", "heun"]
+AnySampler = Literal["dpm-solver++"]
+Sampler = Literal[NoiseSampler, AnySampler, FlowSampler, "one-step"]
 DType = Literal["float32", "bfloat16"]
 RowDType = Literal["float64", "float32", "float16", "bfloat16"]
 Standardise = Literal["tensor", "coordinate"]
@@ -60,9 +65,11 @@ def _check_choice(name: str, value: str, kind: Any) -> None:
 
 def check_sampler(sampler: Sampler, prediction_type: PredictionType) -> None:
     """Raise :class:`ConfigError` for a sampler that does not fit what the denoiser predicts."""
-    if sampler not in ("dpm-solver++", "one-step") and (sampler == "flow") != (prediction_type == "flow"):
-        fitting = "'flow' or 'dpm-solver++'" if prediction_type == "flow" else "'ddim', 'ddpm' or 'dpm-solver++'"
-        raise ConfigError("sampler", sampler, f"must be {fitting} for a denoiser that predicts {prediction_type}")
+    own = FlowSampler if prediction_type == "flow" else NoiseSampler
+    fitting = [*sorted(get_args(own)), *get_args(AnySampler)]
+    if sampler not in (*fitting, "one-step"):
+        named = f"{', '.join(map(repr, fitting[:-1]))} or {fitting[-1]!r}"
+        raise ConfigError("sampler", sampler, f"must be {named} for a denoiser that predicts {prediction_type}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +237,8 @@ def _keep_layers(config: RecorderConfig | CollectConfig) -> None:
 class SubspaceConfig:
     """The `subspace` autoencoder: leading principal directions of the standardised snapshots."""
 
+    kind: Literal["subspace"] = field(default="subspace", init=False)
+    """Name of this autoencoder."""
     latent_dim: int = 64
     """Largest number of directions per trajectory; fewer are kept when fewer reach `explained_variance`."""
     explained_variance: float = 0.999
@@ -252,6 +261,8 @@ class SubspaceConfig:
 class ConvConfig:
     """The `conv` autoencoder of the p-diff paper: strided 1-D convolutions with noise on inputs and latents."""
 
+    kind: Literal["conv"] = field(default="conv", init=False)
+    """Name of this autoencoder."""
     latent_dim: int = 128
     """Latent width, of each chunk if there are several."""
     channels: tuple[int, ...] = (64, 128, 256, 256, 32)
@@ -293,6 +304,11 @@ class ConvConfig:
             raise ConfigError("kernel_size", self.kernel_size, "must be odd")
         if not self.channels or min(self.channels) < 1:
             raise ConfigError("channels", self.channels, "must be one or more positive numbers")
+
+
+AutoencoderConfig = SubspaceConfig | ConvConfig
+AutoencoderName = Literal["subspace", "conv"]
+AUTOENCODER_CONFIGS: dict[AutoencoderName, type[AutoencoderConfig]] = {"subspace": SubspaceConfig, "conv": ConvConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +359,8 @@ class DiffusionConfig:
     sampler: Sampler | None = None
     """Sampler used unless another is asked for; by default the one that fits the prediction type."""
     num_sampling_steps: int | None = None
-    """Sampling steps unless others are asked for; by default the sampler's usual number."""
+    """Sampling steps unless others are asked for; by default the sampler's usual number. For what a step costs, see
+    `SamplingConfig`."""
     distill_steps: int = 0
     """Training steps of the `one-step` map from noise to latents, after the diffusion; 0 trains none."""
 
@@ -385,7 +402,7 @@ class DiffusionConfig:
 class FitConfig:
     """How a generator is fitted to a snapshot store."""
 
-    autoencoder: SubspaceConfig | ConvConfig = field(default_factory=SubspaceConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=SubspaceConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     align: Align = "none"
     """`rebasin` reads later trajectories with their hidden units in the order of the first (weight matching). For plain
@@ -421,11 +438,15 @@ class FitConfig:
             # JSON has no tuples.
             return {key: tuple(value) if isinstance(value, list) else value for key, value in part.items()}
 
-        kind = ConvConfig if "channels" in document["autoencoder"] else SubspaceConfig
+        autoencoder = plain(document["autoencoder"])
+        # Files from before there was a `kind`.
+        kind = autoencoder.pop("kind", "conv" if "channels" in autoencoder else "subspace")
+        if kind not in AUTOENCODER_CONFIGS:
+            raise ConfigError("autoencoder.kind", kind, f"must be one of {', '.join(AUTOENCODER_CONFIGS)}")
         return cls(
             **{
                 **document,
-                "autoencoder": kind(**plain(document["autoencoder"])),
+                "autoencoder": AUTOENCODER_CONFIGS[kind](**autoencoder),
                 "diffusion": DiffusionConfig(**plain(document["diffusion"])),
             }
         )
@@ -461,10 +482,13 @@ class SamplingConfig:
     sampler: Sampler | None = None
     """By default the one that the generator was configured with, else the natural one of its prediction type."""
     num_sampling_steps: int | None = None
-    """Steps from noise to latents; the sampler's usual number unless given."""
+    """Steps from noise to latents; the sampler's usual number unless given. A step evaluates the denoiser once, but
+    twice with `heun`, and with `flow` where the generator's denoiser is preconditioned, which is the default."""
+    eta: float = 0.0
+    """Share of the noise of `ddpm` that `ddim` adds at each step, from 0 (none) to 1 (as much)."""
     temperature: float = 1.0
-    """Factor on the noise that sampling starts from. Below 1 members move toward the centre of the snapshots: a higher
-    mean accuracy, less diversity."""
+    """Factor on the noise that sampling starts from, and on what `ddpm` and `ddim` add. Below 1 members move toward the
+    centre of the snapshots: a higher mean accuracy, less diversity."""
     diversity: float = 1.0
     """Spread of the members over that of the snapshots, up to 2; it sets the temperature by what the fit measured, on
     top of `temperature`. With a sampler that was not measured it is a temperature itself."""
@@ -476,7 +500,8 @@ class SamplingConfig:
             _check_choice("sampler", self.sampler, Sampler)
         if self.num_sampling_steps is not None:
             _check("num_sampling_steps", self.num_sampling_steps, 1)
-        _check("temperature", self.temperature, 0.0)
+        _check("eta", self.eta, 0, 1)
+        _check("temperature", self.temperature, 0)
         if not 0 < self.diversity <= 2:
             raise ConfigError("diversity", self.diversity, "must be above 0 and at most 2")
 

@@ -10,31 +10,33 @@ from torch import Tensor
 
 from pdiff_plugin.cluster.connection import check_shared, connected, map_in_order, wait_for_room
 from pdiff_plugin.config import DistributedConfig
-from pdiff_plugin.generator.generator import FILE_NAME, WeightGenerator
-from pdiff_plugin.generator.members import MEMBER_CHUNK, write_members
+from pdiff_plugin.generator.generator import WeightGenerator
+from pdiff_plugin.generator.generator_file import FILE_NAME
+from pdiff_plugin.generator.members import MEMBER_CHUNK, write_latents
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.snapshots.files import TEMP_MARK
 
 
 def write_members_on_workers(
-    generator: Path,
     latents: Tensor,
     folder: Path,
     header: Mapping[str, str],
-    distributed: DistributedConfig,
     on_progress: OnProgress | None = None,
+    *,
+    generator: Path,
+    distributed: DistributedConfig,
 ) -> list[Path]:
-    """As :func:`write_members`, a few members to a task of the cluster; the same files, in the order of the members.
+    """As :func:`write_latents`, a few members to a task of the cluster; the same files, in the order of the members.
 
     Workers map the generator's file instead of getting a copy, because a basis may be as large as many models.
 
     Args:
-        generator: folder or file, on storage that every node sees.
         latents: (M, K).
         folder: exists, on storage that every node sees.
         header: of every file.
-        distributed: where to work.
         on_progress: told the number of members done.
+        generator: folder or file, on storage that every node sees.
+        distributed: where to work.
     """
     path = (generator / FILE_NAME if generator.is_dir() else generator).resolve()
     starts = list(range(0, len(latents), MEMBER_CHUNK))
@@ -61,4 +63,4 @@ def write_members_on_workers(
 def _write(shared: tuple[Path, Path, dict[str, str]], item: tuple[int, Tensor]) -> list[str]:
     path, folder, header = shared
     first, latents = item
-    return [p.name for p in write_members(WeightGenerator.load(path), latents, folder, header, first=first)]
+    return [p.name for p in write_latents(WeightGenerator.load(path), latents, folder, header, first=first)]

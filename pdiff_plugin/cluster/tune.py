@@ -42,7 +42,8 @@ from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX, Runtime
 from pdiff_plugin.fitting.statistics_stage import check_num_snapshots, measure_store
 from pdiff_plugin.generator.alignment import reader
-from pdiff_plugin.generator.generator import FILE_NAME, WeightGenerator
+from pdiff_plugin.generator.generator import WeightGenerator
+from pdiff_plugin.generator.generator_file import FILE_NAME
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.snapshots.files import read_json, write_json
 from pdiff_plugin.snapshots.fingerprint import fingerprint, fingerprint_of_first_columns
@@ -184,6 +185,8 @@ def _open(
     if path.exists() and not fresh:
         found = read_json(path, FORMAT, FORMAT_VERSION)
         found.setdefault("fingerprint", mine["fingerprint"])  # which searches of old do not have
+        # By way of the dataclass, so that a setting which came later has its default.
+        found["config"] = json.loads(json.dumps(FitConfig.from_json(found["config"]).to_json()))
         for key in ("store", "snapshots", "fingerprint", "config", "search", "score"):
             if found.get(key) != mine[key]:
                 what = "on other snapshots" if key in ("snapshots", "fingerprint") else f"with another {key}"

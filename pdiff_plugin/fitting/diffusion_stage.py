@@ -14,20 +14,22 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pdiff_plugin.config import FitConfig
+from pdiff_plugin.config import FitConfig, SamplingConfig
 from pdiff_plugin.fitting.distances import nearest_at_another_time, nearest_of_own_run, spread_about_means
 from pdiff_plugin.fitting.runtime import Runtime, pick_device
 from pdiff_plugin.fitting.training import Schedule, Training, compiled, seeded
+from pdiff_plugin.generator.condition import Condition
+from pdiff_plugin.generator.denoiser import new_denoiser
 from pdiff_plugin.generator.diffusion import NoisedBatch, loss, noised_batch
 from pdiff_plugin.generator.frames import Frames
-from pdiff_plugin.generator.generator import new_denoiser, walk
+from pdiff_plugin.generator.samplers import run_sampler, sampler_for
 from pdiff_plugin.snapshots.split import Split
 
 # Draws of noise and time per held-out snapshot: fixed ones, so that two measurements differ by the weights alone.
 _EVAL_REPEATS = 32
 # Samples drawn at each measurement, and the steps a preconditioned flow takes to them: a tenth of a second in all.
 _EVAL_SAMPLES = 128
-_EVAL_TURNING_STEPS = 8
+_EVAL_STEPS = 8
 
 
 def train_diffusion(
@@ -58,9 +60,9 @@ def train_diffusion(
     """
     device = pick_device(config.device)
     denoiser = seeded(lambda: new_denoiser(config, frames), config.seed).to(device)
-    local, labels = local.to(device), split.trajectory.to(device)
-    batches = Batches(local, labels, split.train_rows, config)
-    training = DenoiserTraining(denoiser, Judge(local, labels, split.heldout, config), config, runtime)
+    local, condition = local.to(device), Condition(split.trajectory).to(device)
+    batches = Batches(local, condition, split.train_rows, config)
+    training = DenoiserTraining(denoiser, Judge(local, condition, split.heldout, config), config, runtime)
     with training.checkpointed() as steps:
         while training.goes_on:
             with steps.step():
@@ -79,24 +81,24 @@ class Batches:
 
     Args:
         local: (N, k), snapshots.
-        labels: (N,), the run of each.
+        condition: what each was made under.
         train_rows: (n,), those to train on.
         config: of the fit.
     """
 
-    def __init__(self, local: Tensor, labels: Tensor, train_rows: Tensor, config: FitConfig) -> None:
-        self.local, self.labels, self.train_rows, self.config = local, labels, train_rows, config.diffusion
-        own = labels.cpu()[train_rows]
+    def __init__(self, local: Tensor, condition: Condition, train_rows: Tensor, config: FitConfig) -> None:
+        self.local, self.condition, self.train_rows, self.config = local, condition, train_rows, config.diffusion
+        own = condition.trajectory.cpu()[train_rows]
         self.shares = 1.0 / torch.bincount(own)[own].double()
 
-    def draw(self, rng: torch.Generator) -> tuple[NoisedBatch, Tensor]:
-        """A batch of noised snapshots, and the run of each, (B,)."""
+    def draw(self, rng: torch.Generator) -> tuple[NoisedBatch, Condition]:
+        """A batch of noised snapshots, and the condition of each."""
         B, kind = self.config.batch_size, torch.float32
         rows = self.train_rows[torch.multinomial(self.shares, B, replacement=True, generator=rng)]
         rows = rows.to(self.local.device)
         noise = torch.randn(B, self.local.shape[1], generator=rng, dtype=kind).to(self.local)
         uniform = torch.rand(B, generator=rng, dtype=kind).to(self.local)
-        return noised_batch(self.local[rows], noise, uniform, self.config), self.labels[rows]
+        return noised_batch(self.local[rows], noise, uniform, self.config), self.condition[rows]
 
 
 class DenoiserTraining(Training):
@@ -158,11 +160,11 @@ class DenoiserTraining(Training):
         """Whether this step is one after which the average is measured."""
         return self.step % self.settings.eval_every_n_steps == 0 or self.step == self.settings.max_steps
 
-    def train_on(self, batch: NoisedBatch, labels: Tensor) -> None:
-        """One step on a batch of runs ``labels`` (B,)."""
+    def train_on(self, batch: NoisedBatch, condition: Condition) -> None:
+        """One step on a batch and what its rows were made under."""
         # Every rank has drawn the whole batch and answers for its share of it: the sum is the batch's own gradient.
         own = NoisedBatch(batch.inputs[self.own], batch.times[self.own], batch.targets[self.own])
-        predict = partial(self.predict, trajectory=labels[self.own])
+        predict = partial(self.predict, condition=condition[self.own])
         self.running += self.advance(lambda: self.weight * loss(predict, own))
         # The average forgets its start quickly: decay 0.1 at step 1, the configured one after some hundred.
         decay = min(self.settings.ema_decay, self.step / (self.step + 9.0))
@@ -222,13 +224,14 @@ class Judge:
 
     Args:
         local: (N, k) on the device of the denoiser.
-        labels: (N,) trajectories.
+        condition: of the N rows.
         heldout: (N,) bool.
         config: of the fit.
     """
 
-    def __init__(self, local: Tensor, labels: Tensor, heldout: Tensor, config: FitConfig) -> None:
+    def __init__(self, local: Tensor, condition: Condition, heldout: Tensor, config: FitConfig) -> None:
         self.has_heldout = bool(heldout.any())
+        labels = condition.trajectory
         self.config, self.local, self.labels = config, local, labels
         rng, kind = torch.Generator().manual_seed(config.seed + 2), torch.float32
         heldout = heldout.to(local.device)
@@ -239,7 +242,7 @@ class Judge:
             uniform = (torch.arange(len(x0), dtype=kind) + 0.5) / len(x0)
             uniform = uniform[torch.randperm(len(x0), generator=rng)].to(local)
             self.batch = noised_batch(x0, noise, uniform, config.diffusion)
-            self.batch_labels = labels[heldout].repeat(_EVAL_REPEATS)
+            self.batch_condition = condition[heldout].repeat(_EVAL_REPEATS)
         self.reference = float(nearest_at_another_time(local, labels).nanmedian())
         runs = torch.tensor(sorted(set(labels.tolist())), device=local.device)
         self.sample_labels = runs[torch.arange(_EVAL_SAMPLES, device=local.device) % len(runs)]
@@ -250,11 +253,12 @@ class Judge:
     def __call__(self, denoiser: nn.Module) -> dict[str, float]:
         found = {"heldout_loss": float("nan"), "novelty": float("nan"), "spread_ratio": float("nan")}
         if self.has_heldout:
-            found["heldout_loss"] = float(loss(lambda x, t: denoiser(x, t, self.batch_labels), self.batch))
+            found["heldout_loss"] = float(loss(lambda x, t: denoiser(x, t, self.batch_condition), self.batch))
         if self.config.diffusion.min_novelty > 0:
-            turns = self.config.diffusion.precondition and self.config.diffusion.prediction_type == "flow"
-            steps = _EVAL_TURNING_STEPS if turns else None
-            samples = walk(denoiser, self.noise, self.sample_labels, self.config, steps)
+            process = self.config.diffusion
+            is_quick = sampler_for(process).needs == "preconditioned denoiser"
+            sampling = SamplingConfig(num_sampling_steps=_EVAL_STEPS if is_quick else None)
+            samples = run_sampler(denoiser, self.noise, Condition(self.sample_labels), process, sampling)
             found["spread_ratio"] = spread_about_means(samples, self.sample_labels) / max(self.spread, 1e-12)
             if self.reference > 0:  # false for NaN too: a trajectory may be too short for a reference
                 nearest = nearest_of_own_run(samples, self.sample_labels, self.local, self.labels)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from pdiff_plugin.config import FitConfig
 from pdiff_plugin.fitting.runtime import Runtime, pick_device
 from pdiff_plugin.fitting.training import Schedule, Training, compiled, seeded
+from pdiff_plugin.generator.condition import Condition
+from pdiff_plugin.generator.denoiser import new_one_step
 from pdiff_plugin.generator.frames import Frames
-from pdiff_plugin.generator.generator import new_one_step, walk
+from pdiff_plugin.generator.samplers import run_sampler
 
 # Pairs are made once: fewer are learned by heart, more cost as much as the training.
 _NUM_PAIRS = 8192
@@ -39,12 +41,13 @@ def distill(denoiser: nn.Module, frames: Frames, config: FitConfig, runtime: Run
     schedule = Schedule(config.diffusion.distill_steps, _LR, weight_decay=0.0)
     training = Training("distill", {"student": student}, schedule, config, runtime, seed)
     noise = torch.randn(_NUM_PAIRS, frames.width, generator=training.rng, dtype=torch.float32).to(device)
-    labels = (torch.arange(_NUM_PAIRS) % frames.num_trajectories).to(device)
-    targets, predict = _teach(denoiser, noise, labels, config), compiled(student, config)
+    condition = Condition(torch.arange(_NUM_PAIRS) % frames.num_trajectories).to(device)
+    targets, predict = _teach(denoiser, noise, condition, config), compiled(student, config)
+    start = torch.ones(1, device=device, dtype=noise.dtype)
 
     def loss() -> Tensor:
         rows = torch.randint(_NUM_PAIRS, (_BATCH,), generator=training.rng).to(device)
-        value: Tensor = (predict(noise[rows], labels[rows]) - targets[rows]).square().mean()
+        value: Tensor = (predict(noise[rows], start, condition[rows]) - targets[rows]).square().mean()
         return value
 
     while training.step < schedule.max_steps:
@@ -53,6 +56,6 @@ def distill(denoiser: nn.Module, frames: Frames, config: FitConfig, runtime: Run
 
 
 @torch.no_grad()
-def _teach(denoiser: nn.Module, noise: Tensor, labels: Tensor, config: FitConfig) -> Tensor:
+def _teach(denoiser: nn.Module, noise: Tensor, condition: Condition, config: FitConfig) -> Tensor:
     pieces = [slice(start, start + _PAIR_BATCH) for start in range(0, len(noise), _PAIR_BATCH)]
-    return torch.cat([walk(denoiser, noise[piece], labels[piece], config) for piece in pieces])
+    return torch.cat([run_sampler(denoiser, noise[piece], condition[piece], config.diffusion) for piece in pieces])

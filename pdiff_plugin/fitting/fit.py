@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from pdiff_plugin._version import __version__
-from pdiff_plugin.config import ConvConfig, FitConfig
+from pdiff_plugin.config import FitConfig
 from pdiff_plugin.fitting.conv_stage import fit_conv
 from pdiff_plugin.fitting.diffusion_stage import train_diffusion
 from pdiff_plugin.fitting.distill_stage import distill
@@ -27,6 +27,7 @@ from pdiff_plugin.fitting.runtime import Runtime
 from pdiff_plugin.fitting.statistics_stage import check_num_snapshots, measure_store, nonfinite_names
 from pdiff_plugin.fitting.subspace_stage import fit_subspace
 from pdiff_plugin.generator.autoencoder import Encoded
+from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.frames import Frames, fit_frames, plain_frames
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress
@@ -63,7 +64,7 @@ AUTOENCODER_STAGES = {
 
 def autoencoder_stage(config: FitConfig) -> AutoencoderStage:
     """The stage that fits the autoencoder of ``config``."""
-    return AUTOENCODER_STAGES["conv" if isinstance(config.autoencoder, ConvConfig) else "subspace"]
+    return AUTOENCODER_STAGES[config.autoencoder.kind]
 
 
 def fit(
@@ -110,7 +111,7 @@ def run_stages(store: SnapshotStore, config: FitConfig, folder: FitFolder, runti
         encoded = autoencoder_stage(config).fit(split, statistics, config, runtime)
     _warn_of_fidelity(encoded, config)
     frames = runtime.on_rank_0(lambda: _frames(encoded, split, config))
-    local = frames.to_local(encoded.latents, split.trajectory)
+    local = frames.to_local(encoded.latents, Condition(split.trajectory))
     with folder.timed("diffusion"):
         denoiser, history = train_diffusion(local, split, frames, config, runtime, folder.write_history)
     if runtime.rank != 0:

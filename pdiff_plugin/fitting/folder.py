@@ -12,7 +12,8 @@ from typing import Any
 from pdiff_plugin.config import FitConfig
 from pdiff_plugin.errors import FitExistsError
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX
-from pdiff_plugin.generator.generator import FILE_NAME, WeightGenerator
+from pdiff_plugin.generator.generator import WeightGenerator
+from pdiff_plugin.generator.generator_file import FILE_NAME
 from pdiff_plugin.snapshots.files import json_safe, read_json, write_json
 from pdiff_plugin.snapshots.fingerprint import fingerprint, fingerprint_of_first_columns
 from pdiff_plugin.snapshots.remote import is_remote, mirrored

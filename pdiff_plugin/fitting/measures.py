@@ -16,7 +16,9 @@ from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.fitting.distances import nearest_at_another_time, nearest_of_own_run, spread_about_means
 from pdiff_plugin.generator.alignment import align
 from pdiff_plugin.generator.autoencoder import Encoded
-from pdiff_plugin.generator.generator import WeightGenerator, walk
+from pdiff_plugin.generator.condition import Condition
+from pdiff_plugin.generator.generator import WeightGenerator
+from pdiff_plugin.generator.samplers import run_sampler
 from pdiff_plugin.snapshots.files import json_safe
 from pdiff_plugin.snapshots.split import Split
 
@@ -108,8 +110,8 @@ class _Samples:
         rng = torch.Generator().manual_seed(generator.config.seed + 1)
         noise = torch.randn(len(self.labels), generator.frames.width, generator=rng, dtype=torch.float32)
         device = next(generator.denoiser.parameters()).device
-        noise, labels = (temperature * noise).to(device), self.labels.to(device)
-        self.values = walk(generator.denoiser, noise, labels, generator.config).cpu()
+        noise, condition = (temperature * noise).to(device), Condition(self.labels).to(device)
+        self.values = run_sampler(generator.denoiser, noise, condition, generator.config.diffusion).cpu()
         self.nearest = nearest_of_own_run(self.values, self.labels, self.local, self.trajectory)
 
     @property
@@ -136,7 +138,8 @@ class _Samples:
 
     def coverage(self, latents: Tensor) -> dict[str, float]:
         """Share of the samples whose nearest training snapshot of all, by its latents (n, K), is of each trajectory."""
-        nearest = torch.cdist(self.generator.frames.to_latents(self.values, self.labels), latents).argmin(dim=1)
+        samples = self.generator.frames.to_latents(self.values, Condition(self.labels))
+        nearest = torch.cdist(samples, latents).argmin(dim=1)
         owner = self.trajectory[nearest]
         names = self.generator.trajectories
         return {name: round(float((owner == number).double().mean()), 4) for number, name in enumerate(names)}

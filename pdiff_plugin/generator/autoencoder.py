@@ -5,11 +5,13 @@ Shapes: N snapshots, D values in a row, K latent width, B rows in a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from pdiff_plugin.snapshots.layout import Layout
 
 # Rows encoded or decoded at a time: with one number for every way of working, all of them give the same bits.
 ROWS_AT_A_TIME = 16
@@ -41,6 +43,14 @@ class Autoencoder(Protocol):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that rebuild it together with its layout and config."""
+
+    @classmethod
+    def from_state(cls, layout: Layout, config: Any, state: Mapping[str, Tensor]) -> Autoencoder:
+        """The autoencoder of :meth:`state_dict`, of the settings in its own config.
+
+        Raises:
+            StateError: a tensor is missing or of another shape.
+        """
 
 
 @dataclass(frozen=True)

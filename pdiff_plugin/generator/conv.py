@@ -1,4 +1,4 @@
-"""The networks of the p-diff paper (arXiv 2402.13144): a 1-D convolutional autoencoder, and its denoiser.
+"""The `conv` autoencoder, strided 1-D convolutions, of the p-diff paper (arXiv 2402.13144).
 
 Vectors may have any length: they are padded with zeros to what the strides need, and cropped again. Long ones can be
 cut into chunks that share one set of weights: the networks then see chunks of any vectors, a few at a time.
@@ -10,7 +10,6 @@ width of one chunk, K = C k latent width in all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 
 from pdiff_plugin.config import ConvConfig
 from pdiff_plugin.generator.autoencoder import BLOCK_VALUES, ROWS_AT_A_TIME
-from pdiff_plugin.generator.denoiser import time_features
+from pdiff_plugin.generator.layers import BatchNorm1d, Conv1d, ConvTranspose1d, Linear
+from pdiff_plugin.generator.state import check_shapes, load_module
 from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.statistics import ColumnReader, column_blocks, inverse_transform, transform
 
@@ -42,24 +42,24 @@ class ConvNetwork(nn.Module):
         kernel, pad = config.kernel_size, config.kernel_size // 2
         down, before = [], 1
         for after in config.channels:
-            down += [nn.Conv1d(before, after, kernel, 2, pad), nn.BatchNorm1d(after), nn.LeakyReLU()]
+            down += [Conv1d(before, after, kernel, 2, pad), BatchNorm1d(after), nn.LeakyReLU()]
             before = after
         self.down = nn.Sequential(*down)
         self.inner = (before, self.chunk_values // multiple)
         dense = self.inner[0] * self.inner[1]
-        self.to_latent = nn.Linear(dense, config.latent_dim)
-        self.to_mean = nn.Linear(config.latent_dim, config.latent_dim)
-        self.to_log_variance = nn.Linear(config.latent_dim, config.latent_dim)
-        self.from_latent = nn.Linear(config.latent_dim, dense)
+        self.to_latent = Linear(dense, config.latent_dim)
+        self.to_mean = Linear(config.latent_dim, config.latent_dim)
+        self.to_log_variance = Linear(config.latent_dim, config.latent_dim)
+        self.from_latent = Linear(config.latent_dim, dense)
         up: list[nn.Module] = []
         for after in (*reversed(config.channels[:-1]), config.channels[0]):
             up += [
-                nn.ConvTranspose1d(before, after, kernel, 2, pad, output_padding=1),
-                nn.BatchNorm1d(after),
+                ConvTranspose1d(before, after, kernel, 2, pad, output_padding=1),
+                BatchNorm1d(after),
                 nn.ELU(),
             ]
             before = after
-        self.up = nn.Sequential(*up, nn.Conv1d(before, 1, kernel, 1, pad))
+        self.up = nn.Sequential(*up, Conv1d(before, 1, kernel, 1, pad))
 
     def encode(self, chunks: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents, (P, L or less) -> (P, k) each; what is missing counts as zeros."""
@@ -117,7 +117,7 @@ class ConvAutoencoder:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Flat vectors (B, D) of latents (B, K)."""
-        out = torch.empty(len(latents), self.layout.num_values)
+        out = torch.empty(len(latents), self.layout.num_values, dtype=torch.float32)
         for _, place, values in self.decode_blocks(latents):
             out[:, place] = values
         return out
@@ -170,49 +170,7 @@ class ConvAutoencoder:
 
     @classmethod
     def from_state(cls, layout: Layout, config: ConvConfig, state: Mapping[str, Tensor]) -> ConvAutoencoder:
+        check_shapes(state, {"mean": (layout.num_values,), "scales": (len(layout.tensors),)})
         network = ConvNetwork(layout.num_values, config)
-        prefix = "network."
-        network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        load_module(network, state, "network.")
         return cls(layout, config, network.eval(), state["mean"], state["scales"])
-
-
-class ConvDenoiser(nn.Module):
-    """The paper's denoiser: convolutions of stride one over the latent, with skips, time added to every input.
-
-    Args:
-        latent_dim: length of its input; must be even.
-        channels: of the hidden layers, an odd number of them.
-        kernel_size: of every convolution.
-        num_trajectories: with more than one, an embedding of the trajectory joins that of the time.
-    """
-
-    def __init__(self, latent_dim: int, channels: tuple[int, ...], kernel_size: int, num_trajectories: int = 1) -> None:
-        super().__init__()
-        self.latent_dim, self.num_trajectories = latent_dim, num_trajectories
-        self.time = nn.Sequential(nn.Linear(256, latent_dim), nn.SiLU(), nn.Linear(latent_dim, latent_dim))
-        self.trajectory = nn.Embedding(num_trajectories, latent_dim) if num_trajectories > 1 else None
-        widths = (1, *channels, 1)
-        self.layers = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv1d(before, after, kernel_size, 1, kernel_size // 2),
-                *([nn.BatchNorm1d(after), nn.ELU()] if number < len(channels) else []),
-            )
-            for number, (before, after) in enumerate(pairwise(widths))
-        )
-        # Layers before the widest keep their output for the mirrored layer: 64, 128, 256 | 512 | 256, 128, 64.
-        self.num_kept = len(channels) // 2
-
-    def forward(self, x: Tensor, time: Tensor, trajectory: Tensor | None = None) -> Tensor:
-        """(B, K), (B,) in [0, 1], (B,) -> (B, K)."""
-        condition = self.time(time_features(time, 256))
-        if self.trajectory is not None:
-            condition = condition + self.trajectory(trajectory)
-        h = x[:, None, :]
-        kept: list[Tensor] = []
-        for number, layer in enumerate(self.layers):
-            if number >= len(self.layers) - self.num_kept:
-                h = h + kept.pop()
-            h = layer(h + condition[:, None, :])
-            if number < self.num_kept:
-                kept.append(h)
-        return h[:, 0, :]

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pdiff_plugin.generator.condition import Condition
+from pdiff_plugin.generator.state import check_shapes
+
 # Directions with less than this share of a trajectory's variance are noise of the arithmetic.
 _LEAST_SHARE = 1e-9
 
@@ -44,8 +47,9 @@ class Frames:
     def num_trajectories(self) -> int:
         return len(self.centre)
 
-    def to_local(self, latents: Tensor, trajectory: Tensor) -> Tensor:
-        """Local coordinates (B, k) of latents (B, K) of the trajectories (B,); what lies off the axes is dropped."""
+    def to_local(self, latents: Tensor, condition: Condition) -> Tensor:
+        """Local coordinates (B, k) of latents (B, K) of B rows; what lies off the axes is dropped."""
+        trajectory = condition.trajectory
         out = torch.empty(len(latents), self.width, dtype=latents.dtype, device=latents.device)
         for number in set(trajectory.tolist()):
             mine = trajectory == number
@@ -53,8 +57,9 @@ class Frames:
             out[mine] = (moved if self.axes is None else moved @ self.axes[number].to(latents)) / self.scale
         return out
 
-    def to_latents(self, local: Tensor, trajectory: Tensor) -> Tensor:
+    def to_latents(self, local: Tensor, condition: Condition) -> Tensor:
         """Latents (B, K) of local coordinates (B, k)."""
+        trajectory = condition.trajectory
         out = torch.empty(len(local), self.centre.shape[1], dtype=local.dtype, device=local.device)
         for number in set(trajectory.tolist()):
             mine = trajectory == number
@@ -71,7 +76,12 @@ class Frames:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Frames:
-        return cls(state["centre"], state.get("axes"), state["std"], float(state["scale"]))
+        k = "k" if "axes" in state else "K"
+        axes = {"axes": ("R", "K", k)} if "axes" in state else {}
+        check_shapes(state, {"centre": ("R", "K"), **axes, "std": ("R", k), "scale": ()})
+        # In memory of their own: the last digit of a product depends on the alignment, which in a file is any.
+        own = {name: tensor.clone() for name, tensor in state.items()}
+        return cls(own["centre"], own.get("axes"), own["std"], float(own["scale"]))
 
 
 def fit_frames(latents: Tensor, trajectory: Tensor, num_trajectories: int, width: int) -> Frames:
@@ -87,13 +97,13 @@ def fit_frames(latents: Tensor, trajectory: Tensor, num_trajectories: int, width
     K = latents.shape[1]
     # No trajectory has more directions than snapshots: of long latents most are left out.
     count = min(K, int(torch.bincount(trajectory, minlength=1).max()))
-    centre, axes, variance = torch.zeros(num_trajectories, K).double(), [], []
+    centre, axes, variance = torch.zeros(num_trajectories, K, dtype=torch.float64), [], []
     for number in range(num_trajectories):
         mine = latents[trajectory == number]
         if len(mine):
             centre[number] = mine.mean(dim=0)
         # The right singular vectors fill up with directions of no variance where there are fewer rows.
-        deviations = torch.cat([mine - centre[number], torch.zeros(max(0, count - len(mine)), K).double()])
+        deviations = torch.cat([mine - centre[number], torch.zeros(max(0, count - len(mine)), K, dtype=torch.float64)])
         _, singular, directions = torch.linalg.svd(deviations, full_matrices=False)
         # Signs are arbitrary: fix them, so that close inputs give close frames.
         signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()

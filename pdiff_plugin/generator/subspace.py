@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from pdiff_plugin.config import SubspaceConfig
 from pdiff_plugin.generator.autoencoder import BLOCK_VALUES, ROWS_AT_A_TIME
+from pdiff_plugin.generator.state import check_shapes
 from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.statistics import column_blocks, inverse_transform, transform
 
@@ -45,9 +47,8 @@ class SubspaceAutoencoder:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Flat vectors (B, D) float32 of latents (B, K)."""
-        out = torch.empty(len(latents), self.layout.num_values)
-        for spec, place, values in self.decode_blocks(latents):
-            del spec
+        out = torch.empty(len(latents), self.layout.num_values, dtype=torch.float32)
+        for _, place, values in self.decode_blocks(latents):
             out[:, place] = values
         return out
 
@@ -78,5 +79,7 @@ class SubspaceAutoencoder:
         }
 
     @classmethod
-    def from_state(cls, layout: Layout, state: Mapping[str, Tensor]) -> SubspaceAutoencoder:
+    def from_state(cls, layout: Layout, config: SubspaceConfig, state: Mapping[str, Tensor]) -> SubspaceAutoencoder:
+        D, num_tensors = layout.num_values, len(layout.tensors)
+        check_shapes(state, {"mean": (D,), "basis": ("K", D), "scales": (num_tensors,), "latent_scale": ()})
         return cls(layout, state["mean"], state["basis"], state["scales"], float(state["latent_scale"]))

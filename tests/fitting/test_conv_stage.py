@@ -8,6 +8,7 @@ import torch
 
 from pdiff_plugin import DiffusionConfig, FitConfig, Layout, SnapshotStore, WeightGenerator, fit
 from pdiff_plugin.config import ConvConfig
+from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.conv import ConvNetwork
 from pdiff_plugin.snapshots.layout import TensorSpec
 
@@ -139,11 +140,11 @@ def test_the_diffusion_sees_the_latents_of_every_chunk(make_store):
     generator = fit(store, FitConfig(autoencoder=CHUNKED, diffusion=diffusion, heldout_fraction=0.0))
 
     latents = generator.autoencoder.encode(store.rows())
-    labels = torch.zeros(len(store), dtype=torch.int64)
-    local = generator.frames.to_local(latents, labels)
+    condition = Condition(torch.zeros(len(store), dtype=torch.int64))
+    local = generator.frames.to_local(latents, condition)
 
     assert latents.shape == (40, 23 * 4)
-    torch.testing.assert_close(generator.frames.to_latents(local, labels), latents, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(generator.frames.to_latents(local, condition), latents, rtol=1e-3, atol=1e-4)
 
 
 def test_blocks_of_any_size_encode_and_decode_alike(make_store, monkeypatch):

@@ -81,6 +81,7 @@ def test_a_fit_from_before_a_setting_existed_counts_as_one_with_its_default(make
     before = file_of(tmp_path / "fit")
     document = json.loads((tmp_path / "fit" / "fit.json").read_text())
     del document["config"]["autoencoder"]["basis_dtype"]
+    del document["config"]["autoencoder"]["kind"]
     (tmp_path / "fit" / "fit.json").write_text(json.dumps(document))
     tensors = load_file(tmp_path / "fit" / "generator.safetensors")
     with safe_open(tmp_path / "fit" / "generator.safetensors", framework="pt") as file:

@@ -1,11 +1,13 @@
 """The exact denoiser of normal latents, what a network adds to it, and coordinates per trajectory."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from pdiff_plugin.config import DiffusionConfig
-from pdiff_plugin.generator.conv import ConvDenoiser
-from pdiff_plugin.generator.denoiser import Denoiser, GaussianPreconditioned, OneStepMap
+from pdiff_plugin.generator.condition import Condition
+from pdiff_plugin.generator.denoiser import ConvDenoiser, Denoiser, GaussianPreconditioned, OneStepMap
 from pdiff_plugin.generator.diffusion import (
     gaussian_prediction,
     loss,
@@ -55,7 +57,7 @@ def test_an_untrained_denoiser_is_the_gaussian_one_of_each_trajectory(prediction
     labels = torch.arange(10) % 2
     inputs, times = batch.inputs.float(), batch.times.float()
 
-    found = denoiser(inputs, times, labels)
+    found = denoiser(inputs, times, Condition(labels))
 
     expected = gaussian_prediction(inputs, std[labels], *signal_and_sigma(times, config), prediction_type)
     torch.testing.assert_close(found, expected)
@@ -65,10 +67,11 @@ def test_training_starts_at_a_finite_loss_at_every_time():
     config, _ = normal_batch("flow", 2)
     denoiser = GaussianPreconditioned(Denoiser(3, 16, 1), STD[None].float(), config)
     x0, noise = torch.randn(2, 3), torch.randn(2, 3)
+    predict = partial(denoiser, condition=Condition(torch.zeros(2, dtype=torch.int64)))
 
     for time in (0.0, 0.999999):
         batch = noised_batch(x0, noise, torch.full((2,), time), config)
-        value = loss(denoiser, batch)
+        value = loss(predict, batch)
         value.backward()
         assert value.isfinite()
         assert all(p.grad is None or p.grad.isfinite().all() for p in denoiser.parameters())
@@ -78,7 +81,9 @@ def test_an_untrained_one_step_map_only_scales_noise_to_the_spread():
     student = OneStepMap(Denoiser(3, 16, 1), STD[None].float())
     noise = torch.randn(5, 3)
 
-    torch.testing.assert_close(student(noise, torch.zeros(5, dtype=torch.int64)), STD.float() * noise)
+    torch.testing.assert_close(
+        student(noise, torch.ones(1), Condition(torch.zeros(5, dtype=torch.int64))), STD.float() * noise
+    )
 
 
 @pytest.mark.parametrize("num_trajectories", [1, 3, 12])
@@ -91,9 +96,9 @@ def test_one_time_for_all_rows_answers_like_one_time_per_row(network, num_trajec
         denoiser = Denoiser(6, 16, 2, num_trajectories)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # it starts as zero, which would hide the condition
-    x, labels = torch.randn(8, 6), torch.arange(8) % num_trajectories
+    x, condition = torch.randn(8, 6), Condition(torch.arange(8) % num_trajectories)
 
-    found = denoiser(x, torch.tensor([0.3]), labels)
+    found = denoiser(x, torch.tensor([0.3]), condition)
 
-    torch.testing.assert_close(found, denoiser(x, torch.full((8,), 0.3), labels), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(found, denoiser(x, torch.tensor([0.4]), labels))
+    torch.testing.assert_close(found, denoiser(x, torch.full((8,), 0.3), condition), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, denoiser(x, torch.tensor([0.4]), condition))

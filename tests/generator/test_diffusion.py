@@ -5,7 +5,13 @@ import torch
 from diffusers import DDPMScheduler
 
 from pdiff_plugin.config import DiffusionConfig
-from pdiff_plugin.generator.diffusion import add_noise, linear_alpha_bars, loss, noised_batch, split_prediction
+from pdiff_plugin.generator.diffusion import (
+    linear_alpha_bars,
+    loss,
+    noised_batch,
+    signal_and_sigma,
+    split_prediction,
+)
 
 
 @pytest.fixture
@@ -25,24 +31,22 @@ def test_added_noise_and_velocity_agree_with_diffusers(latents):
     x0, noise, _ = latents
     theirs = DDPMScheduler(1000)
     timesteps = torch.arange(64) * 15
-    alpha_bar = linear_alpha_bars(1000).float()[timesteps]
 
-    torch.testing.assert_close(
-        add_noise(x0, noise, alpha_bar), theirs.add_noise(x0, noise, timesteps), rtol=1e-5, atol=1e-5
-    )
     uniform = (timesteps + 0.5) / 1000
     batch = noised_batch(x0, noise, uniform, DiffusionConfig(prediction_type="v_prediction"))
+
+    torch.testing.assert_close(batch.inputs, theirs.add_noise(x0, noise, timesteps), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(batch.targets, theirs.get_velocity(x0, noise, timesteps), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
 def test_a_perfect_prediction_gives_back_latents_and_noise(latents, prediction_type):
     x0, noise, uniform = (t.double() for t in latents)
     config = DiffusionConfig(prediction_type=prediction_type)
     batch = noised_batch(x0, noise, uniform, config)
-    alpha_bar = linear_alpha_bars(1000)[(uniform * 1000).long()][:, None]
+    signal, sigma = signal_and_sigma(batch.times, config)
 
-    found_x0, found_noise = split_prediction(batch.targets, batch.inputs, alpha_bar, prediction_type)
+    found_x0, found_noise = split_prediction(batch.targets, batch.inputs, signal, sigma, prediction_type)
 
     torch.testing.assert_close(found_x0, x0, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found_noise, noise, rtol=1e-5, atol=1e-5)

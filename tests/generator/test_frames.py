@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.frames import Frames, fit_frames, plain_frames
 
 R, K = 3, 8
@@ -26,13 +27,15 @@ def test_latents_come_back_from_their_local_coordinates(clouds):
     frames = fit_frames(latents, labels, R, 6)
 
     assert frames.width == 4
-    torch.testing.assert_close(frames.to_latents(frames.to_local(latents, labels), labels), latents, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        frames.to_latents(frames.to_local(latents, Condition(labels)), Condition(labels)), latents, rtol=0, atol=1e-4
+    )
 
 
 def test_local_coordinates_are_centred_uncorrelated_and_of_the_stated_spread(clouds):
     latents, labels = clouds
     frames = fit_frames(latents, labels, R, K)
-    local = frames.to_local(latents, labels)
+    local = frames.to_local(latents, Condition(labels))
 
     for run in range(R):
         mine = local[labels == run]
@@ -56,20 +59,22 @@ def test_a_run_of_fewer_snapshots_than_directions_is_no_trouble():
     frames = fit_frames(latents, labels, 1, K)
 
     assert frames.width == 4
-    torch.testing.assert_close(frames.to_latents(frames.to_local(latents, labels), labels), latents, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        frames.to_latents(frames.to_local(latents, Condition(labels)), Condition(labels)), latents, rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_plain_frames_only_centre_and_scale(clouds, scaled):
     latents, labels = clouds
     frames = plain_frames(latents, R, scaled=scaled)
-    local = frames.to_local(latents, labels)
+    local = frames.to_local(latents, Condition(labels))
 
     if scaled:
         assert float(local.square().mean()) == pytest.approx(1.0, rel=1e-4)
     else:
         assert torch.equal(local, latents)
-    torch.testing.assert_close(frames.to_latents(local, labels), latents, rtol=0, atol=1e-4)
+    torch.testing.assert_close(frames.to_latents(local, Condition(labels)), latents, rtol=0, atol=1e-4)
 
 
 def test_frames_come_back_from_their_tensors(clouds):
@@ -86,7 +91,7 @@ def test_latents_far_longer_than_there_are_snapshots_come_back_from_small_frames
     labels = torch.arange(12) % 2
 
     frames = plain_frames(latents, 2) if plain else fit_frames(latents, labels, 2, 5000)
-    found = frames.to_latents(frames.to_local(latents, labels), labels)
+    found = frames.to_latents(frames.to_local(latents, Condition(labels)), Condition(labels))
 
     torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-4)
     assert sum(tensor.numel() for tensor in frames.state_dict().values()) < 20 * latents.numel()

@@ -1,16 +1,17 @@
 """Sampling options, and the one file that holds a generator."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from pdiff_plugin import FitConfig, WeightGenerator
-from pdiff_plugin.config import DiffusionConfig
+from pdiff_plugin.config import DiffusionConfig, SamplingConfig
 from pdiff_plugin.errors import ConfigError, FormatError, FormatVersionError, GeneratorNotFoundError
+from pdiff_plugin.generator.denoiser import new_denoiser
 from pdiff_plugin.generator.frames import Frames
-from pdiff_plugin.generator.generator import new_denoiser
 from pdiff_plugin.generator.subspace import SubspaceAutoencoder
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 
@@ -39,14 +40,14 @@ def make_generator(prediction_type="flow", trajectories=("run-001",)):
         for parameter in denoiser.parameters():  # zeros at first
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
     return WeightGenerator(
-        LAYOUT,
-        config,
-        autoencoder,
-        frames,
-        denoiser.eval(),
-        list(trajectories),
-        {"fidelity": 0.93},
-        {"store": "runs/a"},
+        layout=LAYOUT,
+        config=config,
+        autoencoder=autoencoder,
+        frames=frames,
+        denoiser=denoiser.eval(),
+        trajectories=list(trajectories),
+        report={"fidelity": 0.93},
+        provenance={"store": "runs/a"},
     )
 
 
@@ -127,10 +128,18 @@ def test_members_of_a_named_trajectory_are_conditioned_on_it():
         ({"num_members": 0}, "num_members = 0: it must be at least 1."),
         ({"temperature": -1.0}, "temperature = -1.0: it must be at least 0."),
         ({"num_sampling_steps": 0}, "num_sampling_steps = 0: it must be at least 1."),
+        ({"diversity": 3}, "diversity = 3: it must be above 0 and at most 2."),
+        ({"sampler": "euler"}, "sampler = 'euler': it must be one of ddpm, ddim, dpm-solver++, flow, heun, one-step."),
+        ({"eta": 0.5}, "eta = 0.5: it must be 0 with the sampler 'flow'; it is for 'ddim'."),
+        ({"eta": 1.5}, "eta = 1.5: it must be from 0 to 1."),
+        (
+            {"sampler": "one-step"},
+            "sampler = 'one-step': it needs a generator that was fitted with distill_steps above 0.",
+        ),
         ({"trajectory": "c"}, "trajectory = 'c': it must be one of a, b."),
         (
             {"sampler": "ddim"},
-            "sampler = 'ddim': it must be 'flow' or 'dpm-solver++' for a denoiser that predicts flow.",
+            "sampler = 'ddim': it must be 'flow', 'heun' or 'dpm-solver++' for a denoiser that predicts flow.",
         ),
     ],
 )
@@ -155,7 +164,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(GeneratorNotFoundError, match=r"holds no generator\.safetensors"):
         WeightGenerator.load(tmp_path)
     path.write_bytes(b"not a tensor file")
-    with pytest.raises(FormatError, match="expected a pdiff-generator file"):
+    with pytest.raises(FormatError, match="expected a complete pdiff-generator file"):
         WeightGenerator.load(path)
     save_file({"x": torch.zeros(1)}, path, {"format": "pdiff-snapshots", "format_version": "1"})
     with pytest.raises(FormatError, match="expected format 'pdiff-generator'"):
@@ -183,3 +192,55 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["generator.safetensors"]
+
+
+def test_settings_may_be_one_object_keywords_or_both():
+    generator = make_generator(trajectories=("a", "b"))
+    settings = SamplingConfig(sampler="heun", temperature=0.5, trajectory="b")
+
+    for draw in (generator.sample_latents, lambda *args, **kwargs: generator.sample(*args, **kwargs)["weight"]):
+        whole = draw(4, settings, rng=seeded())
+        assert torch.equal(whole, draw(4, sampler="heun", temperature=0.5, trajectory="b", rng=seeded()))
+        both = draw(4, SamplingConfig(sampler="heun", trajectory="b"), temperature=0.5, rng=seeded())
+        assert torch.equal(whole, both)
+        assert not torch.equal(whole, draw(4, replace(settings, temperature=0.6), rng=seeded()))
+    with pytest.raises(TypeError, match="unexpected argument 'temprature'; SamplingConfig has sampler, "):
+        generator.sample(4, temprature=0.5)
+
+
+def test_heun_follows_the_same_path_as_the_natural_sampler_of_a_flow():
+    generator = make_generator(trajectories=("a", "b"))
+
+    expected = generator.sample_latents(8, num_sampling_steps=200, rng=seeded())
+    found = generator.sample_latents(8, sampler="heun", num_sampling_steps=200, rng=seeded())
+    usual = generator.sample_latents(8, sampler="heun", rng=seeded())
+
+    assert 0 < (found - expected).norm() < 1e-4 * expected.norm()
+    assert (usual - expected).norm() < 0.02 * expected.norm()
+
+
+def test_eta_adds_noise_to_ddim_until_it_is_ddpm():
+    generator = make_generator("epsilon")
+
+    def latents(sampler, **options):
+        return generator.sample_latents(6, sampler=sampler, rng=seeded(), **options)
+
+    plain, half, whole = (latents("ddim", eta=eta) for eta in (0.0, 0.5, 1.0))
+
+    assert torch.equal(plain, latents("ddim"))
+    assert torch.equal(whole, latents("ddpm"))
+    assert not torch.allclose(plain, half, atol=1e-3)
+    assert not torch.allclose(half, whole, atol=1e-3)
+    assert torch.equal(half, latents("ddim", eta=0.5))
+    still = latents("ddim", eta=0.5, temperature=0.0)
+    assert torch.equal(still, still[:1].expand_as(still))
+
+
+def test_the_estimate_of_every_step_is_told_and_leads_to_the_sample():
+    generator, estimates = make_generator(), []
+
+    latents = generator.sample_latents(3, num_sampling_steps=7, rng=seeded(), on_step=estimates.append)
+
+    assert [estimate.shape for estimate in estimates] == [latents.shape] * 7
+    distances = [(estimate - latents).norm() for estimate in estimates]
+    assert distances[-1] < 0.2 * distances[0]

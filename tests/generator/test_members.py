@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from pdiff_plugin import FitConfig, WeightGenerator
 from pdiff_plugin.config import DiffusionConfig
+from pdiff_plugin.errors import ConfigError, MembersExistError
+from pdiff_plugin.generator.denoiser import new_denoiser
 from pdiff_plugin.generator.frames import Frames
-from pdiff_plugin.generator.generator import new_denoiser
-from pdiff_plugin.generator.members import MEMBER_CHUNK, write_members
+from pdiff_plugin.generator.members import MEMBER_CHUNK, write_latents, write_members
 from pdiff_plugin.generator.subspace import SubspaceAutoencoder
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 
@@ -38,7 +39,14 @@ def make_generator(layout=MIXED, dtype=torch.float32):
     config = FitConfig(diffusion=DiffusionConfig(width=16, num_blocks=1))
     frames = Frames(torch.zeros(1, K), torch.eye(K)[None], torch.ones(1, K), 1.0)
     denoiser = new_denoiser(config, frames).eval()
-    return WeightGenerator(layout, config, autoencoder, frames, denoiser, ["run-001"])
+    return WeightGenerator(
+        layout=layout,
+        config=config,
+        autoencoder=autoencoder,
+        frames=frames,
+        denoiser=denoiser,
+        trajectories=["run-001"],
+    )
 
 
 def seeded():
@@ -50,7 +58,7 @@ def test_files_hold_what_sample_gives_bit_for_bit(tmp_path, dtype):
     generator, M = make_generator(dtype=dtype), MEMBER_CHUNK + 4
     weights = generator.sample(M, rng=seeded())
 
-    paths = write_members(generator, generator.sample_latents(M, rng=seeded()), tmp_path, {"format": "pt"}, first=3)
+    paths = write_latents(generator, generator.sample_latents(M, rng=seeded()), tmp_path, {"format": "pt"}, first=3)
 
     assert [path.name for path in paths] == [f"member-{number:04d}.safetensors" for number in range(3, M + 3)]
     assert sorted(tmp_path.iterdir()) == paths
@@ -60,8 +68,87 @@ def test_files_hold_what_sample_gives_bit_for_bit(tmp_path, dtype):
         for name, tensor in found.items():
             assert (tensor.dtype, tensor.shape) == (weights[name].dtype, weights[name].shape[1:])
             assert torch.equal(tensor, weights[name][member])
-    with safe_open(paths[1], framework="pt") as file:
-        assert file.metadata() == {"format": "pt", "member": "4"}
+    assert header_of(paths[1]) == {"format": "pt", "member": "4"}
+
+
+def header_of(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def test_members_are_written_with_where_they_came_from(tmp_path):
+    generator = WeightGenerator.load(make_generator().save(tmp_path / "fit"))
+    weights, told = generator.sample(3, temperature=0.5, rng=torch.Generator().manual_seed(7)), []
+
+    paths = write_members(
+        generator, tmp_path / "new" / "members", num_members=3, seed=7, temperature=0.5, on_progress=told.append
+    )
+
+    assert paths == [tmp_path / "new" / "members" / f"member-{number:04d}.safetensors" for number in range(3)]
+    for number, path in enumerate(paths):
+        assert all(torch.equal(tensor, weights[name][number]) for name, tensor in load_file(path).items())
+        assert header_of(path) == {
+            "format": "pdiff-member",
+            "format_version": "1",
+            "generator": str(tmp_path / "fit" / "generator.safetensors"),
+            "seed": "7",
+            "member": str(number),
+        }
+    assert [(p.stage, p.step, p.total_steps) for p in told] == [("generate", 3, 3)]
+
+
+def test_members_that_are_there_are_replaced_only_when_asked(tmp_path):
+    generator = make_generator()
+    first = write_members(generator, tmp_path, num_members=3)
+    before = [path.read_bytes() for path in first]
+
+    with pytest.raises(MembersExistError, match="already holds 3 members"):
+        write_members(generator, tmp_path, num_members=2, seed=1)
+    with pytest.raises(ConfigError, match="temperature = -1"):
+        write_members(generator, tmp_path, num_members=2, overwrite=True, temperature=-1)
+    assert [path.read_bytes() for path in first] == before
+
+    again = write_members(generator, tmp_path, num_members=2, seed=1, overwrite=True)
+    assert sorted(tmp_path.iterdir()) == again == first[:2]
+    assert again[0].read_bytes() != before[0]
+
+
+def test_only_the_members_that_are_kept_are_written_and_none_is_lost_where_that_fails(tmp_path):
+    generator = make_generator()
+    weights = generator.sample(5, rng=torch.Generator().manual_seed(0))
+    seen = []
+
+    def keep(drawn):
+        seen.append(drawn.num_members)
+        return [3, 1]
+
+    paths = write_members(generator, tmp_path, num_members=5, keep=keep)
+
+    assert seen == [5]
+    assert [path.name for path in paths] == ["member-0000.safetensors", "member-0001.safetensors"]
+    for path, member in zip(paths, (3, 1), strict=True):
+        torch.testing.assert_close(load_file(path)["weight"], weights["weight"][member])
+
+    def refuse(drawn):
+        raise ConfigError("threshold", 0.9, "must be reached by a member")
+
+    with pytest.raises(ConfigError, match="threshold"):
+        write_members(generator, tmp_path, num_members=5, keep=refuse, overwrite=True)
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+def test_another_writer_is_given_the_latents_and_the_header(tmp_path):
+    generator, given = make_generator(), []
+
+    def write(latents, folder, header, on_progress):
+        given.append((latents, folder, header))
+        return [folder / "elsewhere"]
+
+    assert write_members(generator, tmp_path, num_members=2, write=write) == [tmp_path / "elsewhere"]
+    [(latents, folder, header)] = given
+    assert torch.equal(latents, generator.sample_latents(2, rng=torch.Generator().manual_seed(0)))
+    assert folder == tmp_path
+    assert header == {"format": "pdiff-member", "format_version": "1", "seed": "0"}
 
 
 def test_sample_is_the_flat_decoding_cut_by_the_layout():
@@ -87,7 +174,7 @@ def test_an_interrupted_run_leaves_whole_files_only(tmp_path, monkeypatch):
 
     monkeypatch.setattr(generator.autoencoder, "decode_blocks", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_members(generator, generator.sample_latents(M, rng=seeded()), tmp_path, {})
+        write_latents(generator, generator.sample_latents(M, rng=seeded()), tmp_path, {})
 
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [*(f"member-{number:04d}.safetensors" for number in range(MEMBER_CHUNK)), "member-0020.safetensors"]
@@ -106,7 +193,7 @@ def test_memory_does_not_grow_with_the_number_of_values_and_members(tmp_path, mo
             yield block
 
     monkeypatch.setattr(generator.autoencoder, "decode_blocks", watched)
-    paths = write_members(generator, generator.sample_latents(MEMBER_CHUNK, rng=seeded()), tmp_path, {})
+    paths = write_latents(generator, generator.sample_latents(MEMBER_CHUNK, rng=seeded()), tmp_path, {})
 
     # 16 members are 128 MB, a block of them 4 MB.
     assert sum(path.stat().st_size for path in paths) > 128e6

@@ -1,21 +1,27 @@
 """Samplers against the one case with a known answer, normal latents, and step by step against diffusers."""
 
+from functools import partial
+from typing import get_args
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from pdiff_plugin.config import DiffusionConfig
+from pdiff_plugin.config import DiffusionConfig, Sampler, SamplingConfig
 from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.denoiser import Denoiser, GaussianPreconditioned
-from pdiff_plugin.generator.diffusion import linear_alpha_bars
+from pdiff_plugin.generator.diffusion import levels, linear_alpha_bars
 from pdiff_plugin.generator.samplers import (
-    sample_ddim,
-    sample_ddpm,
-    sample_dpm_solver,
-    sample_flow,
-    sample_turning,
-    solver_schedule,
-    spaced_timesteps,
+    SAMPLERS,
+    even_times,
+    log_snr_times,
+    run_sampler,
+    sample_euler,
+    sample_heun,
+    sample_preconditioned_flow,
+    sampler_for,
+    shrinking_times,
 )
 
 MEAN = torch.tensor([0.0, 2.0, -1.0], dtype=torch.float64)
@@ -42,6 +48,16 @@ def exact_predictor(config):
     return predict
 
 
+def sample(sampler, denoise, x, config, num_sampling_steps, **options):
+    """As users ask for it: a sampler by its name, with the times that go with it."""
+    spec = SAMPLERS[sampler]
+    return spec.sample(denoise, x, spec.times(config, num_sampling_steps), config, **options)
+
+
+def timesteps_of(times, T):
+    return (times * (T - 1)).round().long().tolist()
+
+
 def noise(seed=0, shape=(NUM_DRAWS, 3)):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -58,7 +74,7 @@ def test_ddpm_with_every_timestep_returns_the_mean_and_spread_of_normal_latents(
     config = DiffusionConfig(prediction_type=prediction_type)
     rng = torch.Generator().manual_seed(1)
 
-    samples = sample_ddpm(exact_predictor(config), noise(), config, config.num_timesteps, rng)
+    samples = sample("ddpm", exact_predictor(config), noise(), config, config.num_timesteps, rng=rng)
 
     assert_normal(samples, 0.05)
 
@@ -67,7 +83,7 @@ def test_ddpm_with_every_timestep_returns_the_mean_and_spread_of_normal_latents(
 def test_ddim_with_every_timestep_returns_the_mean_and_spread_of_normal_latents(prediction_type):
     config = DiffusionConfig(prediction_type=prediction_type)
 
-    samples = sample_ddim(exact_predictor(config), noise(), config, config.num_timesteps)
+    samples = sample("ddim", exact_predictor(config), noise(), config, config.num_timesteps)
 
     assert_normal(samples, 0.03)
 
@@ -75,7 +91,7 @@ def test_ddim_with_every_timestep_returns_the_mean_and_spread_of_normal_latents(
 def test_ddim_with_fifty_steps_loses_spread_where_it_is_small_and_no_more_than_stated():
     config = DiffusionConfig(prediction_type="epsilon")
 
-    samples = sample_ddim(exact_predictor(config), noise(), config, 50)
+    samples = sample("ddim", exact_predictor(config), noise(), config, 50)
 
     assert_normal(samples, [0.06, 0.07, 0.25])
     assert samples.std(0)[2] < 0.9 * STD[2]
@@ -84,7 +100,7 @@ def test_ddim_with_fifty_steps_loses_spread_where_it_is_small_and_no_more_than_s
 def test_fifty_euler_steps_of_a_flow_return_the_mean_and_spread_of_normal_latents():
     config = DiffusionConfig(prediction_type="flow")
 
-    samples = sample_flow(exact_predictor(config), noise(), 50)
+    samples = sample("flow", exact_predictor(config), noise(), config, 50)
 
     assert_normal(samples, [0.03, 0.04, 0.15])
 
@@ -92,7 +108,7 @@ def test_fifty_euler_steps_of_a_flow_return_the_mean_and_spread_of_normal_latent
 def test_twenty_heun_steps_of_a_flow_return_the_mean_and_spread_of_normal_latents():
     config = DiffusionConfig(prediction_type="flow")
 
-    samples = sample_flow(exact_predictor(config), noise(), 20, heun=True)
+    samples = sample("heun", exact_predictor(config), noise(), config, 20)
 
     assert_normal(samples, [0.02, 0.02, 0.05])
 
@@ -100,7 +116,7 @@ def test_twenty_heun_steps_of_a_flow_return_the_mean_and_spread_of_normal_latent
 def test_one_euler_step_returns_the_mean_alone():
     config = DiffusionConfig(prediction_type="flow")
 
-    samples = sample_flow(exact_predictor(config), noise(), 1)
+    samples = sample("flow", exact_predictor(config), noise(), config, 1)
 
     torch.testing.assert_close(samples, MEAN.expand_as(samples))
 
@@ -141,11 +157,11 @@ def assert_same_steps(run, scheduler, timesteps, **options):
 def test_ddpm_steps_agree_with_diffusers(prediction_type, num_sampling_steps):
     config = DiffusionConfig(prediction_type=prediction_type, num_timesteps=200)
     theirs = DDPMScheduler(200, prediction_type=prediction_type, clip_sample=False, variance_type="fixed_small")
-    timesteps = spaced_timesteps(200, num_sampling_steps)
+    timesteps = timesteps_of(even_times(config, num_sampling_steps), 200)
     theirs.set_timesteps(timesteps=timesteps)
 
     def run(network, start, rng, on_step):
-        return sample_ddpm(network, start, config, num_sampling_steps, rng, on_step=on_step)
+        return sample("ddpm", network, start, config, num_sampling_steps, rng=rng, on_step=on_step)
 
     assert_same_steps(run, theirs, timesteps)
 
@@ -158,7 +174,7 @@ def test_ddim_steps_agree_with_diffusers(prediction_type, eta):
     theirs.set_timesteps(100)
 
     def run(network, start, rng, on_step):
-        return sample_ddim(network, start, config, 100, rng, eta=eta, on_step=on_step)
+        return sample("ddim", network, start, config, 100, rng=rng, eta=eta, on_step=on_step)
 
     assert_same_steps(run, theirs, theirs.timesteps.tolist(), eta=eta)
 
@@ -167,21 +183,24 @@ def test_ddim_with_eta_one_is_ancestral_sampling():
     config = DiffusionConfig(prediction_type="epsilon", num_timesteps=60)
     start = noise(shape=(4, 3))
 
-    ancestral = sample_ddpm(FixedNetwork(), start, config, 20, torch.Generator().manual_seed(0))
-    found = sample_ddim(FixedNetwork(), start, config, 20, torch.Generator().manual_seed(0), eta=1.0)
+    ancestral = sample("ddpm", FixedNetwork(), start, config, 20, rng=torch.Generator().manual_seed(0))
+    found = sample("ddim", FixedNetwork(), start, config, 20, rng=torch.Generator().manual_seed(0), eta=1.0)
 
     torch.testing.assert_close(found, ancestral)
 
 
-def test_spaced_timesteps_run_from_the_noisiest_to_zero():
-    assert spaced_timesteps(1000, 4) == [999, 666, 333, 0]
-    assert spaced_timesteps(1000, 1) == [999]
-    assert spaced_timesteps(5, 5) == [4, 3, 2, 1, 0]
+@pytest.mark.parametrize(
+    ("T", "S", "expected"), [(1000, 4, [999, 666, 333, 0]), (1000, 1, [999]), (5, 5, [4, 3, 2, 1, 0])]
+)
+def test_even_timesteps_run_from_the_noisiest_to_zero(T, S, expected):
+    config = DiffusionConfig(prediction_type="epsilon", num_timesteps=T)
+    assert timesteps_of(even_times(config, S), T) == expected
 
 
-def test_more_sampling_steps_than_timesteps_are_refused_with_both_numbers():
+@pytest.mark.parametrize("times", [even_times, log_snr_times])
+def test_more_sampling_steps_than_timesteps_are_refused_with_both_numbers(times):
     with pytest.raises(ConfigError) as error:
-        spaced_timesteps(50, 51)
+        times(DiffusionConfig(prediction_type="epsilon", num_timesteps=50), 51)
     assert str(error.value) == "num_sampling_steps = 51: it must be from 1 to num_timesteps=50."
 
 
@@ -189,7 +208,8 @@ def test_more_sampling_steps_than_timesteps_are_refused_with_both_numbers():
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers hands a tensor to numpy
 def test_dpm_solver_agrees_with_diffusers(prediction_type):
     config = DiffusionConfig(prediction_type=prediction_type, num_timesteps=1000)
-    times, signals, sigmas = solver_schedule(config, 20)
+    times = log_snr_times(config, 20)
+    signals, sigmas = levels(times, config)
     theirs = DPMSolverMultistepScheduler(1000, prediction_type=prediction_type)
     theirs.set_timesteps(20)
     theirs.timesteps, theirs.sigmas = (times * 999).round().long(), sigmas / signals
@@ -198,7 +218,7 @@ def test_dpm_solver_agrees_with_diffusers(prediction_type):
     expected = start
     for t in theirs.timesteps.tolist():
         expected = theirs.step(network(expected, torch.full((8,), t / 999)), t, expected).prev_sample
-    found = sample_dpm_solver(FixedNetwork(), start, config, 20)
+    found = sample("dpm-solver++", FixedNetwork(), start, config, 20)
 
     torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-5)
 
@@ -207,7 +227,7 @@ def test_dpm_solver_agrees_with_diffusers(prediction_type):
 def test_dpm_solver_visits_different_timesteps_that_end_at_zero(num_sampling_steps):
     config = DiffusionConfig(prediction_type="epsilon", num_timesteps=50)
 
-    timesteps = (solver_schedule(config, num_sampling_steps)[0] * 49).round().long().tolist()
+    timesteps = timesteps_of(log_snr_times(config, num_sampling_steps), 50)
 
     assert timesteps == sorted(set(timesteps), reverse=True)
     assert timesteps[0] == 49
@@ -218,29 +238,107 @@ def test_dpm_solver_visits_different_timesteps_that_end_at_zero(num_sampling_ste
 def test_twenty_steps_of_dpm_solver_return_the_mean_and_spread_of_normal_latents(prediction_type):
     config = DiffusionConfig(prediction_type=prediction_type)
 
-    samples = sample_dpm_solver(exact_predictor(config), noise(), config, 20)
+    samples = sample("dpm-solver++", exact_predictor(config), noise(), config, 20)
 
     assert_normal(samples, [0.05, 0.05, 0.25])
 
 
 @pytest.mark.parametrize("num_sampling_steps", [1, 3, 16])
-def test_turning_is_exact_for_normal_latents_in_any_number_of_steps(num_sampling_steps):
-    start = noise()
+def test_a_preconditioned_flow_is_exact_for_normal_latents_in_any_number_of_steps(num_sampling_steps):
+    config, start = DiffusionConfig(), noise()
+    times = shrinking_times(config, num_sampling_steps)
 
-    samples = sample_turning(lambda y, time: torch.zeros_like(y), start, STD.expand_as(start), num_sampling_steps)
+    samples = sample_preconditioned_flow(
+        lambda y, time: torch.zeros_like(y), start, times, config, std=STD.expand_as(start)
+    )
 
     torch.testing.assert_close(samples, STD * start)
 
 
-def test_turning_follows_the_same_path_as_small_heun_steps_of_the_flow():
-    std = torch.tensor([[1.2, 0.4, 0.1]])
+def preconditioned(std):
     torch.manual_seed(0)
     denoiser = GaussianPreconditioned(Denoiser(3, 16, 1), std, DiffusionConfig())
     torch.nn.init.normal_(denoiser.network.outlet.weight, std=0.3)
-    start = noise(shape=(64, 3)).float()
+    return denoiser.requires_grad_(False)
 
-    with torch.no_grad():
-        expected = sample_flow(denoiser, start, 800, heun=True)
-        found = sample_turning(denoiser.turn, start, std.expand_as(start), 200)
 
+def test_a_preconditioned_flow_follows_the_same_path_as_small_heun_steps_of_the_flow():
+    std = torch.tensor([[1.2, 0.4, 0.1]])
+    config, denoiser, start = DiffusionConfig(), preconditioned(std), noise(shape=(64, 3)).float()
+    condition = Condition(torch.zeros(64, dtype=torch.int64))
+
+    expected = sample_heun(partial(denoiser, condition=condition), start, even_times(config, 800), config)
+    found = run_sampler(denoiser, start, condition, config, SamplingConfig(num_sampling_steps=200))
+
+    assert sampler_for(config).sample is sample_preconditioned_flow
     torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
+
+
+def test_heun_serves_a_preconditioned_flow_too_even_where_a_direction_stands_still():
+    std = torch.tensor([[1.2, 0.4, 0.0]])
+    config, denoiser, start = DiffusionConfig(), preconditioned(std), noise(shape=(64, 3)).float()
+    condition = Condition(torch.zeros(64, dtype=torch.int64))
+
+    expected = run_sampler(denoiser, start, condition, config, SamplingConfig(num_sampling_steps=200))
+    found = run_sampler(denoiser, start, condition, config, SamplingConfig(sampler="heun", num_sampling_steps=100))
+
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+    assert found[:, 2].abs().max() < 1e-3
+
+
+def test_heun_is_of_second_order_and_euler_of_first():
+    config = DiffusionConfig()
+    start = torch.ones(1, 3, dtype=torch.float64)
+    exact = MEAN + STD * start
+
+    def error_of(sampler, num_sampling_steps):
+        times = shrinking_times(config, num_sampling_steps)
+        return (sampler(exact_predictor(config), start, times, config) - exact)[0, :2].abs().max()
+
+    for sampler, factor in ((sample_euler, 2), (sample_heun, 4)):
+        assert error_of(sampler, 50) / error_of(sampler, 100) == pytest.approx(factor, rel=0.15)
+
+
+def test_the_table_of_samplers_holds_every_name_that_a_setting_may_have():
+    assert set(SAMPLERS) == set(get_args(Sampler))
+
+
+class Counting:
+    """A one-step map and preconditioned flow at once that counts what it is asked."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, x, time, condition):
+        assert len(condition) == len(x)
+        self.count += 1
+        return x
+
+    angular_velocity = __call__
+
+    def std_of(self, condition):
+        return torch.ones(len(condition), 3)
+
+
+@pytest.mark.parametrize("precondition", [True, False])
+@pytest.mark.parametrize("sampler", get_args(Sampler))
+def test_a_step_costs_as_many_evaluations_as_the_table_says(sampler, precondition):
+    kind = "epsilon" if sampler in ("ddpm", "ddim") else "flow"
+    config, denoiser = DiffusionConfig(prediction_type=kind, precondition=precondition), Counting()
+    spec, estimates = sampler_for(config, sampler), []
+    condition = Condition(torch.zeros(4, dtype=torch.int64))
+
+    rng = torch.Generator().manual_seed(0)
+    run_sampler(
+        denoiser,
+        torch.ones(4, 3),
+        condition,
+        config,
+        SamplingConfig(sampler=sampler),
+        rng=rng,
+        on_step=estimates.append,
+    )
+
+    saved = 1 if sampler == "heun" else 0  # its last step
+    assert denoiser.count == spec.evaluations_per_step * spec.usual_steps - saved
+    assert len(estimates) == spec.usual_steps

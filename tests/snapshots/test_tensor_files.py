@@ -117,3 +117,14 @@ def test_only_one_module_reads_and_writes_safetensors():
     }
     # Checkpoints that others wrote are none of our formats.
     assert users == {"snapshots/tensor_files.py", "recording/checkpoints.py"}
+
+
+@pytest.mark.parametrize("length", [0, 1, 37])
+def test_the_first_tensor_begins_at_a_multiple_of_64_bytes_whatever_the_header_says(tmp_path, length):
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.arange(3.0)}, "pdiff-x", 1, {"text": length * "a"})
+    raw = (tmp_path / "a.safetensors").read_bytes()
+
+    start = 8 + int.from_bytes(raw[:8], "little")
+    assert start % 64 == 0
+    assert raw[start:] == torch.arange(3.0).numpy().tobytes()
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["x"], torch.arange(3.0))

@@ -1,0 +1,180 @@
+"""What a fitted generator is made of, and the one file that holds it.
+
+    generator.safetensors    tensors ``autoencoder.*``, ``frames.*``, ``denoiser.*`` and, if distilled, ``one_step.*``,
+                             if aligned, ``alignment.*``; the header holds, as JSON text, ``config``, ``layout``,
+                             ``trajectories``, ``report`` (what the fit measured) and ``provenance``
+
+Shapes: R trajectories, K latent width, U hidden units of an alignment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from pdiff_plugin.config import FitConfig
+from pdiff_plugin.errors import FormatError, GeneratorNotFoundError
+from pdiff_plugin.generator.alignment import Alignment
+from pdiff_plugin.generator.autoencoder import Autoencoder
+from pdiff_plugin.generator.conv import ConvAutoencoder
+from pdiff_plugin.generator.denoiser import new_denoiser, new_one_step
+from pdiff_plugin.generator.frames import Frames
+from pdiff_plugin.generator.state import StateError, check_shapes, load_module, under
+from pdiff_plugin.generator.subspace import SubspaceAutoencoder
+from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.tensor_files import from_json, load_tensors, save_tensors
+
+T = TypeVar("T")
+P = TypeVar("P", bound="GeneratorParts")
+
+FORMAT = "pdiff-generator"
+FORMAT_VERSION = 1
+FILE_NAME = "generator.safetensors"
+# By the `kind` of their settings.
+AUTOENCODERS: dict[str, type[Autoencoder]] = {"subspace": SubspaceAutoencoder, "conv": ConvAutoencoder}
+
+
+@dataclass(kw_only=True, eq=False)
+class GeneratorParts:
+    """What the file holds.
+
+    Attributes:
+        layout: the tensors it makes.
+        config: the settings it was fitted with.
+        autoencoder: latents <-> flat vectors.
+        frames: each trajectory's own coordinates, in which the denoiser works.
+        denoiser: the averaged network that the samplers ask.
+        trajectories: ids of the runs it was fitted on, in the order of its condition.
+        report: what the fit measured, plain numbers by name.
+        provenance: store, counts and versions.
+        one_step: map from noise to clean coordinates, or None.
+        alignment: orders of hidden units in which its trajectories were read, or None. Members have them in the order
+            of the first trajectory.
+        path: file or folder that it was loaded from, or None.
+    """
+
+    layout: Layout
+    config: FitConfig
+    autoencoder: Autoencoder
+    frames: Frames
+    denoiser: nn.Module
+    trajectories: list[str]
+    report: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    one_step: nn.Module | None = None
+    alignment: Alignment | None = None
+    path: Path | None = None
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file and return its path; a folder gets ``generator.safetensors``."""
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            path.mkdir(parents=True, exist_ok=True)
+            path = path / FILE_NAME
+        states = {
+            "autoencoder": self.autoencoder.state_dict(),
+            "frames": self.frames.state_dict(),
+            "denoiser": self.denoiser.state_dict(),
+            "one_step": {} if self.one_step is None else self.one_step.state_dict(),
+        }
+        tensors = {f"{part}.{name}": tensor for part, state in states.items() for name, tensor in state.items()}
+        if self.alignment is not None:
+            tensors |= self.alignment.state_dict()
+        header = {
+            "config": self.config.to_json(),
+            "layout": self.layout.to_json(),
+            "trajectories": self.trajectories,
+            "report": self.report,
+            "provenance": self.provenance,
+        }
+        save_tensors(path, tensors, FORMAT, FORMAT_VERSION, {name: json.dumps(part) for name, part in header.items()})
+        return path
+
+    @classmethod
+    def load(cls: type[P], path: str | os.PathLike[str]) -> P:
+        """Read what :meth:`save` wrote, from the file or its folder. The basis stays on disk until it is used.
+
+        Raises:
+            GeneratorNotFoundError: nothing there.
+            FormatError: not a generator file, or one whose parts do not fit together.
+            FormatVersionError: written by a newer release.
+        """
+        given = path = Path(path)
+        if path.is_dir():
+            path = path / FILE_NAME
+        if not path.is_file():
+            raise GeneratorNotFoundError(str(path.parent if path.name == FILE_NAME else path))
+        file = _File(path)
+        config = file.header("config", FitConfig.from_json)
+        layout = file.header("layout", partial(Layout.from_json, path=str(path)))
+        trajectories = file.header("trajectories", list)
+        report = file.header("report", dict)
+        with file.part("autoencoder.") as state:
+            autoencoder = AUTOENCODERS[config.autoencoder.kind].from_state(layout, config.autoencoder, state)
+        with file.part("frames.") as state:
+            check_shapes(state, {"centre": (len(trajectories), autoencoder.latent_dim)})
+            frames = Frames.from_state(state)
+        with file.part("denoiser.") as state:
+            denoiser = _loaded(new_denoiser(config, frames), state)
+        with file.part("one_step.") as state:
+            one_step = _loaded(new_one_step(config, frames), state) if state else None
+        alignment = None
+        if config.align != "none":
+            alignment = Alignment.from_state(layout, file.tensors, report.get("alignment", {}))
+            with file.part("alignment.") as state:
+                num_units = sum(width for _, width in alignment.stack.layers)
+                check_shapes(state, dict.fromkeys(state, (num_units,)))
+        return cls(
+            layout=layout,
+            config=config,
+            autoencoder=autoencoder,
+            frames=frames,
+            denoiser=denoiser,
+            trajectories=trajectories,
+            report=report,
+            provenance=file.header("provenance", dict),
+            one_step=one_step,
+            alignment=alignment,
+            path=given,
+        )
+
+
+class _File:
+    """An opened generator file, which says of itself what is wrong with it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors, self._header = load_tensors(path, FORMAT, FORMAT_VERSION)
+
+    def header(self, name: str, read: Callable[[Any], T]) -> T:
+        """What ``read`` makes of the JSON in the header under ``name``."""
+        document = from_json(self.path, self._header, name)
+        try:
+            return read(document)
+        except FormatError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            found = f"{name} in the header that cannot be read ({type(error).__name__}: {error})"
+            raise FormatError(str(self.path), found, "what a fit wrote there") from error
+
+    @contextmanager
+    def part(self, prefix: str) -> Iterator[dict[str, Tensor]]:
+        """The tensors under a prefix; while it is open, errors about them name the file."""
+        try:
+            yield under(self.tensors, prefix)
+        except StateError as error:
+            found = f"tensor {prefix + error.name!r} {error.found}"
+            raise FormatError(str(self.path), found, error.expected) from error
+
+
+def _loaded(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    load_module(module, state)
+    return module.eval()
