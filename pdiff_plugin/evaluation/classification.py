@@ -102,7 +102,7 @@ def nll_without_each(member_nll: Tensor) -> Tensor:
 def _hit_difference(probs: Tensor, targets: Tensor) -> Tensor:
     """Hits of one half of the members minus those of the other, (H, B) int8, from probabilities (M, B, C)."""
     is_mine = halves(len(probs)).to(probs.dtype)  # (H, M)
-    mine = (is_mine @ probs.flatten(1)).reshape(-1, *probs.shape[1:])  # (H, B, C)
+    mine = (is_mine @ probs.flatten(1)).reshape(len(is_mine), *probs.shape[1:])  # (H, B, C)
     theirs = probs.sum(dim=0) - mine
     return (mine.argmax(dim=-1) == targets).to(torch.int8) - (theirs.argmax(dim=-1) == targets).to(torch.int8)
 

@@ -312,7 +312,7 @@ def half_means(values: Tensor) -> tuple[Tensor, Tensor]:
     mask = halves(len(values)).to(values.dtype)
     means = []
     for mine in (mask, 1 - mask):
-        sums = (mine @ values.flatten(1)).reshape(-1, *values.shape[1:])
+        sums = (mine @ values.flatten(1)).reshape(len(mine), *values.shape[1:])
         means.append(sums / mine.sum(dim=1).clamp_min(1).reshape(-1, *[1] * (values.ndim - 1)))
     return means[0], means[1]
 

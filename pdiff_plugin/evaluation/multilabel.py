@@ -132,7 +132,7 @@ MULTILABEL = TaskKind(
     metrics=usual_metrics(
         _LOSS, _SCORE, _LIKENESS, "mean probabilities",
         (
-            Metric("ensemble_subset_accuracy", "all right", "%", _subset_accuracy, "higher", "items without a wrong label"),
+            Metric("ensemble_subset_accuracy", "all right", "%", _subset_accuracy, "higher", "items all right"),
             Metric("ensemble_f1", "ens F1", ".4f", _macro_f1, "higher", "F1, mean over labels that occur or are told"),
             Metric(
                 "ensemble_map", "ens mAP", ".4f", _mean_average_precision, "higher",

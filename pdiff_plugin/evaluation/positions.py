@@ -122,8 +122,8 @@ def _check_targets(kind: str, ignore_index: int, shape: str, targets: Any, name:
     if not isinstance(targets, Tensor) or targets.ndim < 2 or targets.is_floating_point() or targets.is_complex():
         expected = f"must be class indices, integers of shape {shape}" + hint(kind, targets)
         raise ConfigError(f"targets of {name}", found_in(targets), expected)
-    targets = targets.to(device="cpu", dtype=torch.int64)
-    return targets.masked_fill(targets == ignore_index, IGNORED)
+    classes: Tensor = targets.to(device="cpu", dtype=torch.int64)
+    return classes.masked_fill(classes == ignore_index, IGNORED)
 
 
 def _check_logits(kind: str, class_axis: int, logits: Tensor, targets: Tensor, name: str) -> Tensor:

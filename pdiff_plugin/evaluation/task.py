@@ -76,7 +76,8 @@ class Task:
     """Other data with targets (corrupted, from elsewhere), by name: scored as ``eval_loader`` is."""
     out_of_distribution: Mapping[str, Iterable[Any]] = field(default_factory=dict)
     """Data of no class, or of another origin, by name: how well an ensemble's uncertainty (of classes the entropy, of
-    values the variance) tells it from ``eval_loader`` (AUROC). Batches are inputs, or pairs whose targets are ignored."""
+    values the variance) tells it from ``eval_loader`` (AUROC). Batches are inputs, or pairs whose targets do not
+    matter."""
     device: str | torch.device | None = None
     """Where to run; the model is moved there and back. Unless given, where the model is."""
 
