@@ -25,11 +25,11 @@ from pdiff_plugin.evaluation.kind import (
     ensemble_loss,
     ensemble_score,
     ensemble_sizes,
+    found_in,
+    halves,
+    hint,
     spread_of_scores,
 )
-
-# Ways in which members are divided into two halves, whose difference tells how far an ensemble's accuracy is by chance.
-_NUM_DIVISIONS = 16
 
 
 def check_targets(targets: Any, name: str) -> Tensor:
@@ -39,8 +39,8 @@ def check_targets(targets: Any, name: str) -> Tensor:
         DataError: they are something else.
     """
     if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
-        found = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
-        raise DataError(f"targets of {name}", found, "must be class indices, integers of shape (B,)")
+        expected = "must be class indices, integers of shape (B,)" + hint("classification", targets)
+        raise DataError(f"targets of {name}", found_in(targets), expected)
     return targets.to(device="cpu", dtype=torch.int64)
 
 
@@ -51,8 +51,9 @@ def check_logits(logits: Tensor, targets: Tensor, name: str) -> Tensor:
         DataError: they are not.
     """
     if logits.ndim != 3 or logits.shape[1] != len(targets):
-        found = str(tuple(logits.shape[1:]))
-        raise DataError("output of the model", found, f"must be logits of shape ({len(targets)}, C), one per target")
+        expected = f"must be logits of shape ({len(targets)}, C), one per target"
+        expected += hint("classification", targets, logits.shape[1:])
+        raise DataError("output of the model", str(tuple(logits.shape[1:])), expected)
     if targets.min() < 0 or targets.max() >= logits.shape[2]:
         found = f"from {int(targets.min())} to {int(targets.max())}"
         raise DataError(f"targets of {name}", found, f"must be from 0 to {logits.shape[2] - 1}, the model's classes")
@@ -60,9 +61,17 @@ def check_logits(logits: Tensor, targets: Tensor, name: str) -> Tensor:
 
 
 def score_batch(logits: Tensor, targets: Tensor, order: Tensor) -> dict[str, Tensor]:
+    """Per-item results (..., B) of logits (M, B, C), without ``predicted`` of :func:`score_classes`."""
+    found = score_classes(logits, targets, order)
+    del found["predicted"]
+    return found
+
+
+def score_classes(logits: Tensor, targets: Tensor, order: Tensor) -> dict[str, Tensor]:
     """Per-item results (..., B) of logits (M, B, C).
 
-    Beside what every kind has: ``confidence``, the ensemble's largest probability, (S, B), and ``brier``, (B,).
+    Beside what every kind has: ``confidence``, the ensemble's largest probability, and ``predicted``, its class, both
+    (S, B), and ``brier``, (B,).
     """
     log_probs = metrics.member_log_probs(logits)
     log_true = -metrics.nll(log_probs, targets)  # (M, B)
@@ -78,6 +87,7 @@ def score_batch(logits: Tensor, targets: Tensor, order: Tensor) -> dict[str, Ten
         "half_difference": _hit_difference(log_probs.exp(), targets),
         "uncertainty": metrics.entropy(probs[-1].log()),
         "confidence": confidence,
+        "predicted": predicted,
         "brier": metrics.brier(probs[-1], targets),
     }
 
@@ -90,15 +100,9 @@ def nll_without_each(member_nll: Tensor) -> Tensor:
 
 
 def _hit_difference(probs: Tensor, targets: Tensor) -> Tensor:
-    """Hits of one half of the members minus those of the other, (H, B) int8, from probabilities (M, B, C).
-
-    Members 2i and 2i + 1 never share a half: where they start from neighbouring snapshots, halves differ by what was
-    drawn and not by the snapshots.
-    """
-    m = len(probs)
-    first = torch.randint(2, (_NUM_DIVISIONS, (m + 1) // 2), generator=torch.Generator().manual_seed(0))
-    is_mine = torch.stack([first, 1 - first], dim=2).flatten(1)[:, :m].to(probs.dtype)  # (H, M)
-    mine = (is_mine @ probs.flatten(1)).reshape(-1, *probs.shape[1:])  # (H, B, C)
+    """Hits of one half of the members minus those of the other, (H, B) int8, from probabilities (M, B, C)."""
+    is_mine = halves(len(probs)).to(probs.dtype)  # (H, M)
+    mine = (is_mine @ probs.flatten(1)).reshape(len(is_mine), *probs.shape[1:])  # (H, B, C)
     theirs = probs.sum(dim=0) - mine
     return (mine.argmax(dim=-1) == targets).to(torch.int8) - (theirs.argmax(dim=-1) == targets).to(torch.int8)
 

@@ -6,10 +6,8 @@ import torch
 from torch import nn
 
 from pdiff_plugin.ensemble.soup import KeptMembers, keep_above
-from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.task import Task, batches, evaluating
 from pdiff_plugin.generator.weights import WeightSet
-from pdiff_plugin.modules.batches import logits_of
 
 
 def keep_accurate(task: Task, weights: WeightSet, threshold: float) -> KeptMembers:
@@ -20,23 +18,23 @@ def keep_accurate(task: Task, weights: WeightSet, threshold: float) -> KeptMembe
     Args:
         task: the model and held-out data.
         weights: M members.
-        threshold: of a classification the share of right answers, in [0, 1].
+        threshold: mean score of the task's kind; of a classification the share of right answers, in [0, 1], of a
+            regression R².
 
     Raises:
         ConfigError: no member reaches the threshold; the best score is named.
         LayoutMismatchError: naming the first tensor that the model lacks or has in another shape.
     """
-    data, kind, device = task.data, KINDS[task.kind], task.target_device()
+    data, kind, device = task.data, task.task_kind, task.target_device()
     alone = torch.zeros(1, dtype=torch.int64)
     with evaluating(task) as model:
 
         @torch.no_grad()
         def mean_score(member: nn.Module) -> float:
-            total, num_items = 0.0, 0
+            parts = []
             for args, kwargs, targets in batches(data, kind, device):
-                outputs = kind.check_outputs(logits_of(member(*args, **kwargs))[None], targets, data.name).cpu()
-                score = kind.score_batch(outputs, targets, alone)["member_score"]  # (1, items)
-                total, num_items = total + float(score.double().sum()), num_items + score.shape[1]
-            return total / num_items
+                outputs = kind.check_outputs(task.pick(member(*args, **kwargs))[None], targets, data.name).cpu()
+                parts.append(kind.score_batch(outputs, targets, alone))
+            return float(kind.joined(parts)["member_score"].double().mean())
 
         return keep_above(model, weights, mean_score, threshold)

@@ -64,7 +64,7 @@ def reliability(confidence: Tensor, correct: Tensor, num_bins: int = NUM_BINS) -
         correct: whether that class is true, (n,) bool.
         num_bins: bins of equal width.
     """
-    bins = (confidence.double() * num_bins).ceil().long().clamp(1, num_bins) - 1
+    bins = bin_of(confidence, num_bins)
     count = torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, torch.ones_like(confidence.double()))
     safe = count.clamp_min(1)
     sums = [
@@ -72,6 +72,11 @@ def reliability(confidence: Tensor, correct: Tensor, num_bins: int = NUM_BINS) -
         for values in (confidence, correct)
     ]
     return Reliability(count, sums[0] / safe, sums[1] / safe)
+
+
+def bin_of(confidence: Tensor, num_bins: int = NUM_BINS) -> Tensor:
+    """Which bin of :func:`reliability` a confidence falls into, int64."""
+    return (confidence.double() * num_bins).ceil().long().clamp(1, num_bins) - 1
 
 
 def ece(confidence: Tensor, correct: Tensor, num_bins: int = NUM_BINS) -> float:
@@ -109,6 +114,61 @@ def wrong_iou(
     both = (a @ b.T).double()
     either = a.sum(dim=1).double()[:, None] + b.sum(dim=1).double()[None, :] - both
     return torch.where(either > 0, both / either.clamp_min(1), torch.ones_like(both))
+
+
+def correlation(values: Tensor, others: Tensor | None = None) -> Tensor:
+    """Correlation over items of each pair of rows: (M, n) and (R, n), or the rows themselves, -> (M, R) float64.
+
+    Exactly 1 for rows that are alike but for rounding, and 0 where one does not vary.
+    """
+    rows = []
+    for x in (values, values if others is None else others):
+        centred = x.double() - x.double().mean(dim=1, keepdim=True)
+        rows.append(centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-300))
+    found = rows[0] @ rows[1].T
+    return torch.where(found > 1 - 1e-12, torch.ones_like(found), found)
+
+
+def crps_of_members(values: Tensor, targets: Tensor) -> Tensor:
+    """CRPS of the empirical distribution of members: E|X - y| - E|X - X'| / 2 (Gneiting and Raftery 2007, eq. 21).
+
+    X and X' are members with return, so that a single one has its absolute error. (M, ...) and (...) -> (...).
+    """
+    m = len(values)
+    rank = 2.0 * torch.arange(1, m + 1, dtype=values.dtype) - m - 1
+    spread = (rank.reshape(-1, *[1] * targets.ndim) * values.sort(dim=0).values).sum(dim=0) / m**2
+    return (values - targets).abs().mean(dim=0) - spread
+
+
+def crps_of_gaussians(mean: Tensor, variance: Tensor, targets: Tensor) -> Tensor:
+    """CRPS of an even mixture of M Gaussians (Grimit et al. 2006, eq. 5): (M, ...) and (...) -> (...)."""
+    m = len(mean)
+    spread = torch.zeros_like(targets)
+    for i in range(m):  # one row of pairs at a time
+        spread += _expected_distance(mean[i] - mean, variance[i] + variance).sum(dim=0)
+    return _expected_distance(targets - mean, variance).mean(dim=0) - spread / (2 * m**2)
+
+
+def _expected_distance(mean: Tensor, variance: Tensor) -> Tensor:
+    """E|X| of a Gaussian."""
+    std = variance.sqrt()
+    z = mean / std
+    return 2 * std * torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi) + mean * torch.erf(z / math.sqrt(2))
+
+
+def average_precision(score: Tensor, positive: Tensor) -> float:
+    """Mean precision at each recall, items of equal score taken together; NaN without a positive.
+
+    Args:
+        score: (n,).
+        positive: (n,) bool.
+    """
+    order = score.argsort(descending=True)
+    hits = positive[order].double().cumsum(dim=0)
+    ends = torch.cat([score[order].diff() != 0, torch.ones(1, dtype=torch.bool)])
+    rank = torch.arange(1, len(score) + 1, dtype=torch.float64)
+    precision, recall = (hits / rank)[ends], (hits / hits[-1])[ends]
+    return float((precision * recall.diff(prepend=torch.zeros(1, dtype=torch.float64))).sum())
 
 
 def pair_mean(matrix: Tensor) -> float:

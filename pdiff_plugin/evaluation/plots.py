@@ -66,7 +66,8 @@ def pictures(evaluation: Evaluation) -> list[Picture]:
         for name, title, caption, draw in _PICTURES:
             figure = draw(evaluation)
             if figure is not None:
-                drawn.append(Picture(name, title, caption, figure))
+                title, caption = (text.format(**_words(evaluation.kind)) for text in (title, caption))
+                drawn.append(Picture(name, title[0].upper() + title[1:], caption, figure))
     return drawn
 
 
@@ -331,7 +332,8 @@ def ensemble_size(evaluation: Evaluation) -> Figure | None:
                 linewidth=1.8 if name == GENERATED else 1.2,
                 label=name,
             )
-        axes.set_ylim(max(low, 0.0), high)
+        is_positive = all(curves[n][row].min() >= 0 for n in kept)
+        axes.set_ylim(max(low, 0.0) if is_positive else low, high)
         axes.set_ylabel(metric.title)
     grid[1].set_xscale("log", base=2)
     sizes = sorted({int(s) for n in names for s in curves[n][0]})
@@ -416,7 +418,7 @@ def overlap_map(evaluation: Evaluation) -> Figure | None:
 _PICTURES: Sequence[tuple[str, str, str, Callable[[Evaluation], Any]]] = (
     (
         "accuracy-novelty",
-        "Accuracy against novelty",
+        "{score} against novelty",
         "Up and to the right is better: accurate, and not a copy. Dots are members, large markers the means of the "
         "sets with the spread of their members. Snapshots are compared with those outside their own block of time.",
         accuracy_against_novelty,
@@ -425,7 +427,7 @@ _PICTURES: Sequence[tuple[str, str, str, Callable[[Evaluation], Any]]] = (
         "paired-differences",
         "Generated against each baseline",
         "Difference in the ensembles' loss on the same items, with two standard errors. To be worth it, every bar has "
-        "to end left of zero, and every marker to lie left of the dotted line, a gain of 1 %.",
+        "to end left of zero, and every marker to lie left of the dotted line, {gain}.",
         paired_differences,
     ),
     (
@@ -438,7 +440,7 @@ _PICTURES: Sequence[tuple[str, str, str, Callable[[Evaluation], Any]]] = (
     (
         "ensemble-size",
         "How many members it takes",
-        "Members join in random order. Lower is better in both.",
+        "Members join in random order. {better}",
         ensemble_size,
     ),
     (
@@ -450,7 +452,7 @@ _PICTURES: Sequence[tuple[str, str, str, Callable[[Evaluation], Any]]] = (
     (
         "overlap",
         "Who makes the same mistakes",
-        "Of the items that either of two models gets wrong, the share that both do. Snapshots are in order of time.",
+        "{likeness} Snapshots are in order of time.",
         overlap_map,
     ),
     (
@@ -460,6 +462,19 @@ _PICTURES: Sequence[tuple[str, str, str, Callable[[Evaluation], Any]]] = (
         value_densities,
     ),
 )
+
+
+def _words(kind: TaskKind) -> dict[str, str]:
+    """What titles and captions say of a kind of task."""
+    first, second = (kind.metric(key) for key in kind.curves[:2])
+    both = f"{first.better.capitalize()} is better in both."
+    either = f"{first.better.capitalize()} is better above, {second.better} below."
+    return {
+        "score": kind.score.text,
+        "gain": "a gain of 1 %" if kind.gain is None else "a gain that counts",
+        "better": both if first.better == second.better else either,
+        "likeness": kind.likeness.help,
+    }
 
 
 def _figure(height_in: float) -> tuple[Figure, Axes]:

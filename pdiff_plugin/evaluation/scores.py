@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
-from pdiff_plugin.evaluation.kind import Scores, TaskKind, ensemble_sizes
-from pdiff_plugin.evaluation.kinds import KINDS
+from pdiff_plugin.evaluation.kind import Scores, ensemble_sizes
 from pdiff_plugin.evaluation.task import Data, Task, batches, evaluating
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.modules.batches import num_batches_in
@@ -46,22 +46,22 @@ def score_sets(
         on_progress: told the number of batches done.
 
     Returns:
-        Set name -> scores, and the targets met, (items, ...).
+        Set name -> scores, and marks of the targets met, (items,): other targets, or in another order, have others.
     """
-    data, kind = data or task.data, KINDS[task.kind]
+    data, kind = data or task.data, task.task_kind
     total = num_batches_in(data.loader)
     seen: list[Tensor] = []
     with evaluating(task) as model, torch.no_grad():
-        runs = {key: _Run(model, weights, kind, seed) for key, weights in sets.items()}
+        runs = {key: _Run(model, weights, task, seed) for key, weights in sets.items()}
         flops_per_item = 0.0
         for number, (args, kwargs, targets) in enumerate(batches(data, kind, task.target_device()), start=1):
+            seen.append(_marks(targets))
             if number == 1:
                 with FlopCounterMode(display=False) as counter:
                     model(*args, **kwargs)
-                flops_per_item = counter.get_total_flops() / len(targets)
-            seen.append(targets)
+                flops_per_item = counter.get_total_flops() / len(seen[0])
             for run in runs.values():
-                run.score(args, kwargs, targets, data.name)
+                run.score(args, kwargs, targets, data)
             if on_progress is not None:
                 on_progress(Progress("score", number, max(total, number)))
     return {key: run.scores(flops_per_item) for key, run in runs.items()}, torch.cat(seen)
@@ -84,23 +84,24 @@ class Scorer(Protocol):
 class _Run:
     """One set on its way through the data."""
 
-    def __init__(self, model: nn.Module, weights: WeightSet, kind: TaskKind, seed: int) -> None:
-        self.kind = kind
-        self.ensemble = DiffusionEnsemble(model, weights)
+    def __init__(self, model: nn.Module, weights: WeightSet, task: Task, seed: int) -> None:
+        self.kind = task.task_kind
+        self.ensemble = DiffusionEnsemble(model, weights, select=task.pick)
         self.order = torch.randperm(weights.num_members, generator=torch.Generator().manual_seed(seed))
         self.parts: list[dict[str, Tensor]] = []
         self.flops_per_item = 0.0
         self.seconds: list[float] = []
 
-    def score(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Tensor, name: str) -> None:
+    def score(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any, data: Data) -> None:
         started = time.perf_counter()
         if len(self.parts) >= _NUM_COUNTED:
             outputs = self.ensemble.members(*args, **kwargs)
         else:
             with FlopCounterMode(display=False) as counter:
                 outputs = self.ensemble.members(*args, **kwargs)
-            self.flops_per_item = counter.get_total_flops() / len(targets)
-        outputs = self.kind.check_outputs(outputs, targets, name).cpu()  # (M, B, ...); waits for the device
+            self.flops_per_item = counter.get_total_flops() / outputs.shape[1]
+        targets = targets if data.has_targets else self.kind.blank_targets(outputs)
+        outputs = self.kind.check_outputs(outputs, targets, data.name).cpu()  # (M, B, ...); waits for the device
         self.seconds.append(time.perf_counter() - started)
         self.parts.append(self.kind.score_batch(outputs, targets, self.order))
 
@@ -109,7 +110,7 @@ class _Run:
         items = [part["loss"].shape[-1] for part in self.parts]
         first = _NUM_COUNTED if len(items) > _NUM_COUNTED else 0
         seconds = sum(self.seconds[first:]) * sum(items) / sum(items[first:])
-        found = {key: torch.cat([part[key] for part in self.parts], dim=-1) for key in self.parts[0]}
+        found = self.kind.joined(self.parts)
         return Scores(
             **{key: found.pop(key) for key in _OF_EVERY_KIND},
             more=found,
@@ -117,3 +118,17 @@ class _Run:
             forward_passes=self.flops_per_item / flops_per_item if flops_per_item else None,
             seconds=seconds,
         )
+
+
+def _marks(targets: Any) -> Tensor:
+    """A number for each item, (B,), that other targets do not have: targets of many pixels are not kept."""
+    if isinstance(targets, Tensor) and targets.ndim == 1:
+        return targets
+    marks = torch.zeros(0, dtype=torch.int64)
+    for leaf in tree_leaves(targets):
+        rows = leaf.reshape(len(leaf), -1)
+        rows = rows.double().view(torch.int64) if rows.is_floating_point() else rows.long()
+        odd = 2 * torch.arange(rows.shape[1]) + 0x9E3779B1  # products and sums wrap around
+        mark = (rows * odd * odd).sum(dim=1)
+        marks = 31 * marks + mark if len(marks) else mark
+    return marks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.scores import score_sets
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.generator.generator import WeightGenerator
@@ -25,7 +24,7 @@ class EnsembleNLL:
         self.task, self.num_members, self.seed = task, num_members, seed
 
     def __str__(self) -> str:
-        return f"ensemble {KINDS[self.task.kind].loss.text} of {self.num_members} members on {self.task.name}"
+        return f"ensemble {self.task.task_kind.loss.text} of {self.num_members} members on {self.task.name}"
 
     def __call__(self, generator: WeightGenerator, temperature: float) -> float:
         rng = torch.Generator().manual_seed(self.seed)

@@ -21,7 +21,6 @@ from pdiff_plugin.evaluation import metrics
 from pdiff_plugin.evaluation.baselines import Baseline, rng_for
 from pdiff_plugin.evaluation.figures import Figures, measure, measure_shifted, over_draws
 from pdiff_plugin.evaluation.kind import Measured, Scores, TaskKind
-from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.pictures import Pictures
 from pdiff_plugin.evaluation.rows import SnapshotRows, evenly_spaced
 from pdiff_plugin.evaluation.scores import Scorer, score_sets
@@ -162,7 +161,7 @@ class SetRun:
         pictures: Pictures | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
-        self.task, self.rows, self.config, self.kind = task, rows, config, KINDS[task.kind]
+        self.task, self.rows, self.config, self.kind = task, rows, config, task.task_kind
         self.pictures = pictures
         self.references = References(rows, self.kind, config.num_members)
         self.seconds: dict[str, float] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdiff_plugin.errors import DataError
+from pdiff_plugin.errors import ConfigError, DataError
 from pdiff_plugin.evaluation.kind import TaskKind
-from pdiff_plugin.evaluation.kinds import KINDS
+from pdiff_plugin.evaluation.kinds import IGNORED, KINDS, kind_for
 from pdiff_plugin.modules.batches import LABELS, arguments_of
 from pdiff_plugin.modules.modes import modes_kept
 from pdiff_plugin.modules.names import unwrap
 
 # Positional and keyword arguments of the model, and targets.
-Batch = tuple[tuple[Any, ...], dict[str, Any], Tensor]
+Batch = tuple[tuple[Any, ...], dict[str, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,18 @@ class Task:
     """What `pdiff evaluate` needs to know of a user's problem: one model, its data, and how answers are scored.
 
     Loaders yield ``(inputs, targets)``. Inputs are a tensor, a tuple of positional arguments or a dictionary of keyword
-    arguments of the model; targets of a classification are class indices, (B,). A dictionary with ``labels`` of its
-    own, as transformers' collators make it, does as well. The items must come in the same order each time
-    (``shuffle=False``), so that differences between sets can be paired item by item.
+    arguments of the model. A dictionary with ``labels`` of its own, as transformers' collators make it, does as well.
+    The items must come in the same order each time (``shuffle=False``), so that differences between sets can be paired
+    item by item. What outputs and targets are, by ``kind``:
+
+    classification        logits (B, C), class indices (B,)
+    multilabel            logits (B, L), zeros and ones (B, L)
+    dense                 logits (B, C, H, W), class indices (B, H, W)
+    tokens                logits (B, T, V), class indices (B, T)
+    language              logits (B, T, V), token indices (B, T) aligned with the inputs: position t is judged by t + 1
+    regression            values (B,) or (B, T), and the same
+    gaussian-regression   (mean, variance), each (B,) or (B, T), and values of that shape
+    custom                what ``loss`` takes
     """
 
     model: nn.Module
@@ -53,18 +62,43 @@ class Task:
     name: str = "task"
     """Title in tables and reports."""
     kind: str = "classification"
-    """How answers are scored; `classification` is the only kind so far."""
+    """How answers are scored."""
+    loss: Callable[[Any, Any], Tensor] | None = None
+    """For answers of any other kind: output (B, ...) and targets, both on the CPU -> loss of each item, (B,), lower is
+    better."""
+    combine: Callable[[Tensor], Tensor] | None = None
+    """With ``loss``: outputs of members (M, B, ...) -> that of their ensemble, (B, ...); unless given, the mean."""
+    select: Callable[[Any], Any] | None = None
+    """Picks the answer out of what the model returns; unless given, its ``logits``, the first of a tuple, or all."""
+    ignore_index: int = IGNORED
+    """Targets of this value count for nothing, where an item has several (`dense`, `tokens`, `language`)."""
     shifted: Mapping[str, Iterable[Any]] = field(default_factory=dict)
-    """Other data of the same classes (corrupted, from elsewhere), by name: scored as ``eval_loader`` is."""
+    """Other data with targets (corrupted, from elsewhere), by name: scored as ``eval_loader`` is."""
     out_of_distribution: Mapping[str, Iterable[Any]] = field(default_factory=dict)
-    """Data of no class, by name: how well an ensemble's entropy tells it from ``eval_loader`` (AUROC). Batches are
-    inputs, or pairs whose targets are ignored."""
+    """Data of no class, or of another origin, by name: how well an ensemble's uncertainty (of classes the entropy, of
+    values the variance) tells it from ``eval_loader`` (AUROC). Batches are inputs, or pairs whose targets do not
+    matter."""
     device: str | torch.device | None = None
     """Where to run; the model is moved there and back. Unless given, where the model is."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise DataError("kind", self.kind, f"must be one of {', '.join(KINDS)}")
+            raise ConfigError("kind", self.kind, f"must be one of {', '.join(KINDS)}")
+        if self.loss is not None:
+            if self.kind not in ("classification", "custom"):
+                raise ConfigError("kind", self.kind, "must be left out where there is a loss of your own")
+            object.__setattr__(self, "kind", "custom")
+        elif self.kind == "custom" or self.combine is not None:
+            raise ConfigError("loss", None, "must be given for a task of kind custom, and for combine")
+
+    @property
+    def task_kind(self) -> TaskKind:
+        """All that is particular to the task's kind."""
+        return kind_for(self.kind, self.loss, self.combine, self.ignore_index)
+
+    def pick(self, output: Any) -> Tensor:
+        """What is judged, (B, ...), of what the model returned."""
+        return self.task_kind.pick(output if self.select is None else self.select(output))
 
     @property
     def data(self) -> Data:

@@ -15,8 +15,9 @@ Checked in this order:
    "too few data to tell": neither.
 
 NLL, accuracy and error overlap are those of a classification; each kind of task has a loss, a score and a likeness of
-its own in their place. To be better than every baseline needs no correction for their number: each test alone has to
-be passed.
+its own in their place. Where errors are real numbers rule 2 has nothing to count, and where a loss may be negative the
+kind says what gain counts: 0.01 nats of a density, or 1 % of the items' mean absolute loss. To be better than every
+baseline needs no correction for their number: each test alone has to be passed.
 """
 
 from __future__ import annotations
@@ -29,14 +30,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pdiff_plugin.evaluation.kind import Scores, TaskKind
+from pdiff_plugin.evaluation.kind import MIN_GAIN, Scores, TaskKind
 from pdiff_plugin.evaluation.metrics import standard_error
 
 Outcome = Literal[
     "worth it", "no better than averaging", "copies the snapshots", "too few data to tell", "nothing generated"
 ]
 
-MIN_GAIN = 0.01
 COPY_RATIO = 0.5
 COPY_LIKENESS = 0.99
 MIN_ERRORS = 10.0
@@ -64,6 +64,7 @@ class Comparison:
         score: the same of the ensembles' scores; positive differences favour the generated.
         other_loss: the baseline's loss.
         draw_error: the part of ``loss_error`` that more members or more draws would lower.
+        gain: in loss that counts, where that is not 1 % of the baseline's own.
     """
 
     name: str
@@ -73,11 +74,12 @@ class Comparison:
     score_error: float
     other_loss: float
     draw_error: float = 0.0
+    gain: float | None = None
 
     @property
     def needed(self) -> float:
         """Gain in loss that counts."""
-        return MIN_GAIN * self.other_loss
+        return MIN_GAIN * self.other_loss if self.gain is None else self.gain
 
     @property
     def is_won(self) -> bool:
@@ -100,7 +102,8 @@ class Comparison:
 
     def to_json(self, kind: TaskKind) -> dict[str, Any]:
         """As in evaluation.json, where loss and score have the names that the kind of task gives them."""
-        return {_in_words(name, kind): value for name, value in vars(self).items()}
+        values = {name: value for name, value in vars(self).items() if name != "gain" or value is not None}
+        return {_in_words(name, kind): value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], kind: TaskKind) -> Comparison:
@@ -218,6 +221,7 @@ def compare(name: str, generated: ScoredSet, other: ScoredSet) -> Comparison:
         score_error,
         float(other.loss.mean()),
         draw_error,
+        generated.kind.gain and generated.kind.gain(other.loss),
     )
 
 
@@ -271,8 +275,8 @@ def _errs_too_rarely(generated: ScoredSet) -> Verdict | None:
     if not num_errors < MIN_ERRORS:
         return None
     text = (
-        f"Too few data to tell: members make {num_errors:.1f} errors on {errors.shape[-1]} items; "
-        f"it takes {MIN_ERRORS:.0f} to compare sets. Evaluate on more, or harder, data."
+        f"Too few data to tell: members make {num_errors:.1f} errors on {errors.shape[-1]} "
+        f"{generated.kind.likeness.unit}; it takes {MIN_ERRORS:.0f} to compare sets. Evaluate on more, or harder, data."
     )
     return Verdict("too few data to tell", text, {"errors": num_errors, "errors_needed": MIN_ERRORS})
 
