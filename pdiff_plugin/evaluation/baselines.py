@@ -198,6 +198,7 @@ class Baseline:
         is_core: whether a quick evaluation has it.
         recorded: places (M,) of the snapshots that its members are, where they are such.
         strata: which of M members were drawn alike, (M,) int64; all of them where there is no such function.
+        adds_noise: whether its members are snapshots plus noise, which lie as near to them as the noise is small.
         knob: for the sweep, which draws the set anew for each of its values.
     """
 
@@ -209,7 +210,13 @@ class Baseline:
     is_core: bool = False
     recorded: Callable[[SnapshotRows, int], Tensor] | None = None
     strata: Callable[[SnapshotRows, int], Tensor] | None = None
+    adds_noise: bool = False
     knob: Knob | None = None
+
+    @property
+    def is_cheap_alternative(self) -> bool:
+        """Whether it makes new members of the snapshots, near which others are no copies."""
+        return self.is_random and not self.adds_noise
 
 
 def _recorded(text: str, look: Look, places: Callable[[SnapshotRows, int], Tensor], *, is_core: bool) -> Baseline:
@@ -295,6 +302,7 @@ BASELINES = {
         text="snapshots with 2 % noise",
         look=Look(_ORANGE, (4, 1, 0), (0, (1, 1))),
         strata=_by_neighbour,
+        adds_noise=True,
     ),
     "noise": Baseline(
         draw=partial(noise, size=0.05),
@@ -302,6 +310,7 @@ BASELINES = {
         look=Look(_ORANGE, "X", (0, (4, 1, 1, 1)), (_SIZES,)),
         is_core=True,
         strata=_by_neighbour,
+        adds_noise=True,
         knob=Knob("size", (0.005, 0.01, 0.02, 0.05, 0.1, 0.2), by_run=False),
     ),
     "noise-0.1": Baseline(
@@ -309,6 +318,7 @@ BASELINES = {
         text="snapshots with 10 % noise",
         look=Look(_ORANGE, "P", (0, (1, 3))),
         strata=_by_neighbour,
+        adds_noise=True,
     ),
 }
 """Every baseline, in the order of the table."""

@@ -26,7 +26,7 @@ from pdiff_plugin.fitting.diffusion_stage import (
 )
 from pdiff_plugin.fitting.distill_stage import distill
 from pdiff_plugin.fitting.folder import Run
-from pdiff_plugin.fitting.measures import FAR_APART, measure_generator, suggest_alignment
+from pdiff_plugin.fitting.measures import FAR_APART, measure_generator, movement_report, suggest_alignment
 from pdiff_plugin.fitting.runtime import Runtime, pick_device
 from pdiff_plugin.fitting.subspace_stage import fit_subspace
 from pdiff_plugin.generator.alignment import Alignment, align, reader
@@ -129,6 +129,7 @@ def run_stages(store: SnapshotStore, config: FitConfig, run: Run, runtime: Runti
     )
     with run.timed("report"):
         generator.report = measure_generator(generator, subspace, local, trajectory, heldout, history)
+        generator.report |= movement_report(statistics, trajectory)
         if alignment is not None:
             generator.report["alignment"] = alignment.report
         elif generator.report.get("trajectory_separation", 0.0) > FAR_APART and runtime.world_size == 1:

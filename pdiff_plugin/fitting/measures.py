@@ -18,6 +18,8 @@ from pdiff_plugin.fitting.diffusion_stage import nearest_at_another_time, neares
 from pdiff_plugin.generator.alignment import align
 from pdiff_plugin.generator.autoencoder import Encoded
 from pdiff_plugin.generator.generator import WeightGenerator, walk
+from pdiff_plugin.snapshots.movement import movement
+from pdiff_plugin.snapshots.statistics import Statistics
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 logger = logging.getLogger(__name__)
@@ -148,6 +150,21 @@ def _coverage(
     return {
         name: round(float((owner == number).double().mean()), 4) for number, name in enumerate(generator.trajectories)
     }
+
+
+def movement_report(statistics: Statistics, trajectory: Tensor) -> dict[str, Any]:
+    """How snapshots move within their runs, with a warning where they hardly differ.
+
+    Args:
+        statistics: of the snapshots, those held out among them.
+        trajectory: the run of each, (N,).
+    """
+    found = movement(statistics.gram, trajectory)
+    if found is None:
+        return {}
+    if found.warning:
+        logger.warning(found.warning)
+    return {"movement": found.to_json()}
 
 
 def suggest_alignment(store: SnapshotStore, config: FitConfig, rows: Tensor) -> None:
