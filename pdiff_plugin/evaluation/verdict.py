@@ -16,8 +16,8 @@ Checked in this order:
    "too few data to tell": neither.
 5. "snapshots hardly differ", instead of "no better than averaging": an ensemble of a run's snapshots gains less than
    1 % of its NLL on a single one, whichever run, and either two of them share 98 % of their errors on average or 98 %
-   of their movement lies along one line. Unless the generated members are surely worse than every baseline: then that
-   is what there is to say.
+   of their movement lies along one line. Unless the generated members are surely worse than the snapshots, by what
+   would count as a gain: then that is what there is to say.
 
 The cheap sets of 1 and 3 are averages, Gaussians and SWAG, pooled and per run, as far as they were drawn; not those
 that are snapshots plus noise. Between snapshots on a line anything is near one of them, and where all predict alike
@@ -47,6 +47,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pdiff_plugin.evaluation.baselines import SNAPSHOTS
 from pdiff_plugin.evaluation.kind import Scores, TaskKind
 from pdiff_plugin.evaluation.metrics import standard_error
 from pdiff_plugin.snapshots.movement import ADVICE, Movement
@@ -412,11 +413,10 @@ def _compare_all(
     # The strongest baseline: one that is excluded if there is such, then the one with the smallest margin.
     hardest = min(comparisons, key=lambda c: (not c.is_excluded, c.margin))
     found = _against(kind, hardest, baselines[hardest.name].text, [c for c in comparisons if c is not hardest])
-    if (
-        found.outcome == "no better than averaging"
-        and differences.are_small
-        and not all(c.is_lost for c in comparisons)
-    ):
+    # Where the snapshots are not among the baselines, all of these stand for them.
+    plain = [c for c in comparisons if c.name == SNAPSHOTS] or comparisons
+    is_lost = all(c.is_lost for c in plain)
+    if found.outcome == "no better than averaging" and differences.are_small and not is_lost:
         text = f"{differences.text} Whatever is made of them comes out alike. {found.sentence} {differences.advice}"
         numbers = {"gain": differences.gain, kind.likeness.key: differences.likeness}
         found = Verdict("snapshots hardly differ", text, numbers | found.numbers)
