@@ -22,6 +22,7 @@ def print_json(document: Any) -> None:
 
 def store(path: Path) -> dict[str, Any]:
     """What a snapshot store holds, as plain JSON."""
+    from pdiff_plugin.snapshots.movement import movement_in
     from pdiff_plugin.snapshots.store import SnapshotStore
 
     opened = SnapshotStore.open(path)
@@ -40,6 +41,7 @@ def store(path: Path) -> dict[str, Any]:
                 "rest_drift": f"{float(drift):.2%}" if drift else "-",
             }
         )
+    found = movement_in(opened)
     return {
         "store": str(path),
         "num_snapshots": len(opened),
@@ -47,19 +49,28 @@ def store(path: Path) -> dict[str, Any]:
         "row_dtype": str(opened.row_dtype).removeprefix("torch."),
         "tensors": opened.layout.to_json(),
         "trajectories": trajectories,
+        "movement": found.to_json() if found else None,
         "problems": opened.problems,
     }
 
 
 def show_store(document: dict[str, Any]) -> None:
     """Print what :func:`store` tells."""
+    from pdiff_plugin.snapshots.movement import Movement
+
     rows = [
         [t["id"], str(t["snapshots"]), f"{t['first_step']}..{t['last_step']}", t["base"], t["rest_drift"]]
         for t in document["trajectories"]
     ]
     headers = ["trajectory", "snapshots", "steps", "base", "drift of the rest"]
     title = f"store {document['store']}: {document['num_snapshots']} snapshots"
-    console.table(title, headers, rows, note=_tensors(document))
+    note = _tensors(document)
+    found = Movement(**document["movement"]) if document["movement"] else None
+    if found:
+        note += f"\n{found.num_directions:.1f} directions carry the movement within a run: {found.text}."
+    console.table(title, headers, rows, note=note)
+    if found and found.warning:
+        console.say(f"! {found.warning}")
     for problem in document["problems"]:
         console.say(f"! {problem}")
 

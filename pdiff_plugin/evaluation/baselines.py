@@ -206,6 +206,7 @@ class Baseline:
         is_core: whether a quick evaluation has it.
         recorded: places (M,) of the snapshots that its members are, where they are such.
         strata: which of M members were drawn alike, (M,) int64; all of them where there is no such function.
+        adds_noise: whether its members are snapshots plus noise, which lie as near to them as the noise is small.
         knob: for the sweep, which draws the set anew for each of its values.
     """
 
@@ -218,7 +219,13 @@ class Baseline:
     is_core: bool = False
     recorded: Callable[[SnapshotRows, int], Tensor] | None = None
     strata: Callable[[SnapshotRows, int], Tensor] | None = None
+    adds_noise: bool = False
     knob: Knob | None = None
+
+    @property
+    def is_cheap_alternative(self) -> bool:
+        """Whether it makes new members of the snapshots, near which others are no copies."""
+        return self.is_random and not self.adds_noise
 
 
 def _by_run(rows: SnapshotRows, num_members: int) -> Tensor:
@@ -274,13 +281,16 @@ BASELINES = {
     "noise-0.02": Baseline(
         partial(noise, size=0.02), "snapshots with 2 % noise", Look(_ORANGE, (4, 1, 0), (0, (1, 1))),
         strata=_by_neighbour,
+        adds_noise=True,
     ),
     "noise": Baseline(
         partial(noise, size=0.05), "snapshots with 5 % noise", Look(_ORANGE, "X", (0, (4, 1, 1, 1)), (_SIZES,)),
-        is_core=True, strata=_by_neighbour, knob=Knob("size", (0.005, 0.01, 0.02, 0.05, 0.1, 0.2), by_run=False),
+        is_core=True, strata=_by_neighbour, adds_noise=True,
+        knob=Knob("size", (0.005, 0.01, 0.02, 0.05, 0.1, 0.2), by_run=False),
     ),
     "noise-0.1": Baseline(
-        partial(noise, size=0.1), "snapshots with 10 % noise", Look(_ORANGE, "P", (0, (1, 3))), strata=_by_neighbour
+        partial(noise, size=0.1), "snapshots with 10 % noise", Look(_ORANGE, "P", (0, (1, 3))),
+        strata=_by_neighbour, adds_noise=True,
     ),
 }  # fmt: skip
 """Every baseline, in the order of the table."""

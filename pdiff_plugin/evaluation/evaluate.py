@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,14 +23,19 @@ from pdiff_plugin.evaluation.pictures import Pictures
 from pdiff_plugin.evaluation.result import Evaluation
 from pdiff_plugin.evaluation.rows import SnapshotRows, change_since_fit
 from pdiff_plugin.evaluation.scores import Scorer, score_sets
-from pdiff_plugin.evaluation.set_run import JudgedSet, PlannedSet, SetRun
+from pdiff_plugin.evaluation.set_run import JudgedSet, PlannedSet, SetRun, of_each_run
 from pdiff_plugin.evaluation.task import Task
-from pdiff_plugin.evaluation.verdict import Comparison, Verdict, judge
+from pdiff_plugin.evaluation.verdict import Comparison, Differences, Nearness, Verdict, judge
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.modules.names import named_tensors
 from pdiff_plugin.progress import OnProgress, Progress, timed
+from pdiff_plugin.snapshots.movement import movement
 from pdiff_plugin.snapshots.store import SnapshotStore
+
+# Share of generated members with NaN or Inf that is left out. Beyond it what remains is the choice of what broke and
+# not the set that was made; a fit, whose snapshots are many and neighbours, already refuses from 5 % on.
+_MAX_LOST = 0.1
 
 # Trains the user's model from scratch with this seed and returns it.
 Retrain = Callable[[int], nn.Module]
@@ -69,8 +75,9 @@ def evaluate(
     Raises:
         LayoutMismatchError: the model, the generator or the weights do not fit the store; the first tensor is named.
         UnusableSnapshotsError: fewer than two snapshots, or all equal.
-        ConfigError: a setting out of range, an unknown set, data of another kind than the task's, or a generator of an
-            alignment that changes what the model computes.
+        ConfigError: more than a tenth of the generated members hold NaN or Inf or answer with it; a setting out of
+            range, an unknown set, data of another kind than the task's, or a generator of an alignment that changes
+            what the model computes.
     """
     config = configured(EvaluateConfig, config, changes)
     if config.recalibrate and task.train_loader is None:
@@ -96,7 +103,9 @@ def evaluate(
         planned.append(_deep_ensemble(retrain, config, on_progress))
     if not planned:
         raise ConfigError("sets", wanted, "must hold another one where there is neither a generator nor weights")
-    sets = run.run(planned)
+    within = [plan for plan in planned if plan.name == SNAPSHOTS] if len(rows.runs) == 1 else of_each_run(rows, config)
+    judged = run.run([*planned, *(plan for plan in within if not plan.is_shown)])
+    sets = {plan.name: judged[plan.name] for plan in planned if judged[plan.name].scores}
     with timed(run.seconds, "compare"):
         pictures.add_likeness(
             run.kind, [run.kind.errors(sets[name].scores[0]) for name in (SNAPSHOTS, GENERATED) if name in sets]
@@ -104,14 +113,15 @@ def evaluate(
         if generator is not None and GENERATED in sets and weights is None:
             pictures.add_path(generator, config.seed)
     reference_distance = _reference_distance(rows, config)
-    verdict, comparisons = _judge(run, sets, reference_distance)
+    differences = _differences(run, [judged[plan.name] for plan in within])
+    verdict, comparisons = _judge(run, sets, reference_distance, differences)
     return Evaluation(
         {name: found.figures.to_json() for name, found in sets.items()},
         verdict,
         comparisons,
         seconds | run.seconds,
         {name: _cost(found) for name, found in sets.items()},
-        _details(run, sets, pictures, reference_distance) | _origin(rows, generator),
+        _details(run, judged, pictures, reference_distance, differences) | _origin(rows, generator),
         pictures.arrays,
     )
 
@@ -146,7 +156,7 @@ def _generated(generator: WeightGenerator | None, weights: WeightSet | None, con
     text = "the generated members"
     if generator is None or weights is not None:
         assert weights is not None
-        return PlannedSet(name=GENERATED, text=text, make=partial(_given, weights))
+        return PlannedSet(name=GENERATED, text=text, make=partial(_given, weights), max_lost=_MAX_LOST)
     sample, num_runs = generator.sample, len(generator.trajectories)
     return PlannedSet(
         name=GENERATED,
@@ -155,6 +165,7 @@ def _generated(generator: WeightGenerator | None, weights: WeightSet | None, con
         num_draws=config.num_draws,
         strata=lambda num_members: runs_in_turn(num_members, num_runs),
         stage="generate",
+        max_lost=_MAX_LOST,
     )
 
 
@@ -187,16 +198,47 @@ def _reference_distance(rows: SnapshotRows, config: EvaluateConfig) -> float:
     return float(nearest_distance(rows.squared_distances[own].sqrt(), rows.same_block[own]).nanmedian())
 
 
-def _judge(run: SetRun, sets: Mapping[str, JudgedSet], reference_distance: float) -> tuple[Verdict, list[Comparison]]:
+def _judge(
+    run: SetRun, sets: Mapping[str, JudgedSet], reference_distance: float, differences: Differences
+) -> tuple[Verdict, list[Comparison]]:
     generated = sets.get(GENERATED)
     values = generated.figures.values if generated is not None else {}
-    return judge(
+    baselines = {name: found for name, found in sets.items() if name in BASELINES}
+    cheap = [found.figures.values for name, found in baselines.items() if BASELINES[name].is_cheap_alternative]
+    nearness = Nearness(
+        values.get(NEAREST.key, math.nan),
+        reference_distance,
+        min((one[NEAREST.key] for one in cheap), default=math.inf),
+        values.get(run.kind.closest, math.nan),
+        run.references.likeness(),
+        max((one[run.kind.closest] for one in cheap), default=-math.inf),
+    )
+    verdict, comparisons = judge(
         None if generated is None else generated.scored(),
-        {name: found.scored() for name, found in sets.items() if name in BASELINES},
-        distance=values.get(NEAREST.key, math.nan),
-        reference_distance=reference_distance,
-        likeness=values.get(run.kind.closest, math.nan),
-        reference_likeness=run.references.likeness(),
+        {name: found.scored() for name, found in baselines.items()},
+        nearness,
+        differences,
+    )
+    if lost := [found for found in sets.values() if found.num_lost]:
+        counts = ", ".join(f"{found.num_lost} of {found.num_drawn} of {found.plan.text}" for found in lost)
+        verdict = replace(verdict, sentence=f"{verdict.sentence} Members with NaN or Inf were left out: {counts}.")
+    return verdict, comparisons
+
+
+def _differences(run: SetRun, within: Sequence[JudgedSet]) -> Differences:
+    """How much snapshots differ within their runs, from a set of snapshots of each run."""
+    rows = run.rows
+    losses = [
+        (float(scores.member_loss.mean()), float(scores.loss[-1].mean())) for one in within for scores in one.scores
+    ]
+    single, loss = max(losses, key=lambda pair: pair[0] / max(pair[1], 1e-12), default=(math.nan, math.nan))
+    return Differences(
+        run.kind,
+        len(rows.runs),
+        single - loss,
+        loss,
+        run.references.likeness_within_runs(),
+        movement(rows.statistics.gram, rows.trajectory),
     )
 
 
@@ -206,10 +248,14 @@ def _cost(found: JudgedSet) -> dict[str, Any]:
 
 
 def _details(
-    run: SetRun, sets: Mapping[str, JudgedSet], pictures: Pictures, reference_distance: float
+    run: SetRun,
+    sets: Mapping[str, JudgedSet],
+    pictures: Pictures,
+    reference_distance: float,
+    differences: Differences,
 ) -> dict[str, Any]:
     """What was judged, and how carefully."""
-    rows, drawn = run.rows, list(sets.values())
+    rows, drawn = run.rows, [found for found in sets.values() if found.scores]
     return {
         "task": run.task.name,
         "kind": run.kind.name,
@@ -221,7 +267,9 @@ def _details(
         "num_skipped_snapshots": rows.num_skipped,
         "num_duplicate_snapshots": rows.num_duplicates,
         "num_reference_snapshots": len(run.references.places),
+        "num_left_out": {name: found.num_lost for name, found in sets.items() if found.num_lost},
         "reference_distance": reference_distance,
+        "snapshot_differences": differences.to_json(),
         "trajectories": rows.store.trajectories,
         "parameters": pictures.coordinate_names,
         "num_values": rows.layout.num_values,

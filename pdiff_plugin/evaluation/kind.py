@@ -52,6 +52,7 @@ class Scores:
         forward_passes: arithmetic of the members in forward passes of the model; None where nothing is counted
             (FLOPs of matrix products and convolutions).
         seconds: time of the members' forward passes.
+        is_silent: members whose answer to some item is NaN or +Inf, (M,) bool.
     """
 
     member_loss: Tensor
@@ -64,6 +65,7 @@ class Scores:
     more: Mapping[str, Tensor]
     forward_passes: float | None
     seconds: float
+    is_silent: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     @property
     def num_items(self) -> int:

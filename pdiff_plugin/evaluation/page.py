@@ -30,6 +30,7 @@ _COLOURS = {
     "worth it": "#009E73",
     "no better than averaging": "#E69F00",
     "copies the snapshots": "#D55E00",
+    "snapshots hardly differ": "#CC79A7",
     "too few data to tell": "#777777",
     "nothing generated": "#777777",
 }

@@ -91,6 +91,7 @@ class _Run:
         self.parts: list[dict[str, Tensor]] = []
         self.flops_per_item = 0.0
         self.seconds: list[float] = []
+        self.is_silent = torch.zeros(weights.num_members, dtype=torch.bool)
 
     def score(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any, data: Data) -> None:
         started = time.perf_counter()
@@ -102,6 +103,8 @@ class _Run:
             self.flops_per_item = counter.get_total_flops() / outputs.shape[1]
         targets = targets if data.has_targets else self.kind.blank_targets(outputs)
         outputs = self.kind.check_outputs(outputs, targets, data.name).cpu()  # (M, B, ...); waits for the device
+        # -Inf is the answer of a masked class.
+        self.is_silent |= (outputs.isnan() | outputs.isposinf()).flatten(1).any(dim=1)
         self.seconds.append(time.perf_counter() - started)
         self.parts.append(self.kind.score_batch(outputs, targets, self.order))
 
@@ -117,6 +120,7 @@ class _Run:
             sizes=ensemble_sizes(len(self.order)),
             forward_passes=self.flops_per_item / flops_per_item if flops_per_item else None,
             seconds=seconds,
+            is_silent=self.is_silent,
         )
 
 

@@ -5,6 +5,7 @@ Shapes: M members of a set, R reference snapshots, N usable snapshots, n items.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor
 from pdiff_plugin.config import EvaluateConfig
 from pdiff_plugin.ensemble.batchnorm import recalibrate_batchnorm
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
-from pdiff_plugin.errors import DataError
+from pdiff_plugin.errors import ConfigError, DataError
 from pdiff_plugin.evaluation import metrics
 from pdiff_plugin.evaluation.baselines import Baseline, rng_for
 from pdiff_plugin.evaluation.figures import Figures, measure, measure_shifted, over_draws
@@ -29,10 +30,14 @@ from pdiff_plugin.evaluation.verdict import ScoredSet, half_mask
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.progress import OnProgress, timed
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 # Snapshots whose errors are compared with everybody's; more would cost as many forward passes of the tail.
 _NUM_REFERENCES = 100
+# Fewer snapshots of a run do not tell what its ensemble would gain.
+_MIN_OF_RUN = 4
 # Members held in memory in one pass over the data, at least a set; what is beyond that waits for the next pass.
 _PASS_BYTES = 2 << 30
 
@@ -50,6 +55,8 @@ class PlannedSet:
         recorded: places (M,) of the snapshots that its members are, where they are such.
         strata: number of members M -> which of them were drawn alike, (M,); all of them where there is none.
         stage: under which the seconds of drawing are counted.
+        is_shown: whether it has a row in the table; others are scored and no more.
+        max_lost: share of members with NaN or Inf, in their weights or answers, beyond which the set is refused.
     """
 
     name: str
@@ -60,6 +67,8 @@ class PlannedSet:
     recorded: Tensor | None = None
     strata: Callable[[int], Tensor] | None = None
     stage: str = "baselines"
+    is_shown: bool = True
+    max_lost: float = 1.0
 
     @classmethod
     def of(cls, name: str, baseline: Baseline, rows: SnapshotRows, config: EvaluateConfig) -> PlannedSet:
@@ -75,24 +84,81 @@ class PlannedSet:
         )
 
 
+def of_each_run(rows: SnapshotRows, config: EvaluateConfig) -> list[PlannedSet]:
+    """Snapshots of each run by itself, to be scored only: they tell how much those of a run differ."""
+    size = config.num_members // len(rows.runs)
+    return [
+        PlannedSet(
+            name=f"snapshots of run {number}",
+            make=partial(_recorded, rows, run[evenly_spaced(len(run), size)]),
+            is_random=False,
+            is_shown=False,
+        )
+        for number, run in enumerate(rows.runs)
+        if min(size, len(run)) >= _MIN_OF_RUN
+    ]
+
+
 @dataclass(frozen=True)
 class JudgedSet:
-    """A set that was drawn: scores and figures of each draw."""
+    """A set that was drawn: scores and figures of each draw, and which members these are of.
+
+    Members with NaN or Inf, in their weights or their answers, are left out; a draw of nothing else is.
+    """
 
     plan: PlannedSet
     kind: TaskKind
     scores: list[Scores] = field(default_factory=list)
     draws: list[Figures] = field(default_factory=list)
+    sound: list[Tensor] = field(default_factory=list)
+
+    @property
+    def num_lost(self) -> int:
+        """Members left out, over all draws."""
+        return sum(int((~sound).sum()) for sound in self.sound)
 
     @property
     def figures(self) -> Figures:
         """Means over the draws."""
         return over_draws(self.kind, self.draws)
 
+    @property
+    def num_drawn(self) -> int:
+        """Members over all draws, those left out among them."""
+        return sum(len(sound) for sound in self.sound)
+
+    def add_sound(self, sound: Tensor) -> None:
+        """Note which members of a draw are sound.
+
+        Raises:
+            ConfigError: fewer than the set may lose.
+        """
+        lost = int((~sound).sum())
+        if lost > self.plan.max_lost * len(sound):
+            raise ConfigError(
+                self.plan.text,
+                f"{lost} of {len(sound)} with NaN or Inf",
+                f"must hold such values, or answer with them, in at most {self.plan.max_lost:.0%} of the members",
+            )
+        if lost:
+            logger.warning("%d of %d members of %s hold NaN or Inf: left out", lost, len(sound), self.plan.text)
+        self.sound.append(sound)
+
     def scored(self) -> ScoredSet:
         """As the verdict sees it."""
-        stratum = self.plan.strata and self.plan.strata(len(self.scores[0].member_loss))
-        return ScoredSet(self.kind, self.plan.text, self.scores, self.plan.is_random, stratum)
+        return ScoredSet(self.kind, self.plan.text, self.scores, self.plan.is_random, self._stratum())
+
+    def _stratum(self) -> Tensor | None:
+        """Which members were drawn alike; None for all of them."""
+        if self.plan.strata is None:
+            return None
+        kept = [sound for sound in self.sound if sound.any()]
+        stratum = self.plan.strata(len(kept[0]))[kept[0]]
+        # With members missing, the draws may have no strata in common, or a stratum a single member. To take all as
+        # drawn alike errs on the side of too large an error.
+        are_same = all(torch.equal(sound, kept[0]) for sound in kept)
+        has_pairs = int((stratum[:, None] == stratum[None, :]).sum(dim=1).min()) > 1
+        return stratum if self.num_lost == 0 or (are_same and has_pairs) else None
 
 
 class References:
@@ -128,6 +194,12 @@ class References:
         """Of the references to the closest outside their own block, mean over them."""
         near = self._rows.same_block[self.places][:, self.places]
         return float(self._kind.likeness.of(self.errors, None).masked_fill(near, 0.0).max(dim=1).values.mean())
+
+    def likeness_within_runs(self) -> float:
+        """Of two references of one run outside their own block, mean over pairs; NaN where there are none."""
+        run = self._rows.trajectory[self.places]
+        pairs = (run[:, None] == run[None, :]) & ~self._rows.same_block[self.places][:, self.places]
+        return float(self._kind.likeness.of(self.errors, None)[pairs].mean())
 
 
 @dataclass(frozen=True)
@@ -201,13 +273,19 @@ class SetRun:
             with timed(self.seconds, draw.stage):
                 members[draw.key] = draw.make(rng_for(self.config.seed, draw.key))
             self.rows.check(members[draw.key], f"the store {self.rows.store.path}")
-        scored = members
+        sound = {draw.key: _finite(members[draw.key]) for draw in draws if draw.plan is not None}
+        members |= {
+            key: members[key].select(mask.nonzero().squeeze(1)) for key, mask in sound.items() if not mask.all()
+        }
+        scored = {key: weights for key, weights in members.items() if weights.num_members}
         if self.config.recalibrate:
             with timed(self.seconds, "recalibrate"):
-                scored = {key: _recalibrated(self.task, weights) for key, weights in members.items()}
+                scored = {key: _recalibrated(self.task, weights) for key, weights in scored.items()}
         with timed(self.seconds, "score"):
             scores = self._score_held_out(scored)
-            judged = {draw.key: scored[draw.key] for draw in draws if draw.plan is not None}
+            for key, mask in sound.items():
+                self._drop_silent(key, mask, members, scored, scores)
+            judged = {d.key: scored[d.key] for d in draws if d.plan and d.plan.is_shown and d.key in scored}
             shifted = self._score_elsewhere("shifted", judged, partial(measure_shifted, self.kind))
             strange = self._score_elsewhere("out_of_distribution", judged, lambda found: found.uncertainty)
         with timed(self.seconds, "compare"):
@@ -217,14 +295,39 @@ class SetRun:
                     if self.pictures is not None:
                         self.pictures.add_references(members[draw.key])
                     continue
-                measured = self._measured(draw, members[draw.key], scores[draw.key])
+                found, mask = self._sets[draw.plan.name], sound[draw.key]
+                found.add_sound(mask)
+                if draw.key not in scored:
+                    continue
+                found.scores.append(scores[draw.key])
+                if not draw.plan.is_shown:
+                    continue
+                measured = self._measured(draw, members[draw.key], scores[draw.key], mask)
                 figures = Figures(
                     measure(self.kind, measured),
                     {name: found[draw.key] for name, found in shifted.items()},
                     {name: _auroc(scores[draw.key].uncertainty, found[draw.key]) for name, found in strange.items()},
                 )
-                self._sets[draw.plan.name].scores.append(scores[draw.key])
-                self._sets[draw.plan.name].draws.append(figures)
+                found.draws.append(figures)
+
+    def _drop_silent(
+        self,
+        key: str,
+        sound: Tensor,
+        members: dict[str, WeightSet],
+        scored: dict[str, WeightSet],
+        scores: dict[str, Scores],
+    ) -> None:
+        """Take members that answered NaN out of a draw, and score those that are left anew."""
+        if key not in scored or not scores[key].is_silent.any():
+            return
+        left = (~scores[key].is_silent).nonzero().squeeze(1)
+        sound[sound.nonzero().squeeze(1)] = ~scores[key].is_silent
+        members[key], scored[key] = members[key].select(left), scored[key].select(left)
+        if len(left):
+            scores[key] = self._score_held_out({key: scored[key]})[key]
+        else:
+            del scored[key]
 
     def _score_held_out(self, members: Mapping[str, WeightSet]) -> dict[str, Scores]:
         scores, targets = self._score(self.task, members, seed=self.config.seed, on_progress=self._on_progress)
@@ -244,9 +347,10 @@ class SetRun:
             found[name] = {key: keep(of_set) for key, of_set in scores.items()}
         return found
 
-    def _measured(self, draw: _Draw, members: WeightSet, scores: Scores) -> Measured:
+    def _measured(self, draw: _Draw, members: WeightSet, scores: Scores, sound: Tensor) -> Measured:
         assert draw.plan is not None
         errors, recorded = self.kind.errors(scores), draw.plan.recorded
+        recorded = None if recorded is None else recorded[sound]
         products = self.rows.products(members)
         near = None if recorded is None else self.rows.same_block[recorded]
         measured = Measured(
@@ -259,6 +363,12 @@ class SetRun:
         if self.pictures is not None and draw.is_first:
             self.pictures.add_set(self.kind, draw.plan.name, members, products[0], measured)
         return measured
+
+
+def _finite(weights: WeightSet) -> Tensor:
+    """Which members hold neither NaN nor Inf, (M,) bool."""
+    checks = [tensor.isfinite().flatten(1).all(dim=1).cpu() for tensor in weights.values()]
+    return torch.stack(checks).all(dim=0) if checks else torch.ones(weights.num_members, dtype=torch.bool)
 
 
 def _recorded(rows: SnapshotRows, places: Tensor, rng: torch.Generator) -> WeightSet:

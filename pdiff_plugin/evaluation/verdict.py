@@ -3,21 +3,40 @@
 Checked in this order:
 
 1. "copies the snapshots": the median member is less than half as far from its nearest snapshot as a snapshot is from
-   its nearest one outside its own block of time.
+   its nearest one outside its own block of time, and less than half as far as members of the nearest cheap set are.
 2. "too few data to tell": members make fewer than 10 errors on average.
 3. "copies the snapshots": members err on the same items as some snapshot, error overlap 0.99 or more, and snapshots do
-   not do so among themselves; or on exactly the same items, whatever the snapshots do.
+   not do so among themselves, or it is 1; and members of the most alike cheap set differ from a snapshot's errors more
+   than twice as much.
 4. For each baseline, the difference in ensemble NLL on the same items, d = generated - baseline, with its standard
    error s (over items, paired, and over draws of the members). A gain counts from 1 % of its NLL.
    "worth it": against every baseline d + 2 s < 0 and the gain counts, and accuracy is not lower by more than 2 s.
    "no better than averaging": against some baseline, the average or another, d - 2 s excludes a gain that counts,
    or accuracy is lower.
    "too few data to tell": neither.
+5. "snapshots hardly differ", instead of "no better than averaging": an ensemble of a run's snapshots gains less than
+   1 % of its NLL on a single one, whichever run, and either two of them share 98 % of their errors on average or 98 %
+   of their movement lies along one line. Unless the generated members are surely worse than the snapshots, by what
+   would count as a gain: then that is what there is to say.
+
+The cheap sets of 1 and 3 are averages, Gaussians and SWAG, pooled and per run, as far as they were drawn; not those
+that are snapshots plus noise. Between snapshots on a line anything is near one of them, and where all predict alike
+anything errs as they do: an average of 16 would be called a copy, and nobody copied. Half as far (as different) and not
+just nearer (more alike), since a set of the same kind drawn anew is nearer every other time. Where none was drawn the
+snapshots alone are the measure.
+
+Snapshots that hardly differ leave nothing to gain to whatever is made of them, so the sets come out alike and the
+comparison is lost before it begins. That is a finding about the recording and not about the generator. It takes nothing
+from members that come from elsewhere, such as independent networks: these pass 4. The gain decides, since it is what
+an ensemble is for, and it alone would not do: snapshots of different errors may by chance gain nothing, and of those
+something better can be made. Runs are looked at one by one: several that each stand still are an ensemble of as many
+members already.
 
 NLL, accuracy and error overlap are those of a classification; each kind of task has a loss, a score and a likeness of
 its own in their place. Where errors are real numbers rule 2 has nothing to count, and where a loss may be negative the
 kind says what gain counts: 0.01 nats of a density, or 1 % of the items' mean absolute loss. To be better than every
-baseline needs no correction for their number: each test alone has to be passed.
+baseline needs no correction for their number: each test alone has to be passed. Members with NaN or Inf are left out
+before anything is judged, and the sentence names their number.
 """
 
 from __future__ import annotations
@@ -30,15 +49,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pdiff_plugin.evaluation.baselines import SNAPSHOTS
 from pdiff_plugin.evaluation.kind import MIN_GAIN, Scores, TaskKind
 from pdiff_plugin.evaluation.metrics import standard_error
+from pdiff_plugin.snapshots.movement import ADVICE, Movement
 
 Outcome = Literal[
-    "worth it", "no better than averaging", "copies the snapshots", "too few data to tell", "nothing generated"
+    "worth it",
+    "no better than averaging",
+    "copies the snapshots",
+    "snapshots hardly differ",
+    "too few data to tell",
+    "nothing generated",
 ]
 
 COPY_RATIO = 0.5
 COPY_LIKENESS = 0.99
+# Mean over pairs of snapshots of a run, outside their own block: 0.989 to 0.998 for converged trainings of an MLP on
+# digits, whose snapshots gain 0.01 to 0.05 %; 0.947 and less for trainings that still move, which gain 0.2 to 13 %.
+ALIKE = 0.98
 MIN_ERRORS = 10.0
 NUM_ERRORS_OF_MEAN = 2.0
 
@@ -90,6 +119,11 @@ class Comparison:
     def is_excluded(self) -> bool:
         """Whether the data rule out a gain that counts."""
         return -self.loss + NUM_ERRORS_OF_MEAN * self.loss_error < self.needed or self.loses_score
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the baseline is surely better by what would count as a gain."""
+        return self.loss - NUM_ERRORS_OF_MEAN * self.loss_error > self.needed or self.loses_score
 
     @property
     def loses_score(self) -> bool:
@@ -225,46 +259,129 @@ def compare(name: str, generated: ScoredSet, other: ScoredSet) -> Comparison:
     )
 
 
+@dataclass(frozen=True)
+class Nearness:
+    """How near generated members come to the snapshots, in weights and in errors, beside what is to be expected.
+
+    Attributes:
+        distance: median distance of the members to their nearest snapshot.
+        reference_distance: the same of the snapshots, outside their own block.
+        cheap_distance: the same of the nearest cheap set; infinite where none was drawn.
+        likeness: of the errors of members and the closest snapshot, mean over members.
+        reference_likeness: the same of the snapshots, outside their own block.
+        cheap_likeness: the same of the most alike cheap set; minus infinity where none was drawn.
+    """
+
+    distance: float = math.nan
+    reference_distance: float = math.nan
+    cheap_distance: float = math.inf
+    likeness: float = math.nan
+    reference_likeness: float = math.nan
+    cheap_likeness: float = -math.inf
+
+    @property
+    def lies_on_snapshots(self) -> bool:
+        return self.distance < COPY_RATIO * min(self.reference_distance, self.cheap_distance)
+
+    @property
+    def errs_as_snapshots(self) -> bool:
+        if not self.likeness >= COPY_LIKENESS or 1 - self.likeness >= COPY_RATIO * (1 - self.cheap_likeness):
+            return False
+        return self.likeness == 1 or self.reference_likeness < COPY_LIKENESS
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How much the snapshots of a run differ; the run that differs most speaks for all.
+
+    Attributes:
+        kind: of the task.
+        num_runs: in the store.
+        gain: mean loss of single snapshots minus loss of their ensemble; NaN where it was not measured.
+        loss: of the ensemble.
+        likeness: of the errors of two snapshots of one run outside their own block, mean over pairs; NaN without such.
+        movement: of the weights; None where it was not measured.
+    """
+
+    kind: TaskKind
+    num_runs: int
+    gain: float
+    loss: float
+    likeness: float
+    movement: Movement | None
+
+    @property
+    def are_small(self) -> bool:
+        is_line = self.movement is not None and self.movement.is_line
+        return self.gain < MIN_GAIN * self.loss and (self.likeness >= ALIKE or is_line)
+
+    @property
+    def text(self) -> str:
+        """As sentences."""
+        where = "" if self.num_runs == 1 else f" within each of the {self.num_runs} runs"
+        form, loss = self.kind.loss.format, self.kind.loss.text
+        found = (
+            f"Snapshots hardly differ{where}: the {self.kind.likeness.text} of two of them is "
+            f"{self.likeness:.3f} and their ensemble gains {self.gain:{form}} {loss} on a single one (from "
+            f"{MIN_GAIN * self.loss:{form}} on it would count)"
+        )
+        return f"{found}; {self.movement.text}." if self.movement else f"{found}."
+
+    @property
+    def advice(self) -> str:
+        return (
+            f"{ADVICE} The runs do differ: the last snapshot of each is an ensemble." if self.num_runs > 1 else ADVICE
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As in the details of an evaluation."""
+        return {
+            "are_small": self.are_small,
+            "gain": self.gain,
+            "loss": self.loss,
+            "likeness": self.likeness,
+            "movement": self.movement.to_json() if self.movement else None,
+        }
+
+
 def judge(
-    generated: ScoredSet | None,
-    baselines: Mapping[str, ScoredSet],
-    *,
-    distance: float,
-    reference_distance: float,
-    likeness: float,
-    reference_likeness: float,
+    generated: ScoredSet | None, baselines: Mapping[str, ScoredSet], nearness: Nearness, differences: Differences
 ) -> tuple[Verdict, list[Comparison]]:
     """Apply the rule at the top of this module.
 
     Args:
         generated: the generated set.
         baselines: those that were drawn.
-        distance: median distance of the generated members to their nearest snapshot.
-        reference_distance: the same of the snapshots, outside their own block.
-        likeness: of the errors of generated members and the closest snapshot, mean over members.
-        reference_likeness: the same of the snapshots, outside their own block.
+        nearness: of the generated set.
+        differences: between the snapshots.
     """
     if generated is None:
         text = "Nothing generated was given: the table shows the snapshots and what can be made of them cheaply."
+        if differences.are_small:
+            text += f" {differences.text} {differences.advice}"
         return Verdict("nothing generated", text, {}), []
     comparisons = [compare(name, generated, other) for name, other in baselines.items()]
     return (
-        _lies_on_snapshots(distance, reference_distance)
+        _lies_on_snapshots(nearness)
         or _errs_too_rarely(generated)
-        or _errs_as_snapshots(generated.kind, likeness, reference_likeness)
-        or _compare_all(generated.kind, comparisons, baselines, likeness, reference_likeness)
+        or _errs_as_snapshots(generated.kind, nearness)
+        or _compare_all(generated.kind, comparisons, baselines, nearness, differences)
     ), comparisons
 
 
-def _lies_on_snapshots(distance: float, reference_distance: float) -> Verdict | None:
-    if not distance < COPY_RATIO * reference_distance:
+def _lies_on_snapshots(nearness: Nearness) -> Verdict | None:
+    if not nearness.lies_on_snapshots:
         return None
+    distance, reference_distance = nearness.distance, nearness.reference_distance
     text = (
         f"Copies the snapshots: generated members lie {distance:.2f} from the nearest snapshot, snapshots lie "
-        f"{reference_distance:.2f} from the nearest one outside their own block of time."
+        f"{reference_distance:.2f} from the nearest one outside their own block of time"
     )
     numbers = {"nearest_snapshot_distance": distance, "snapshots_nearest_distance": reference_distance}
-    return Verdict("copies the snapshots", text, numbers)
+    if math.isfinite(nearness.cheap_distance):
+        text += f", and the nearest averages or Gaussians {nearness.cheap_distance:.2f}"
+        numbers["cheap_nearest_distance"] = nearness.cheap_distance
+    return Verdict("copies the snapshots", f"{text}.", numbers)
 
 
 def _errs_too_rarely(generated: ScoredSet) -> Verdict | None:
@@ -281,31 +398,47 @@ def _errs_too_rarely(generated: ScoredSet) -> Verdict | None:
     return Verdict("too few data to tell", text, {"errors": num_errors, "errors_needed": MIN_ERRORS})
 
 
-def _errs_as_snapshots(kind: TaskKind, likeness: float, reference: float) -> Verdict | None:
-    all_are_alike = reference >= COPY_LIKENESS
-    if not (likeness >= COPY_LIKENESS and (likeness == 1 or not all_are_alike)):
+def _errs_as_snapshots(kind: TaskKind, nearness: Nearness) -> Verdict | None:
+    if not nearness.errs_as_snapshots:
         return None
-    why = kind.likeness.copied.format(found=likeness)
+    why = kind.likeness.copied.format(found=nearness.likeness)
     text = f"Copies the snapshots: {why} ({COPY_LIKENESS:.0%} and more counts as a copy)."
-    return Verdict("copies the snapshots", text, {kind.likeness.key: likeness, "threshold": COPY_LIKENESS})
+    return Verdict("copies the snapshots", text, {kind.likeness.key: nearness.likeness, "threshold": COPY_LIKENESS})
 
 
 def _compare_all(
     kind: TaskKind,
     comparisons: list[Comparison],
     baselines: Mapping[str, ScoredSet],
-    likeness: float,
-    reference: float,
+    nearness: Nearness,
+    differences: Differences,
 ) -> Verdict:
     if not comparisons:
         return Verdict("too few data to tell", "Too few data to tell: no baseline was evaluated.", {})
     # The strongest baseline: one that is excluded if there is such, then the one with the smallest margin.
     hardest = min(comparisons, key=lambda c: (not c.is_excluded, c.margin))
     found = _against(kind, hardest, baselines[hardest.name].text, [c for c in comparisons if c is not hardest])
-    if likeness >= COPY_LIKENESS:
-        more = kind.likeness.all_alike.format(found=likeness, reference=reference)
-        found = replace(found, sentence=f"{found.sentence} {more}")
-    return found
+    # Where the snapshots are not among the baselines, all of these stand for them.
+    plain = [c for c in comparisons if c.name == SNAPSHOTS] or comparisons
+    is_lost = all(c.is_lost for c in plain)
+    if found.outcome == "no better than averaging" and differences.are_small and not is_lost:
+        text = f"{differences.text} Whatever is made of them comes out alike. {found.sentence} {differences.advice}"
+        numbers = {"gain": differences.gain, kind.likeness.key: differences.likeness}
+        found = Verdict("snapshots hardly differ", text, numbers | found.numbers)
+    return replace(found, sentence=found.sentence + _why_no_copies(kind, nearness))
+
+
+def _why_no_copies(kind: TaskKind, nearness: Nearness) -> str:
+    """What to say of members that err as snapshots do."""
+    if not nearness.likeness >= COPY_LIKENESS:
+        return ""
+    if nearness.reference_likeness >= COPY_LIKENESS:
+        found, reference = nearness.likeness, nearness.reference_likeness
+        return f" {kind.likeness.all_alike.format(found=found, reference=reference)}"
+    return (
+        f" Members err much as a snapshot does ({kind.likeness.text} {nearness.likeness:.3f}), but so do averages or "
+        f"Gaussians ({nearness.cheap_likeness:.3f}): that tells nothing of copies."
+    )
 
 
 def _against(kind: TaskKind, hardest: Comparison, text: str, others: list[Comparison]) -> Verdict:

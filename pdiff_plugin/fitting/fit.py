@@ -22,7 +22,7 @@ from pdiff_plugin.fitting.conv_stage import fit_conv
 from pdiff_plugin.fitting.diffusion_stage import train_diffusion
 from pdiff_plugin.fitting.distill_stage import distill
 from pdiff_plugin.fitting.folder import FitFolder
-from pdiff_plugin.fitting.measures import FAR_APART, measure_generator, suggest_alignment
+from pdiff_plugin.fitting.measures import FAR_APART, measure_generator, movement_report, suggest_alignment
 from pdiff_plugin.fitting.runtime import Runtime
 from pdiff_plugin.fitting.statistics_stage import check_num_snapshots, measure_store, nonfinite_names
 from pdiff_plugin.fitting.subspace_stage import fit_subspace
@@ -141,6 +141,7 @@ def run_stages(store: SnapshotStore, config: FitConfig, folder: FitFolder, runti
     )
     with folder.timed("report"):
         generator.report = measure_generator(generator, encoded, local, split, history)
+        generator.report |= movement_report(statistics, split.trajectory)
         if alignment is not None:
             generator.report["alignment"] = alignment.report
         elif generator.report.get("trajectory_separation", 0.0) > FAR_APART and runtime.world_size == 1:

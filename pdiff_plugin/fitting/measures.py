@@ -20,7 +20,9 @@ from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.samplers import run_sampler
 from pdiff_plugin.snapshots.files import json_safe
+from pdiff_plugin.snapshots.movement import movement
 from pdiff_plugin.snapshots.split import Split
+from pdiff_plugin.snapshots.statistics import Statistics
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +171,21 @@ def _warn_of_trajectories(report: dict[str, Any], *, is_aligned: bool) -> None:
             "overlap with others.",
             ", ".join(missed),
         )
+
+
+def movement_report(statistics: Statistics, trajectory: Tensor) -> dict[str, Any]:
+    """How snapshots move within their runs, with a warning where they hardly differ.
+
+    Args:
+        statistics: of the snapshots, those held out among them.
+        trajectory: the run of each, (N,).
+    """
+    found = movement(statistics.gram, trajectory)
+    if found is None:
+        return {}
+    if found.warning:
+        logger.warning(found.warning)
+    return {"movement": found.to_json()}
 
 
 def suggest_alignment(split: Split, config: FitConfig) -> None:

@@ -121,12 +121,14 @@ def repeated(store: SnapshotStore, tiny: float) -> dict[str, Tensor]:
     return store.layout.unflatten(row * (1 + tiny * noise))
 
 
-def test_on_one_repeated_snapshot_plus_tiny_noise_the_verdict_is_copies(one_run: Run, store_of: Any) -> None:
+def test_one_repeated_snapshot_plus_tiny_noise_leaves_nothing_to_copy(one_run: Run, store_of: Any) -> None:
     task, store = one_run
     same = store_of(repeated(store, tiny=1e-5))
     generator = fit(same.path, FitConfig(diffusion=DiffusionConfig(max_steps=200, width=32)))
     result = evaluate(task, same, generator, num_members=8)
-    assert result.verdict.outcome == "copies the snapshots"
+    # Averages and Gaussians err on the same items too: nobody copied.
+    assert result.verdict.outcome == "snapshots hardly differ"
+    assert "higher or a cyclic learning rate" in result.verdict.sentence
 
 
 def test_honest_members_of_weights_that_hardly_move_are_no_copies(one_run: Run, store_of: Any) -> None:

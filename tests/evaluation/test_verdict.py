@@ -12,8 +12,18 @@ from pdiff_plugin.evaluation.classification import CLASSIFICATION, nll_without_e
 from pdiff_plugin.evaluation.kind import Scores
 from pdiff_plugin.evaluation.scores import score_sets
 from pdiff_plugin.evaluation.task import Task
-from pdiff_plugin.evaluation.verdict import ScoredSet, Verdict, compare, half_mask, jackknife_error, judge
+from pdiff_plugin.evaluation.verdict import (
+    Differences,
+    Nearness,
+    ScoredSet,
+    Verdict,
+    compare,
+    half_mask,
+    jackknife_error,
+    judge,
+)
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.snapshots.movement import Movement
 
 N = 2000
 
@@ -43,20 +53,26 @@ def nll(mean: float, noise: float = 0.0, seed: int = 0) -> Tensor:
     return mean + 0.1 * (shared - shared.mean()) + noise * (own - own.mean())
 
 
+def differences(*, gain: float = 0.1, likeness: float = 0.8, line_share: float = 0.7, num_runs: int = 1) -> Differences:
+    """Between snapshots whose ensemble has an NLL of 0.5."""
+    return Differences(CLASSIFICATION, num_runs, gain, 0.5, likeness, Movement(2.0, line_share, 0.1))
+
+
 def verdict(
     generated: ScoredSet,
     *others: ScoredSet,
     distance: float = 1.0,
+    cheap_distance: float = math.inf,
     overlap: float = 0.9,
     reference_overlap: float = 0.8,
+    cheap_overlap: float = -math.inf,
+    snapshots: Differences | None = None,
 ) -> Verdict:
     found, _ = judge(
         generated,
         {f"other-{i}": other for i, other in enumerate(others)},
-        distance=distance,
-        reference_distance=1.0,
-        likeness=overlap,
-        reference_likeness=reference_overlap,
+        Nearness(distance, 1.0, cheap_distance, overlap, reference_overlap, cheap_overlap),
+        snapshots or differences(),
     )
     return found
 
