@@ -212,14 +212,20 @@ class DiffusionEnsemble(nn.Module):
         swap_(model, uniform_soup(self.weights))
         return model
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write members and model as one safetensors file, which :meth:`load` needs no training run to read."""
+    def save(self, path: str | os.PathLike[str], header: Mapping[str, str] | None = None) -> None:
+        """Write members and model as one safetensors file, which :meth:`load` needs no training run to read.
+
+        Args:
+            path: the file, which is replaced.
+            header: more text for its header.
+        """
         tensors = {f"members/{name}": tensor.cpu() for name, tensor in self.weights.items()}
         for name, tensor in named_tensors(self.model).items():
             if name not in self.names:
                 tensors[f"model/{name}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         settings = {"strategy": self.strategy, "task": self.task, "class_axis": self.class_axis}
         header = {
+            **(header or {}),
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
             "settings": json.dumps({**settings, "member_chunk": self.member_chunk}),

@@ -131,6 +131,10 @@ class Quantity:
     text: str
     format: str
 
+    def value(self, value: float) -> str:
+        """A value with its unit as text."""
+        return f"{100 * value:.2f} %" if self.format == "%" else f"{value:{self.format}}"
+
     def difference(self, value: float, error: float) -> str:
         """A difference and its standard error as text."""
         if self.format == "%":
@@ -174,6 +178,7 @@ class TaskKind:
         metrics: every figure of a set, in the order of the table.
         curves: keys of the metrics that are kept for every size of the ensemble; the first two are drawn.
         arrays: what else is kept for the pictures, by name.
+        groups: targets (n, ...) -> the group of each item, (n,) from 0, by which scores are also told, if any.
     """
 
     name: str
@@ -188,6 +193,7 @@ class TaskKind:
     metrics: tuple[Metric, ...]
     curves: tuple[str, ...]
     arrays: Mapping[str, Callable[[Scores], Tensor]] = field(default_factory=dict)
+    groups: Callable[[Tensor], Tensor] | None = None
 
     @property
     def mean_score(self) -> str:
@@ -231,6 +237,11 @@ def ensemble_sizes(num_members: int) -> tuple[int, ...]:
     """1, 2, 4, ... and M itself."""
     sizes = [2**i for i in range(num_members.bit_length()) if 2**i < num_members]
     return (*sizes, num_members)
+
+
+def joining_order(num_members: int, seed: int) -> Tensor:
+    """The order (M,) in which members join the smaller ensembles: those of a trajectory are ordered in time."""
+    return torch.randperm(num_members, generator=torch.Generator().manual_seed(seed))
 
 
 def best_score(measured: Measured) -> float:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdiff_plugin.errors import EvaluationNotFoundError
+from pdiff_plugin.evaluation.choice import SHOWN_BUDGETS, Choice, best
 from pdiff_plugin.evaluation.kind import Metric, TaskKind
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.verdict import Comparison, Verdict
@@ -40,6 +41,7 @@ class Evaluation:
         cost: set name -> ``forward_passes`` and ``seconds`` of its members on the evaluation data.
         details: what else a report tells: task, seed, counts, configuration, provenance.
         arrays: what a report draws, by kind and set.
+        choices: the best model or ensemble by rising price in forward passes, see :meth:`best`.
     """
 
     sets: dict[str, dict[str, Any]]
@@ -49,6 +51,19 @@ class Evaluation:
     cost: dict[str, dict[str, Any]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    choices: list[Choice] = field(default_factory=list)
+
+    def best(self, num_passes: float = 1) -> Choice:
+        """The best single model, or the best ensemble where that is better, for a number of forward passes.
+
+        It was chosen on one half of the items, by the loss, among all sets and all their members; its figures are of
+        the other half. A result of :func:`pdiff_plugin.evaluate` can give and save its weights; one that was loaded
+        tells what was chosen.
+
+        Raises:
+            ConfigError: less than one pass; or an old evaluation, or one of very few items, which names no choice.
+        """
+        return best(self.choices, num_passes)
 
     def to_json(self) -> dict[str, Any]:
         """One JSON document; what is undefined (the overlap within a set of one) is null."""
@@ -63,6 +78,7 @@ class Evaluation:
             "comparisons": [c.to_json(self.kind) for c in self.comparisons],
             "cost": self.cost,
             "details": self.details,
+            "choices": [choice.to_json() for choice in self.choices],
         }
         cleaned: dict[str, Any] = json_safe(document)
         return cleaned
@@ -101,6 +117,7 @@ class Evaluation:
             document["cost"],
             document["details"],
             load_file(arrays) if arrays.is_file() else {},
+            [Choice.from_json(choice) for choice in document.get("choices", [])],
         )
 
     @property
@@ -138,9 +155,16 @@ class Evaluation:
                     row.append(format_figure(self.sets[name][key], ".3f"))
         return headers, rows
 
+    def told_choices(self, *budgets: float) -> list[str]:
+        """A sentence on the choice for one pass, for eight, and for further numbers of passes."""
+        if not self.choices:
+            return []
+        return [self.best(budget).sentence(budget) for budget in sorted({*SHOWN_BUDGETS, *budgets})]
+
     def table_text(self) -> str:
-        """The table and the verdict as plain text."""
-        return "\n".join([text_table(*self.table()), "", self.footnote, "", self.verdict.sentence])
+        """The table, the verdict and the choices as plain text."""
+        parts = [text_table(*self.table()), self.footnote, self.verdict.sentence, "\n".join(self.told_choices())]
+        return "\n\n".join(part for part in parts if part)
 
     def __str__(self) -> str:
         return self.table_text()

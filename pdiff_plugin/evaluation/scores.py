@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
-from pdiff_plugin.evaluation.kind import Scores, TaskKind, ensemble_sizes
+from pdiff_plugin.evaluation.kind import Scores, TaskKind, ensemble_sizes, joining_order
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.task import Data, Task, batches, evaluating
 from pdiff_plugin.generator.weights import WeightSet
@@ -87,7 +87,7 @@ class _Run:
     def __init__(self, model: nn.Module, weights: WeightSet, kind: TaskKind, seed: int) -> None:
         self.kind = kind
         self.ensemble = DiffusionEnsemble(model, weights)
-        self.order = torch.randperm(weights.num_members, generator=torch.Generator().manual_seed(seed))
+        self.order = joining_order(weights.num_members, seed)
         self.parts: list[dict[str, Tensor]] = []
         self.flops_per_item = 0.0
         self.seconds: list[float] = []
