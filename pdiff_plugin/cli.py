@@ -380,6 +380,8 @@ class SaveBest:
     --best-passes. It is chosen on one half of the data, and judged on the other."""
     best_passes: float = 1.0
     """Price of the choice, at most, in forward passes of the model."""
+    best_by: Literal["loss", "score"] = "loss"
+    """What it is the best in: of classes, `loss` is NLL and `score` accuracy."""
 
     def check(self) -> None:
         """Raise :class:`ConfigError` for what cannot work, before anything is scored."""
@@ -390,7 +392,7 @@ class SaveBest:
         """Write the choice, and say how it is loaded; nothing where that was not asked for."""
         if self.save_best is None:
             return ""
-        choice = result.best(self.best_passes)
+        choice = result.best(self.best_passes, self.best_by)
         path = choice.save(self.save_best)
         return f"\nSaved {choice.text}. Load it with\n  {choice.loading(path)}"
 

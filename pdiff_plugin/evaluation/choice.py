@@ -1,8 +1,8 @@
 """The best that the sets of an evaluation give for a number of forward passes, without a further pass over the data.
 
 Candidates are every single member of every set, and every ensemble that was scored: 2, 4, 8, ... and all of a set's
-members, in the order in which they joined. One half of the items chooses, by the lowest mean loss; the other half,
-which chose nothing, tells what the choice is worth.
+members, in the order in which they joined. One half of the items chooses, by the lowest mean loss (or, where that is
+wanted, by the highest mean score); the other half, which chose nothing, tells what the choice is worth.
 
 The lowest of hundreds of losses is in part luck, and few items would choose the luckiest member. So the loss of a
 member that is one of several is first drawn towards the mean of its set, by the share of the members' spread that the
@@ -12,7 +12,7 @@ A single member costs one pass. Where a set of M members was measured to cost P 
 1 + (k - 1) (P - 1) / (M - 1): what members have in common is computed once, and each adds the same to it. Where nothing
 could be counted, k members cost k passes.
 
-Losses within a billionth of the lowest are ties. The first of them is taken by: fewer passes; fewer members; the set's
+Means within a billionth of the lowest are ties. The first of them is taken by: fewer passes; fewer members; the set's
 place in the table, generated members last, since they need a fit; the member's number.
 
 Shapes: M members of a set, S ensemble sizes, n items, G groups of items.
@@ -23,10 +23,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ _TIE = 1e-9
 _ROUNDING = 1e-6
 _MAX_GROUPS = 40
 
+By = Literal["loss", "score"]
 # (set, members) -> what names them in a sentence.
 Naming = Callable[[str, Sequence[int]], str]
 
@@ -106,6 +107,7 @@ class Choice:
         score: the same of the score.
         num_items: size of that half.
         kind: of the task.
+        by: what it is the best in, on the half that chose: the lowest mean loss or the highest mean score.
         beside: the last snapshot (mean over the runs) and the ensemble of all generated members on the same half, by
             the name of their set, as far as they were judged.
     """
@@ -118,6 +120,7 @@ class Choice:
     score: float
     num_items: int
     kind: str
+    by: By = "loss"
     beside: dict[str, Beside] = field(default_factory=dict)
     _material: Material | None = field(default=None, repr=False, compare=False)
 
@@ -169,16 +172,26 @@ class Choice:
     def sentence(self, budget: float) -> str:
         """What it is and what it is worth, as the best for so many passes."""
         kind = KINDS[self.kind]
-        others = {LAST: "the last snapshot", GENERATED: "the generated ensemble"}
         compared = [
-            f"{text} {kind.score.value(other.score)} "
-            f"({kind.score.difference(other.score_difference, other.score_error)})"
-            for name, text in others.items()
-            if (other := self.beside.get(name)) is not None
+            f"{text} {kind.loss.value(other.loss)} ({kind.loss.difference(other.loss_difference, other.loss_error)}), "
+            f"{kind.score.value(other.score)} ({kind.score.difference(other.score_difference, other.score_error)})"
+            for text, other in self.compared
         ]
         price = "" if self.num_passes <= 1 or self.num_passes == budget else f" at {self.num_passes:.3g} passes"
-        told = f"Best for {passes_text(budget)}: {self.text}{price}, {kind.score.text} {kind.score.value(self.score)}"
-        return f"{told} on data that chose nothing" + (f"; {', '.join(compared)}." if compared else ".")
+        values = f"{kind.loss.text} {kind.loss.value(self.loss)}, {kind.score.text} {kind.score.value(self.score)}"
+        told = f"{self.title(budget)}: {self.text}{price}, {values} on data that chose nothing"
+        return "; ".join([told, *compared]) + "."
+
+    def title(self, budget: float) -> str:
+        """What it is the best in, for so many passes."""
+        kind = KINDS[self.kind]
+        return f"Best for {passes_text(budget)}" + (f" by {kind.score.text}" if self.by == "score" else "")
+
+    @property
+    def compared(self) -> list[tuple[str, Beside]]:
+        """What it is shown beside, with its name in a sentence."""
+        others = {LAST: "the last snapshot", GENERATED: "the generated ensemble"}
+        return [(text, self.beside[name]) for name, text in others.items() if name in self.beside]
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the weights."""
@@ -227,6 +240,8 @@ def frontier(
 ) -> list[Choice]:
     """The choice for every budget: by rising price, each better than the one before on the half that chooses.
 
+    First those by loss, then those by score.
+
     Args:
         kind: of the task.
         sets: name -> scores of its first draw, in the order of the table.
@@ -238,19 +253,16 @@ def frontier(
     if num_items < 4:  # two to choose, and two to tell an error
         return []
     chooses = half_mask(num_items, seed)
-    candidates = sorted(_candidates(sets, chooses, seed), key=lambda candidate: candidate.order)
-    chosen: list[_Candidate] = []
-    for budget in sorted({candidate.price for candidate in candidates}):
-        in_reach = [candidate for candidate in candidates if candidate.price <= budget]
-        lowest = min(candidate.loss for candidate in in_reach)
-        best = next(c for c in in_reach if c.loss <= lowest + _TIE * abs(lowest))
-        if not chosen or best is not chosen[-1]:
-            chosen.append(best)
-    others = _others(sets)
-    return [_scored(kind, candidate, sets, ~chooses, others, name, material) for candidate in chosen]
+    others, found = _others(sets), []
+    for by in get_args(By):
+        for candidate in _chosen(sorted(_candidates(sets, chooses, seed, by), key=lambda candidate: candidate.order)):
+            choice = _scored(candidate, sets, ~chooses, others)
+            text = name(candidate.set, candidate.members)
+            found.append(replace(choice, text=text, kind=kind.name, by=by, _material=material))
+    return found
 
 
-def best(choices: Sequence[Choice], num_passes: float) -> Choice:
+def best(choices: Sequence[Choice], num_passes: float, by: By = "loss") -> Choice:
     """The choice for a budget, from the :func:`frontier`.
 
     Raises:
@@ -260,19 +272,21 @@ def best(choices: Sequence[Choice], num_passes: float) -> Choice:
         raise ConfigError("num_passes", num_passes, "must be at least 1, the price of a single model")
     if not choices:
         raise ConfigError("choices", "none", "must be told by the evaluation; evaluate again, on four items or more")
-    return [choice for choice in choices if choice.num_passes <= num_passes * (1 + _ROUNDING)][-1]
+    if by not in get_args(By):
+        raise ConfigError("by", by, f"must be one of {', '.join(get_args(By))}")
+    return [c for c in choices if c.by == by and c.num_passes <= num_passes * (1 + _ROUNDING)][-1]
 
 
-def without_luck(member_loss: Tensor) -> Tensor:
-    """Mean loss of each member, (M,), drawn towards that of the set as far as its spread is by chance; from (M, n).
+def without_luck(values: Tensor) -> Tensor:
+    """Mean of each member, (M,), drawn towards that of the set as far as its spread is by chance; from (M, n).
 
     The variance of the means, over members, is the true one plus that of a mean of n items, which the paired deviations
     from the set's mean tell. Two members are too few to tell.
     """
-    means = member_loss.mean(dim=1)
+    means = values.mean(dim=1)
     if len(means) < 3 or not means.isfinite().all():
         return means.nan_to_num(nan=torch.inf)
-    by_chance = (member_loss - member_loss.mean(dim=0)).var(dim=1).mean() / member_loss.shape[1]
+    by_chance = (values - values.mean(dim=0)).var(dim=1).mean() / values.shape[1]
     spread = means.var()
     true_share = (1 - by_chance / spread).clamp_min(0) if spread > 0 else spread
     return means.mean() + true_share * (means - means.mean())
@@ -313,7 +327,7 @@ class _Candidate:
 
     Attributes:
         place: row in the scores of the members, or of the ensembles.
-        loss: mean over the half that chooses.
+        value: mean over the half that chooses; lower is better.
         rank: the set's place in order of simplicity.
     """
 
@@ -321,7 +335,7 @@ class _Candidate:
     members: tuple[int, ...]
     place: int
     price: float
-    loss: float
+    value: float
     rank: int
 
     @property
@@ -335,19 +349,33 @@ class _Candidate:
         return scores.loss[self.place], scores.score[self.place].double()
 
 
-def _candidates(sets: Mapping[str, Scores], chooses: Tensor, seed: int) -> Iterator[_Candidate]:
+def _chosen(candidates: Sequence[_Candidate]) -> Iterator[_Candidate]:
+    """The best for every budget, from candidates in their order."""
+    last = None
+    for budget in sorted({candidate.price for candidate in candidates}):
+        in_reach = [candidate for candidate in candidates if candidate.price <= budget]
+        lowest = min(candidate.value for candidate in in_reach)
+        found = next(c for c in in_reach if c.value <= lowest + _TIE * abs(lowest))
+        if found is not last:
+            yield found
+        last = found
+
+
+def _candidates(sets: Mapping[str, Scores], chooses: Tensor, seed: int, by: By) -> Iterator[_Candidate]:
     simple_first = sorted(sets, key=lambda name: name == GENERATED)
     for rank, name in enumerate(simple_first):
         scores = sets[name]
         num_members = len(scores.member_loss)
         make = partial(_Candidate, name, rank=rank)
-        for member, loss in enumerate(without_luck(scores.member_loss[:, chooses]).tolist()):
-            yield make((member,), member, price(scores, 1), loss)
+        members = scores.member_loss if by == "loss" else -scores.member_score.double()
+        for member, value in enumerate(without_luck(members[:, chooses]).tolist()):
+            yield make((member,), member, price(scores, 1), value)
         order = joining_order(num_members, seed)
-        losses = scores.loss[:, chooses].mean(dim=1).nan_to_num(nan=torch.inf).tolist()
-        for place, (size, loss) in enumerate(zip(scores.sizes, losses, strict=True)):
+        ensembles = scores.loss if by == "loss" else -scores.score.double()
+        values = ensembles[:, chooses].mean(dim=1).nan_to_num(nan=torch.inf).tolist()
+        for place, (size, value) in enumerate(zip(scores.sizes, values, strict=True)):
             if size > 1:
-                yield make(tuple(sorted(order[:size].tolist())), place, price(scores, size), loss)
+                yield make(tuple(sorted(order[:size].tolist())), place, price(scores, size), value)
 
 
 def _others(sets: Mapping[str, Scores]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -361,14 +389,9 @@ def _others(sets: Mapping[str, Scores]) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _scored(
-    kind: TaskKind,
-    candidate: _Candidate,
-    sets: Mapping[str, Scores],
-    rest: Tensor,
-    others: Mapping[str, tuple[Tensor, Tensor]],
-    name: Naming,
-    material: Material | None,
+    candidate: _Candidate, sets: Mapping[str, Scores], rest: Tensor, others: Mapping[str, tuple[Tensor, Tensor]]
 ) -> Choice:
+    """A choice with its figures, not yet named."""
     loss, score = (row[rest] for row in candidate.rows(sets[candidate.set]))
     beside = {}
     for other, rows in others.items():
@@ -384,12 +407,11 @@ def _scored(
     return Choice(
         candidate.set,
         candidate.members,
-        name(candidate.set, candidate.members),
-        candidate.price,
-        float(loss.mean()),
-        float(score.mean()),
-        int(rest.sum()),
-        kind.name,
-        beside,
-        material,
+        text="",
+        num_passes=candidate.price,
+        loss=float(loss.mean()),
+        score=float(score.mean()),
+        num_items=int(rest.sum()),
+        kind="",
+        beside=beside,
     )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdiff_plugin.errors import EvaluationNotFoundError
-from pdiff_plugin.evaluation.choice import SHOWN_BUDGETS, Choice, best
+from pdiff_plugin.evaluation.choice import SHOWN_BUDGETS, By, Choice, best
 from pdiff_plugin.evaluation.kind import Metric, TaskKind
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.verdict import Comparison, Verdict
@@ -53,17 +53,28 @@ class Evaluation:
     arrays: dict[str, Tensor] = field(default_factory=dict, repr=False)
     choices: list[Choice] = field(default_factory=list)
 
-    def best(self, num_passes: float = 1) -> Choice:
+    def best(self, num_passes: float = 1, by: By = "loss") -> Choice:
         """The best single model, or the best ensemble where that is better, for a number of forward passes.
 
-        It was chosen on one half of the items, by the loss, among all sets and all their members; its figures are of
-        the other half. A result of :func:`pdiff_plugin.evaluate` can give and save its weights; one that was loaded
-        tells what was chosen.
+        It was chosen on one half of the items, by the lowest loss or by the highest score, among all sets and all their
+        members; its figures are of the other half. A result of :func:`pdiff_plugin.evaluate` can give and save its
+        weights; one that was loaded tells what was chosen.
 
         Raises:
-            ConfigError: less than one pass; or an old evaluation, or one of very few items, which names no choice.
+            ConfigError: less than one pass, or neither loss nor score; or an old evaluation, or one of very few items,
+                which names no choice.
         """
-        return best(self.choices, num_passes)
+        return best(self.choices, num_passes, by)
+
+    def shown_choices(self, *budgets: float) -> list[tuple[float, Choice]]:
+        """The choices for one pass, for eight and for further numbers of passes; by score, where that is another."""
+        found = []
+        for budget in sorted({*SHOWN_BUDGETS, *budgets}) if self.choices else []:
+            by_loss, by_score = self.best(budget), self.best(budget, "score")
+            found.append((budget, by_loss))
+            if (by_score.set, by_score.members) != (by_loss.set, by_loss.members):
+                found.append((budget, by_score))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """One JSON document; what is undefined (the overlap within a set of one) is null."""
@@ -156,10 +167,8 @@ class Evaluation:
         return headers, rows
 
     def told_choices(self, *budgets: float) -> list[str]:
-        """A sentence on the choice for one pass, for eight, and for further numbers of passes."""
-        if not self.choices:
-            return []
-        return [self.best(budget).sentence(budget) for budget in sorted({*SHOWN_BUDGETS, *budgets})]
+        """A sentence on each of :meth:`shown_choices`."""
+        return [choice.sentence(budget) for budget, choice in self.shown_choices(*budgets)]
 
     def table_text(self) -> str:
         """The table, the verdict and the choices as plain text."""
