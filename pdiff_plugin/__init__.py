@@ -37,6 +37,7 @@ if _TYPE_CHECKING:
     from pdiff_plugin.ensemble.soup import uniform_soup as uniform_soup
     from pdiff_plugin.errors import PDiffError as PDiffError
     from pdiff_plugin.evaluation.alignment import check_alignment as check_alignment
+    from pdiff_plugin.evaluation.choice import Choice as Choice
     from pdiff_plugin.evaluation.evaluate import evaluate as evaluate
     from pdiff_plugin.evaluation.page import write_report as write_report
     from pdiff_plugin.evaluation.result import Evaluation as Evaluation
@@ -55,6 +56,7 @@ if _TYPE_CHECKING:
     from pdiff_plugin.snapshots.store import SnapshotStore as SnapshotStore
 
 _HOME = {
+    "Choice": "evaluation.choice",
     "CollectConfig": "config",
     "ConvConfig": "config",
     "Cycle": "config",
@@ -124,6 +126,7 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "evaluate",
     "EvaluateConfig",
     "Evaluation",
+    "Choice",
     "sweep",
     "Sweep",
     "write_report",

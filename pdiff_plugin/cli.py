@@ -354,6 +354,32 @@ def sweep(
     console.say(result.sentence)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SaveBest:
+    """What is kept of the best choice."""
+
+    save_best: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder for best.safetensors: the best single model that any of the sets gives, or the best ensemble within
+    --best-passes. It is chosen on one half of the data, and judged on the other."""
+    best_passes: float = 1.0
+    """Price of the choice, at most, in forward passes of the model."""
+    best_by: Literal["loss", "score"] = "loss"
+    """What it is the best in: of classes, `loss` is NLL and `score` accuracy."""
+
+    def check(self) -> None:
+        """Raise :class:`ConfigError` for what cannot work, before anything is scored."""
+        if not self.best_passes >= 1:
+            raise ConfigError("--best-passes", self.best_passes, "must be at least 1, the price of a single model")
+
+    def save(self, result: pdiff.Evaluation) -> str:
+        """Write the choice, and say how it is loaded; nothing where that was not asked for."""
+        if self.save_best is None:
+            return ""
+        choice = result.best(self.best_passes, self.best_by)
+        path = choice.save(self.save_best)
+        return f"\nSaved {choice.text}. Load it with\n  {choice.loading(path)}"
+
+
 def evaluate(
     generator: FitPath,
     *,
@@ -362,6 +388,7 @@ def evaluate(
     train_with: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None,
     out: Path | None = None,
     json: Json = False,
+    best: Annotated[SaveBest, Inline] = SaveBest(),
     config: Annotated[FlagCreatePairsOff[EvaluateConfig], Inline] = EvaluateConfig(),  # noqa: B008 (frozen)
     distributed: Where = DistributedConfig(),  # noqa: B008 (frozen)
 ) -> None:
@@ -375,23 +402,27 @@ def evaluate(
         raise ConfigError(
             "--num-retrained", config.num_retrained, "must be given together with --train-with package.module:function"
         )
+    best.check()
     fitted = pdiff.WeightGenerator.load(generator)
     judged = made_by("--task", task, pdiff.Task)
     train = find_function("--train-with", train_with, "seed") if train_with else None
     snapshots = _store_of(fitted, store)
     # Before the scoring, which may take hours: a folder that cannot be made is told at once.
     folder = out or (generator if generator.is_dir() else generator.parent) / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
+    for made in (folder, best.save_best or folder):
+        made.mkdir(parents=True, exist_ok=True)
     with console.progress() as on_progress, _scorer(distributed) as options:
         result = pdiff.evaluate(
             judged, snapshots, fitted, **vars(config), retrain=train, on_progress=on_progress, **options
         )
     result.save(folder)
+    saved = best.save(result)
     if json:
         describe.print_json(result.to_json())
         return
-    describe.show_evaluation(result)
-    console.say(f"\nPictures: pdiff report {folder}")
+    describe.show_evaluation(result, best.best_passes)
+    console.say(saved or "\nTo have it: the same command with --save-best DIR (and --best-passes 8)")
+    console.say(f"Pictures: pdiff report {folder}")
 
 
 def report(evaluation: Positional[Annotated[Path, arg(metavar="EVALUATION")]], *, out: Path | None = None) -> None:
@@ -418,7 +449,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 _CONFIGS = (
     *(FitConfig, SubspaceConfig, ConvConfig, DiffusionConfig, TuneConfig),
-    *(SamplingConfig, Gate, EvaluateConfig, DistributedConfig),
+    *(SamplingConfig, Gate, SaveBest, EvaluateConfig, DistributedConfig),
 )
 _PRESETS: dict[str, Callable[[], FitConfig]] = {"default": FitConfig, "paper": FitConfig.paper}
 

@@ -139,11 +139,11 @@ def show_trials(folder: Path, document: dict[str, Any]) -> None:
     console.table(f"tuned {folder}", ["trial", *columns], rows, note=f"score: {document['score']}; lower is better")
 
 
-def show_evaluation(result: Evaluation) -> None:
-    """Print the table of an evaluation and its verdict."""
+def show_evaluation(result: Evaluation, *budgets: float) -> None:
+    """Print the table of an evaluation, its verdict and the best choices: for one pass, eight, and any ``budgets``."""
     title = f"{result.details['task']}: {result.details['num_items']} items"
     console.table(title, *result.table(), note=result.footnote, lead=result.lead)
-    console.say(f"\n{result.verdict.sentence}")
+    console.say("\n".join(["", result.verdict.sentence, "", *result.told_choices(*budgets)]).rstrip())
 
 
 def _tensors(document: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ survives the pickle trip home from a worker process.
     ├── StoreNotFoundError        (FileNotFoundError)  a path that is not a snapshot store
     ├── GeneratorNotFoundError    (FileNotFoundError)  a path without a generator file
     ├── EvaluationNotFoundError   (FileNotFoundError)  a path without an evaluation
+    ├── WeightsNotKeptError       (RuntimeError)       weights are asked of an evaluation that was read from a file
     ├── FormatError               (ValueError)         a file that is not what it should be
     ├── FormatVersionError        (ValueError)         written by a newer release
     ├── CheckpointError           (ValueError)         a checkpoint that cannot be imported
@@ -60,6 +61,7 @@ __all__ = [
     "TrajectoryExistsError",
     "UnsupportedTensorError",
     "UnusableSnapshotsError",
+    "WeightsNotKeptError",
     "WorkersFailedError",
 ]
 
@@ -169,6 +171,20 @@ class EvaluationNotFoundError(PDiffError, FileNotFoundError):
 
     def __str__(self) -> str:
         return f"{self.path} holds no evaluation.json. Give the --out folder of `pdiff evaluate` or of `pdiff demo`."
+
+
+@dataclass(eq=False)
+class WeightsNotKeptError(PDiffError, RuntimeError):
+    """An evaluation that was read from a file has no weights."""
+
+    num_passes: float
+
+    def __str__(self) -> str:
+        return (
+            "this evaluation was read from a file, which tells what was chosen and holds no weights. `pdiff evaluate "
+            f"FIT --task MODULE:FUNCTION --save-best DIR --best-passes {self.num_passes:g}` makes them; in Python, "
+            "evaluate() returns a result whose best() has them."
+        )
 
 
 @dataclass(eq=False)

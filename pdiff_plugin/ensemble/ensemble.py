@@ -211,13 +211,19 @@ class DiffusionEnsemble(nn.Module):
         swap_(model, uniform_soup(self.weights))
         return model
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write members and model as one safetensors file, which :meth:`load` needs no training run to read."""
+    def save(self, path: str | os.PathLike[str], header: Mapping[str, str] | None = None) -> None:
+        """Write members and model as one safetensors file, which :meth:`load` needs no training run to read.
+
+        Args:
+            path: the file, which is replaced.
+            header: more text for its header.
+        """
         tensors = {f"members/{name}": tensor for name, tensor in self.weights.items()}
         shared = {name: tensor for name, tensor in named_tensors(self.model).items() if name not in self.names}
         tensors |= {f"model/{name}": tensor for name, tensor in shared.items()}
         settings = {"strategy": self.strategy, "task": self.task, "class_axis": self.class_axis}
         header = {
+            **(header or {}),
             "settings": json.dumps({**settings, "member_chunk": self.member_chunk}),
             "num_members": str(self.num_members),
         }

@@ -238,12 +238,12 @@ def _by_neighbour(rows: SnapshotRows, num_members: int) -> Tensor:
 
 
 # Pictures in which every set would make a tangle.
-_SIZES, _PLANE, _DENSITIES, _RELIABILITY = "ensemble-size", "plane", "densities", "reliability"
+_PLANE, _DENSITIES, _RELIABILITY = "plane", "densities", "reliability"
 _BLUE, _GREEN, _PINK, _ORANGE, _SKY = "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 
 BASELINES = {
     "snapshots": Baseline(
-        partial(_at, every_nth), "the snapshots themselves", Look("#000000", "o", "--", (_SIZES, _RELIABILITY)),
+        partial(_at, every_nth), "the snapshots themselves", Look("#000000", "o", "--", (_RELIABILITY,)),
         is_random=False, is_core=True, recorded=every_nth,
     ),
     "last": Baseline(
@@ -254,28 +254,28 @@ BASELINES = {
     "average-4": Baseline(partial(average, k=4), "averages of 4 snapshots", Look(_BLUE, "<", (0, (1, 1)))),
     "average": Baseline(
         partial(average, k=16), "averages of 16 snapshots",
-        Look(_BLUE, "s", (0, (4, 1, 1, 1)), (_SIZES, _PLANE, _DENSITIES, _RELIABILITY)),
+        Look(_BLUE, "s", (0, (4, 1, 1, 1)), (_PLANE, _DENSITIES, _RELIABILITY)),
         is_core=True, knob=Knob("k", (2, 3, 4, 8, 16, 64)),
     ),
     "average-64": Baseline(partial(average, k=64), "averages of 64 snapshots", Look(_BLUE, ">", (0, (1, 3)))),
     "average-per-run": Baseline(
-        partial(average, per_run=True), "averages of 16 snapshots of one run", Look(_BLUE, "D", (0, (6, 2)), (_SIZES,)),
+        partial(average, per_run=True), "averages of 16 snapshots of one run", Look(_BLUE, "D", (0, (6, 2))),
         needs_runs=True, is_core=True, strata=_by_run,
     ),
     "gaussian": Baseline(
-        gaussian, "a Gaussian around the snapshots", Look(_GREEN, "^", (0, (2, 1)), (_SIZES, _PLANE, _DENSITIES)),
+        gaussian, "a Gaussian around the snapshots", Look(_GREEN, "^", (0, (2, 1)), (_PLANE, _DENSITIES)),
         is_core=True, knob=Knob("scale", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)),
     ),
     "gaussian-per-run": Baseline(
         partial(gaussian, per_run=True), "a Gaussian around each run",
-        Look(_GREEN, "h", (0, (6, 2)), (_SIZES, _RELIABILITY)),
+        Look(_GREEN, "h", (0, (6, 2)), (_RELIABILITY,)),
         needs_runs=True, is_core=True, strata=_by_run,
     ),
     "swag": Baseline(
-        swag, "SWAG", Look(_PINK, "d", (0, (2, 1)), (_SIZES,)), knob=Knob("scale", (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0))
+        swag, "SWAG", Look(_PINK, "d", (0, (2, 1))), knob=Knob("scale", (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0))
     ),
     "swag-per-run": Baseline(
-        partial(swag, per_run=True), "SWAG around each run", Look(_PINK, "p", (0, (6, 2)), (_SIZES,)),
+        partial(swag, per_run=True), "SWAG around each run", Look(_PINK, "p", (0, (6, 2))),
         needs_runs=True, strata=_by_run,
     ),
     "noise-0.02": Baseline(
@@ -284,7 +284,7 @@ BASELINES = {
         adds_noise=True,
     ),
     "noise": Baseline(
-        partial(noise, size=0.05), "snapshots with 5 % noise", Look(_ORANGE, "X", (0, (4, 1, 1, 1)), (_SIZES,)),
+        partial(noise, size=0.05), "snapshots with 5 % noise", Look(_ORANGE, "X", (0, (4, 1, 1, 1))),
         is_core=True, strata=_by_neighbour, adds_noise=True,
         knob=Knob("size", (0.005, 0.01, 0.02, 0.05, 0.1, 0.2), by_run=False),
     ),
@@ -298,9 +298,9 @@ BASELINES = {
 SNAPSHOTS, GENERATED, DEEP_ENSEMBLE = "snapshots", "generated", "deep-ensemble"
 LOOKS = {
     SNAPSHOTS: BASELINES[SNAPSHOTS].look,
-    GENERATED: Look("#D55E00", "*", pictures=(_SIZES, _PLANE, _DENSITIES, _RELIABILITY)),
+    GENERATED: Look("#D55E00", "*", pictures=(_PLANE, _DENSITIES, _RELIABILITY)),
     **{name: baseline.look for name, baseline in BASELINES.items()},
-    DEEP_ENSEMBLE: Look("#7F6000", (6, 1, 0), "-.", (_SIZES,)),
+    DEEP_ENSEMBLE: Look("#7F6000", (6, 1, 0), "-."),
 }
 """Every set that has a look of its own, in the order of legends."""
 

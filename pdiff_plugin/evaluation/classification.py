@@ -174,4 +174,5 @@ CLASSIFICATION = TaskKind(
     metrics=METRICS,
     curves=("ensemble_nll", "ensemble_ece", "ensemble_accuracy"),
     arrays={"reliability": _reliability},
+    groups=lambda targets: targets,
 )

@@ -17,13 +17,14 @@ from pdiff_plugin.config import EvaluateConfig, configured
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation.alignment import aligned_rows
 from pdiff_plugin.evaluation.baselines import BASELINES, DEEP_ENSEMBLE, GENERATED, SNAPSHOTS, runs_in_turn
-from pdiff_plugin.evaluation.kind import NEAREST
+from pdiff_plugin.evaluation.choice import Choice, Material, frontier, group_scores
+from pdiff_plugin.evaluation.kind import NEAREST, Scores
 from pdiff_plugin.evaluation.metrics import nearest_distance
 from pdiff_plugin.evaluation.pictures import Pictures
 from pdiff_plugin.evaluation.result import Evaluation
 from pdiff_plugin.evaluation.rows import SnapshotRows, change_since_fit
 from pdiff_plugin.evaluation.scores import Scorer, score_sets
-from pdiff_plugin.evaluation.set_run import JudgedSet, PlannedSet, SetRun, of_each_run
+from pdiff_plugin.evaluation.set_run import JudgedSet, PlannedSet, SetRun, drawn_again, of_each_run
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.evaluation.verdict import Comparison, Differences, Nearness, Verdict, judge
 from pdiff_plugin.generator.generator import WeightGenerator
@@ -112,6 +113,7 @@ def evaluate(
         )
         if generator is not None and GENERATED in sets and weights is None:
             pictures.add_path(generator, config.seed)
+        choices = _choices(run, sets, pictures)
     reference_distance = _reference_distance(rows, config)
     differences = _differences(run, [judged[plan.name] for plan in within])
     verdict, comparisons = _judge(run, sets, reference_distance, differences)
@@ -123,6 +125,7 @@ def evaluate(
         {name: _cost(found) for name, found in sets.items()},
         _details(run, judged, pictures, reference_distance, differences) | _origin(rows, generator),
         pictures.arrays,
+        choices,
     )
 
 
@@ -240,6 +243,49 @@ def _differences(run: SetRun, within: Sequence[JudgedSet]) -> Differences:
         run.references.likeness_within_runs(),
         movement(rows.statistics.gram, rows.trajectory),
     )
+
+
+def _choices(run: SetRun, sets: Mapping[str, JudgedSet], pictures: Pictures) -> list[Choice]:
+    """The best choice for every budget, of what a user can have for nothing: a deep ensemble is none of that."""
+    plans = {name: found.plan for name, found in sets.items() if name != DEEP_ENSEMBLE}
+    scores = {name: sets[name].scores[0] for name in plans}
+    # Members with NaN or Inf were drawn and not scored.
+    places = {name: sets[name].sound[0].nonzero().squeeze(1) for name in plans}
+
+    def name_of(name: str, members: Sequence[int]) -> str:
+        return _name_of(run.rows, plans, scores, name, places[name][list(members)].tolist())
+
+    def draw(name: str, members: Sequence[int]) -> WeightSet:
+        return drawn_again(run.task, plans, run.config, name, places[name][list(members)].tolist())
+
+    choices = frontier(run.kind, scores, name_of, run.config.seed, Material(run.task, run.config.seed, draw))
+    if run.kind.groups is not None and run.targets is not None:
+        pictures.arrays |= group_scores(run.kind.groups(run.targets), scores, choices, run.config.seed)
+    return choices
+
+
+def _name_of(
+    rows: SnapshotRows,
+    plans: Mapping[str, PlannedSet],
+    scores: Mapping[str, Scores],
+    name: str,
+    members: Sequence[int],
+) -> str:
+    """What members of a set are called in a sentence."""
+    plan, num_members, num_runs = plans[name], len(scores[name].member_loss), len(rows.runs)
+    if num_runs == 1:
+        text = plan.text.removesuffix(" of each run")
+    elif len(members) == 1:  # where members are of runs, they take these in turn
+        text = plan.text.replace("each run", f"run {rows.store.trajectories[members[0] % num_runs]}")
+    else:
+        text = plan.text
+    if len(members) > 1:
+        return f"an ensemble of {len(members)} of {name} ({text})"
+    if plan.recorded is not None:
+        place = int(plan.recorded[members[0]])
+        run = rows.store.trajectories[int(rows.trajectory[place])]
+        return f"the snapshot of step {int(rows.store.steps[rows.indices[place]])} of {run}"
+    return text if num_members <= num_runs else f"member {members[0]} of {name} ({text})"
 
 
 def _cost(found: JudgedSet) -> dict[str, Any]:

@@ -142,6 +142,10 @@ class Quantity:
     text: str
     format: str
 
+    def value(self, value: float) -> str:
+        """A value with its unit as text."""
+        return f"{100 * value:.2f} %" if self.format == "%" else f"{value:{self.format}}"
+
     def difference(self, value: float, error: float) -> str:
         """A difference and its standard error as text."""
         if self.format == "%":
@@ -193,6 +197,7 @@ class TaskKind:
         blank_targets: outputs (M, B, ...) -> what stands for the targets of data without any.
         finish: results of all batches, items in the last axis -> the same, where they need to know of all items.
         gain: loss of a baseline (n,) -> gain in loss that counts; 1 % of its mean unless given.
+        groups: targets (n, ...) -> the group of each item, (n,) from 0, by which scores are also told, if any.
     """
 
     name: str
@@ -211,6 +216,7 @@ class TaskKind:
     blank_targets: Callable[[Tensor], Any] = lambda outputs: torch.zeros(outputs.shape[1], dtype=torch.int64)
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda found: found
     gain: Callable[[Tensor], float] | None = None
+    groups: Callable[[Tensor], Tensor] | None = None
 
     @property
     def mean_score(self) -> str:
@@ -258,6 +264,11 @@ def ensemble_sizes(num_members: int) -> tuple[int, ...]:
     """1, 2, 4, ... and M itself."""
     sizes = [2**i for i in range(num_members.bit_length()) if 2**i < num_members]
     return (*sizes, num_members)
+
+
+def joining_order(num_members: int, seed: int) -> Tensor:
+    """The order (M,) in which members join the smaller ensembles: those of a trajectory are ordered in time."""
+    return torch.randperm(num_members, generator=torch.Generator().manual_seed(seed))
 
 
 def best_score(measured: Measured) -> float:

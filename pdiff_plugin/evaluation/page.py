@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdiff_plugin.errors import MissingDependencyError
+from pdiff_plugin.evaluation.baselines import LOOKS, look_of
+from pdiff_plugin.evaluation.charts import charts, paint
+from pdiff_plugin.evaluation.choice import passes_text
 from pdiff_plugin.evaluation.kind import Metric
 from pdiff_plugin.evaluation.plots import Picture, pictures, style
 from pdiff_plugin.evaluation.result import Evaluation
@@ -33,6 +36,18 @@ _COLOURS = {
     "snapshots hardly differ": "#CC79A7",
     "too few data to tell": "#777777",
     "nothing generated": "#777777",
+}
+# Colours on a dark screen, where those of the pictures would be hard to see; #ffffff is the paper, #000000 the ink.
+_DARK = {
+    "#ffffff": "#15181c",
+    "#000000": "#e8e6e3",
+    "#dddddd": "#33383f",
+    "#444444": "#b3b8bf",
+    "#777777": "#9aa0a8",
+    "#0072B2": "#4ba3e3",
+    "#009E73": "#2fc79a",
+    "#D55E00": "#ff8a3d",
+    "#7F6000": "#c9a53a",
 }
 
 
@@ -83,12 +98,18 @@ def render_html(evaluation: Evaluation, drawn: list[Picture] | None = None) -> s
     source = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     headers, rows = evaluation.table()
+    colours = {"#ffffff", "#dddddd", "#444444", "#777777", *(look.colour for look in LOOKS.values()), *_DARK}
     return template.render(
         title=f"pdiff report: {evaluation.details.get('task', 'task')}",
         facts=_facts(evaluation.details),
         outcome=evaluation.verdict.outcome,
         verdict=evaluation.verdict.sentence,
-        colour=_COLOURS[evaluation.verdict.outcome],
+        colour=paint(_COLOURS[evaluation.verdict.outcome]),
+        light={paint(colour)[4:-1]: colour for colour in sorted(colours)},
+        dark={paint(colour)[4:-1]: dark for colour, dark in _DARK.items()},
+        choices=_choices(evaluation),
+        charts=[{**vars(chart), "svg": markupsafe.Markup(chart.svg)} for chart in charts(evaluation)],
+        chips=[paint(look_of(row[0]).colour) for row in rows],
         headers=headers,
         rows=rows,
         footnote=evaluation.footnote,
@@ -118,7 +139,34 @@ def svg_text(figure: Figure, name: str, title: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'(xlink:href="#|href="#|url\(#)', rf"\g<1>{name}-", text)
+    for colour in sorted({"#dddddd", *(look.colour for look in LOOKS.values()), *_DARK}):
+        text = re.sub(rf"((?:fill|stroke): ){colour}\b", rf"\g<1>{paint(colour)}", text, flags=re.IGNORECASE)
     return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+
+
+def _choices(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The best for one pass and for eight, as the boxes at the top of the page show them."""
+    loss, score = evaluation.kind.loss, evaluation.kind.score
+    return [
+        {
+            "title": choice.title(budget),
+            "text": choice.text,
+            "price": passes_text(round(choice.num_passes, 1)),
+            "heads": ["", loss.text, score.text],
+            "rows": [
+                ["this choice", loss.value(choice.loss), score.value(choice.score)],
+                *(
+                    [
+                        text,
+                        f"{loss.value(other.loss)} ({loss.difference(other.loss_difference, other.loss_error)})",
+                        f"{score.value(other.score)} ({score.difference(other.score_difference, other.score_error)})",
+                    ]
+                    for text, other in choice.compared
+                ),
+            ],
+        }
+        for budget, choice in evaluation.shown_choices()
+    ]
 
 
 def _facts(details: Mapping[str, Any]) -> str:

@@ -301,60 +301,6 @@ def value_densities(evaluation: Evaluation) -> Figure | None:
     return figure
 
 
-def ensemble_size(evaluation: Evaluation) -> Figure | None:
-    """Loss, and another figure of the ensemble, against the number of members."""
-    names = _shown(evaluation, "ensemble-size", "curve")
-    if not names:
-        return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH_IN, 4.7), layout="constrained")
-    grid = figure.subplots(2, 1, sharex=True)
-    curves = {n: _array(evaluation, f"curve/{n}") for n in names}
-    kept = [n for n in names if n in (SNAPSHOTS, GENERATED)] or names
-    beyond: list[str] = []
-    metrics = [evaluation.kind.metric(key) for key in evaluation.kind.curves[:2]]
-    for row, (axes, metric) in enumerate(zip(grid, metrics, strict=True), start=1):
-        low, high = _range_of([curves[n][row] for n in kept], share=0.6)
-        if row == 1:
-            beyond = [n for n in names if curves[n][row].min() > high]
-        for name in names:
-            if name in beyond:
-                continue
-            look = look_of(name)
-            axes.plot(
-                curves[name][0],
-                curves[name][row],
-                color=look.colour,
-                marker=look.marker,
-                linestyle=look.line,
-                markersize=7 if name == GENERATED else 4.5,
-                linewidth=1.8 if name == GENERATED else 1.2,
-                label=name,
-            )
-        is_positive = all(curves[n][row].min() >= 0 for n in kept)
-        axes.set_ylim(max(low, 0.0) if is_positive else low, high)
-        axes.set_ylabel(metric.title)
-    grid[1].set_xscale("log", base=2)
-    sizes = sorted({int(s) for n in names for s in curves[n][0]})
-    grid[1].set_xticks(sizes, [str(s) for s in sizes])
-    grid[1].minorticks_off()
-    grid[1].set_xlabel("members in the ensemble")
-    if beyond:
-        grid[0].set_title(
-            "above the axis: " + _wrapped([f"{n} {curves[n][1][-1]:.2f}" for n in beyond]),
-            fontsize=8,
-            loc="left",
-            color="#444444",
-        )
-    handles: dict[str, Any] = {}
-    for axes in grid:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return figure
-
-
 def reliability_diagram(evaluation: Evaluation) -> Figure | None:
     """Accuracy against confidence, and how many items each bin holds."""
     names = _shown(evaluation, "reliability", "reliability")
@@ -436,12 +382,6 @@ _PICTURES: Sequence[tuple[str, str, str, Callable[[Evaluation], Any]]] = (
         "The two leading principal directions of the snapshots; the members had no part in choosing them. The line is "
         "one sample on its way from noise: at each step, where the denoiser expects it to end.",
         plane_of_snapshots,
-    ),
-    (
-        "ensemble-size",
-        "How many members it takes",
-        "Members join in random order. {better}",
-        ensemble_size,
     ),
     (
         "reliability",

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from pdiff_plugin.errors import EvaluationNotFoundError
+from pdiff_plugin.evaluation.choice import SHOWN_BUDGETS, By, Choice, best
 from pdiff_plugin.evaluation.kind import Metric, TaskKind
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.verdict import Comparison, Verdict
@@ -40,6 +41,7 @@ class Evaluation:
         cost: set name -> ``forward_passes`` and ``seconds`` of its members on the evaluation data.
         details: what else a report tells: task, seed, counts, configuration, provenance.
         arrays: what a report draws, by kind and set.
+        choices: the best model or ensemble by rising price in forward passes, see :meth:`best`.
     """
 
     sets: dict[str, dict[str, Any]]
@@ -49,6 +51,30 @@ class Evaluation:
     cost: dict[str, dict[str, Any]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    choices: list[Choice] = field(default_factory=list)
+
+    def best(self, num_passes: float = 1, by: By = "loss") -> Choice:
+        """The best single model, or the best ensemble where that is better, for a number of forward passes.
+
+        It was chosen on one half of the items, by the lowest loss or by the highest score, among all sets and all their
+        members; its figures are of the other half. A result of :func:`pdiff_plugin.evaluate` can give and save its
+        weights; one that was loaded tells what was chosen.
+
+        Raises:
+            ConfigError: less than one pass, or neither loss nor score; or an old evaluation, or one of very few items,
+                which names no choice.
+        """
+        return best(self.choices, num_passes, by)
+
+    def shown_choices(self, *budgets: float) -> list[tuple[float, Choice]]:
+        """The choices for one pass, for eight and for further numbers of passes; by score, where that is another."""
+        found = []
+        for budget in sorted({*SHOWN_BUDGETS, *budgets}) if self.choices else []:
+            by_loss, by_score = self.best(budget), self.best(budget, "score")
+            found.append((budget, by_loss))
+            if (by_score.set, by_score.members) != (by_loss.set, by_loss.members):
+                found.append((budget, by_score))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """One JSON document; what is undefined (the overlap within a set of one) is null."""
@@ -63,6 +89,7 @@ class Evaluation:
             "comparisons": [c.to_json(self.kind) for c in self.comparisons],
             "cost": self.cost,
             "details": self.details,
+            "choices": [choice.to_json() for choice in self.choices],
         }
         cleaned: dict[str, Any] = json_safe(document)
         return cleaned
@@ -99,6 +126,7 @@ class Evaluation:
             document["cost"],
             document["details"],
             load_tensors(arrays, FORMAT, FORMAT_VERSION)[0] if arrays.is_file() else {},
+            [Choice.from_json(choice) for choice in document.get("choices", [])],
         )
 
     @property
@@ -136,9 +164,14 @@ class Evaluation:
                     row.append(format_figure(self.sets[name][key], ".3f"))
         return headers, rows
 
+    def told_choices(self, *budgets: float) -> list[str]:
+        """A sentence on each of :meth:`shown_choices`."""
+        return [choice.sentence(budget) for budget, choice in self.shown_choices(*budgets)]
+
     def table_text(self) -> str:
-        """The table and the verdict as plain text."""
-        return "\n".join([text_table(*self.table()), "", self.footnote, "", self.verdict.sentence])
+        """The table, the verdict and the choices as plain text."""
+        parts = [text_table(*self.table()), self.footnote, self.verdict.sentence, "\n".join(self.told_choices())]
+        return "\n\n".join(part for part in parts if part)
 
     def __str__(self) -> str:
         return self.table_text()

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
-from pdiff_plugin.evaluation.kind import Scores, ensemble_sizes
+from pdiff_plugin.evaluation.kind import Scores, ensemble_sizes, joining_order
 from pdiff_plugin.evaluation.task import Data, Task, batches, evaluating
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.modules.batches import num_batches_in
@@ -87,7 +87,7 @@ class _Run:
     def __init__(self, model: nn.Module, weights: WeightSet, task: Task, seed: int) -> None:
         self.kind = task.task_kind
         self.ensemble = DiffusionEnsemble(model, weights, select=task.pick)
-        self.order = torch.randperm(weights.num_members, generator=torch.Generator().manual_seed(seed))
+        self.order = joining_order(weights.num_members, seed)
         self.parts: list[dict[str, Tensor]] = []
         self.flops_per_item = 0.0
         self.seconds: list[float] = []

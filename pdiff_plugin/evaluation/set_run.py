@@ -220,6 +220,7 @@ class SetRun:
     Attributes:
         references: what every set's errors are compared with.
         seconds: by stage.
+        targets: of the items, once they were met.
         pictures: where the arrays of the report are collected, if anywhere.
     """
 
@@ -238,7 +239,7 @@ class SetRun:
         self.references = References(rows, self.kind, config.num_members)
         self.seconds: dict[str, float] = {}
         self._score, self._on_progress = score, on_progress
-        self._targets: Tensor | None = None
+        self.targets: Tensor | None = None
         self._sets: dict[str, JudgedSet] = {}
 
     def run(self, planned: Sequence[PlannedSet]) -> dict[str, JudgedSet]:
@@ -331,9 +332,9 @@ class SetRun:
 
     def _score_held_out(self, members: Mapping[str, WeightSet]) -> dict[str, Scores]:
         scores, targets = self._score(self.task, members, seed=self.config.seed, on_progress=self._on_progress)
-        if self._targets is not None and not torch.equal(targets, self._targets):
+        if self.targets is not None and not torch.equal(targets, self.targets):
             raise DataError("eval_loader", "another order in a second pass", "must not shuffle (shuffle=False)")
-        self._targets = targets
+        self.targets = targets
         return scores
 
     def _score_elsewhere(
@@ -369,6 +370,14 @@ def _finite(weights: WeightSet) -> Tensor:
     """Which members hold neither NaN nor Inf, (M,) bool."""
     checks = [tensor.isfinite().flatten(1).all(dim=1).cpu() for tensor in weights.values()]
     return torch.stack(checks).all(dim=0) if checks else torch.ones(weights.num_members, dtype=torch.bool)
+
+
+def drawn_again(
+    task: Task, plans: Mapping[str, PlannedSet], config: EvaluateConfig, name: str, members: Sequence[int]
+) -> WeightSet:
+    """Some members of the first draw of a set, as they were scored."""
+    weights = plans[name].make(rng_for(config.seed, name)).select(members)
+    return _recalibrated(task, weights) if config.recalibrate else weights
 
 
 def _recorded(rows: SnapshotRows, places: Tensor, rng: torch.Generator) -> WeightSet:
