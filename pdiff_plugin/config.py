@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from pdiff_plugin.errors import ConfigError
 
@@ -237,8 +237,8 @@ def _keep_layers(config: RecorderConfig | CollectConfig) -> None:
 class SubspaceConfig:
     """The `subspace` autoencoder: leading principal directions of the standardised snapshots."""
 
-    kind: Literal["subspace"] = field(default="subspace", init=False)
-    """Name of this autoencoder."""
+    kind: ClassVar[Literal["subspace"]] = "subspace"
+
     latent_dim: int = 64
     """Largest number of directions per trajectory; fewer are kept when fewer reach `explained_variance`."""
     explained_variance: float = 0.999
@@ -261,8 +261,8 @@ class SubspaceConfig:
 class ConvConfig:
     """The `conv` autoencoder of the p-diff paper: strided 1-D convolutions with noise on inputs and latents."""
 
-    kind: Literal["conv"] = field(default="conv", init=False)
-    """Name of this autoencoder."""
+    kind: ClassVar[Literal["conv"]] = "conv"
+
     latent_dim: int = 128
     """Latent width, of each chunk if there are several."""
     channels: tuple[int, ...] = (64, 128, 256, 256, 32)
@@ -430,7 +430,8 @@ class FitConfig:
         _check("memory_gb", self.memory_gb, 0.001)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        document = asdict(self)
+        return {**document, "autoencoder": {"kind": self.autoencoder.kind, **document["autoencoder"]}}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> FitConfig:

@@ -415,7 +415,9 @@ def test_help_texts_of_several_lines_flow(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     text = flowing(capsys.readouterr().out)
-    assert "Factor on the noise that sampling starts from. Below 1 members move toward the centre of the" in text
+    assert (
+        "Factor on the noise that sampling starts from, and on what `ddpm` and `ddim` add. Below 1 members move" in text
+    )
     assert not re.search(r"questions asked", text, re.IGNORECASE)
 
 
