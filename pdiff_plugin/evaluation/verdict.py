@@ -15,9 +15,9 @@ Checked in this order:
    "too few data to tell": neither.
 
 NLL, accuracy and error overlap are those of a classification; each kind of task has a loss, a score and a likeness of
-its own in their place. Where errors are real numbers rule 2 has nothing to count, and where a loss may be negative the
-kind says what gain counts: 0.01 nats of a density, or 1 % of the items' mean absolute loss. To be better than every
-baseline needs no correction for their number: each test alone has to be passed.
+its own in their place. Where errors are real numbers rule 2 has nothing to count, and rule 3 takes a correlation of
+0.9999; where a loss may be negative the kind says what gain counts: 0.01 nats of a density, or 1 % of the items' mean
+absolute loss. To be better than every baseline needs no correction for their number: each test has to be passed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ Outcome = Literal[
 ]
 
 COPY_RATIO = 0.5
-COPY_LIKENESS = 0.99
 MIN_ERRORS = 10.0
 NUM_ERRORS_OF_MEAN = 2.0
 
@@ -282,12 +281,14 @@ def _errs_too_rarely(generated: ScoredSet) -> Verdict | None:
 
 
 def _errs_as_snapshots(kind: TaskKind, likeness: float, reference: float) -> Verdict | None:
-    all_are_alike = reference >= COPY_LIKENESS
-    if not (likeness >= COPY_LIKENESS and (likeness == 1 or not all_are_alike)):
+    threshold = kind.likeness.copy
+    all_are_alike = reference >= threshold
+    if not (likeness >= threshold and (likeness == 1 or not all_are_alike)):
         return None
     why = kind.likeness.copied.format(found=likeness)
-    text = f"Copies the snapshots: {why} ({COPY_LIKENESS:.0%} and more counts as a copy)."
-    return Verdict("copies the snapshots", text, {kind.likeness.key: likeness, "threshold": COPY_LIKENESS})
+    least = f"{threshold:.0%}" if kind.likeness.are_counted else f"{threshold:g}"
+    text = f"Copies the snapshots: {why} ({least} and more counts as a copy)."
+    return Verdict("copies the snapshots", text, {kind.likeness.key: likeness, "threshold": threshold})
 
 
 def _compare_all(
@@ -302,7 +303,7 @@ def _compare_all(
     # The strongest baseline: one that is excluded if there is such, then the one with the smallest margin.
     hardest = min(comparisons, key=lambda c: (not c.is_excluded, c.margin))
     found = _against(kind, hardest, baselines[hardest.name].text, [c for c in comparisons if c is not hardest])
-    if likeness >= COPY_LIKENESS:
+    if likeness >= kind.likeness.copy:
         more = kind.likeness.all_alike.format(found=likeness, reference=reference)
         found = replace(found, sentence=f"{found.sentence} {more}")
     return found

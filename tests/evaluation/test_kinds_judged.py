@@ -316,6 +316,7 @@ def test_figures_of_the_snapshots_are_those_of_other_libraries(judged: Judged) -
 def test_a_model_of_transformers_is_judged_as_it_comes(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": VOCABULARY, "n_positions": WINDOW, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
     config = transformers.GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     problem = Problem(
         lambda: transformers.GPT2LMHeadModel(config), *windows(), next_byte, "language", 100, as_dictionary=True
@@ -329,8 +330,8 @@ def test_a_model_of_transformers_is_judged_as_it_comes(tmp_path: Path) -> None:
         model.load_state_dict(store.state_dict(place), strict=False)
         x, y = problem.held_out
         with torch.no_grad():
-            members.append(model(x).logits.double().softmax(-1))
-            own = model(x, labels=y).loss
+            answer = model(x, labels=y)
+        members.append(answer.logits.double().softmax(-1))
+        assert float(next_byte({"logits": answer.logits}, y)) == pytest.approx(float(answer.loss), rel=1e-5)
     perplexity = next_byte({"logits": torch.stack(members).mean(0).log()}, y).exp()
     assert found["ensemble_perplexity"] == pytest.approx(float(perplexity), rel=1e-6)
-    assert float(own) == pytest.approx(float(next_byte({"logits": model(x).logits}, y)), rel=1e-5)
