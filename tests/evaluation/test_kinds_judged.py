@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from sklearn.metrics import average_precision_score, jaccard_score, mean_squared
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import pdiff_plugin.evaluation
 from pdiff_plugin import (
     DiffusionConfig,
     Evaluation,
@@ -36,6 +38,7 @@ from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 from .conftest import digits
 
+DOCUMENT = Path(pdiff_plugin.evaluation.__file__).parent / "EVALUATION.md"
 LICENCE = Path(__file__).parents[2] / "LICENSE"
 WINDOW, VOCABULARY = 24, 128
 NUM_SNAPSHOTS, NUM_MEMBERS = 40, 6
@@ -310,6 +313,17 @@ def test_figures_of_the_snapshots_are_those_of_other_libraries(judged: Judged) -
     else:
         expected = pinball(torch.stack(outputs).mean(0), y).mean()
         assert found["ensemble_loss"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_the_snippet_of_the_documentation_makes_this_task(judged: Judged) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    marker = "loss=" if judged.problem.kind == "custom" else f'kind="{judged.problem.kind}"'
+    [snippet] = [text for text in snippets if marker in text]
+    names = {"Task": Task, "torch": torch, "model": judged.task.model, "loader": judged.task.eval_loader}
+    exec(snippet, names)
+    found = evaluate(names["task"], judged.store, sets=["snapshots"], num_members=NUM_MEMBERS).sets["snapshots"]
+    mine = judged.evaluation.sets["snapshots"]
+    assert found == {key: value for key, value in mine.items() if "/" not in key}
 
 
 @pytest.mark.slow
