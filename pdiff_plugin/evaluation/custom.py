@@ -86,7 +86,7 @@ def score_outputs(outputs: Tensor, targets: Any, order: Tensor, *, loss: Loss, c
 
 
 _LOSS = Quantity("loss", "loss", "loss", ".5g")
-_SCORE = Quantity("score", "score", "score (minus the loss)", ".5g")
+_SCORE = Quantity("score", "score", "score", ".5g")
 _LIKENESS = alike_errors("losses")
 
 

@@ -231,15 +231,16 @@ def _judge(
 def _differences(run: SetRun, within: Sequence[JudgedSet]) -> Differences:
     """How much snapshots differ within their runs, from a set of snapshots of each run."""
     rows = run.rows
-    losses = [
-        (float(scores.member_loss.mean()), float(scores.loss[-1].mean())) for one in within for scores in one.scores
-    ]
-    single, loss = max(losses, key=lambda pair: pair[0] / max(pair[1], 1e-12), default=(math.nan, math.nan))
+    found = [scores for one in within for scores in one.scores]
+    gains = [float(scores.member_loss.mean() - scores.loss[-1].mean()) for scores in found]
+    needed = [run.kind.needed(scores.loss[-1]) for scores in found]
+    most = max(range(len(found)), key=lambda place: gains[place] / max(needed[place], 1e-12), default=None)
     return Differences(
         run.kind,
         len(rows.runs),
-        single - loss,
-        loss,
+        math.nan if most is None else gains[most],
+        math.nan if most is None else float(found[most].loss[-1].mean()),
+        math.nan if most is None else needed[most],
         run.references.likeness_within_runs(),
         movement(rows.statistics.gram, rows.trajectory),
     )

@@ -162,6 +162,7 @@ class Likeness(Quantity):
         copied: why members are copies of snapshots, as a template for their likeness ``{found}``.
         all_alike: why that tells nothing where snapshots are as alike, for ``{found}`` and ``{reference}``.
         are_counted: whether an error either happens or not; there must then be some of them to compare.
+        copy: from which likeness on a member is a copy.
         unit: what an error is one of.
         help: below the picture of all pairs.
     """
@@ -170,6 +171,7 @@ class Likeness(Quantity):
     copied: str
     all_alike: str
     are_counted: bool = True
+    copy: float = 0.99
     unit: str = "items"
     help: str = "Of the items that either of two models gets wrong, the share that both do."
 
@@ -217,6 +219,10 @@ class TaskKind:
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda found: found
     gain: Callable[[Tensor], float] | None = None
     groups: Callable[[Tensor], Tensor] | None = None
+
+    def needed(self, loss: Tensor) -> float:
+        """Gain that counts on an ensemble of these losses, (n,)."""
+        return MIN_GAIN * float(loss.mean()) if self.gain is None else self.gain(loss)
 
     @property
     def mean_score(self) -> str:
@@ -453,6 +459,8 @@ def alike_errors(what: str) -> Likeness:
         all_alike=f"The {what} of members have a correlation of {{found:.4f}} with the closest snapshot, but the "
         "snapshots themselves have {reference:.4f}: that tells nothing of copies.",
         are_counted=False,
+        # Noise in the targets is an error that all members share: good ones have 0.99 without being copies.
+        copy=0.9999,
         help=f"How far the {what} of two models go together: 1 where they are proportional.",
     )
 

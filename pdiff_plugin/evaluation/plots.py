@@ -114,7 +114,7 @@ def accuracy_against_novelty(evaluation: Evaluation) -> Figure | None:
         if not keep.any():
             continue
         if accuracy[keep].mean() < low:
-            below.append(f"{name} {accuracy[keep].mean():.1f}{_unit(score)}")
+            below.append(f"{name} {_short(accuracy[keep].mean(), 1)}{_unit(score)}")
             continue
         look = look_of(name)
         axes.scatter(novelty[keep], accuracy[keep], s=7, color=look.colour, alpha=0.25, linewidths=0)
@@ -188,7 +188,7 @@ def paired_differences(evaluation: Evaluation) -> Figure | None:
         if abs(c.loss) > reach:
             is_left = c.loss < 0
             axes.annotate(
-                f"  ← {c.loss:+.2f}" if is_left else f"{c.loss:+.2f} →  ",
+                f"  ← {_short(c.loss)}" if is_left else f"+{_short(c.loss)} →  ",
                 (-reach if is_left else reach, row),
                 ha="left" if is_left else "right",
                 va="center",
@@ -328,7 +328,7 @@ def reliability_diagram(evaluation: Evaluation) -> Figure | None:
     top.set_ylabel("accuracy")
     top.set_ylim(0, 1.02)
     bottom.set_yscale("log")
-    bottom.set_ylabel("items")
+    bottom.set_ylabel(evaluation.kind.likeness.unit)
     bottom.set_xlabel("confidence of the ensemble")
     bottom.set_xlim(0, 1.02)
     figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -387,7 +387,7 @@ _PICTURES: Sequence[tuple[str, str, str, Callable[[Evaluation], Any]]] = (
     (
         "reliability",
         "Reliability",
-        "On the dotted line, a confidence of 80 % is right 80 % of the time. Below: items with such confidence.",
+        "On the dotted line, a confidence of 80 % is right 80 % of the time. Below: {unit} with such confidence.",
         reliability_diagram,
     ),
     (
@@ -415,6 +415,7 @@ def _words(kind: TaskKind) -> dict[str, str]:
         "gain": "a gain of 1 %" if kind.gain is None else "a gain that counts",
         "better": both if first.better == second.better else either,
         "likeness": kind.likeness.help,
+        "unit": kind.likeness.unit,
     }
 
 
@@ -456,6 +457,11 @@ def _range_of(parts: Sequence[Array], share: float = 0.35) -> tuple[float, float
 
 def _legend_below(figure: Figure, axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+
+
+def _short(value: float, digits: int = 2) -> str:
+    """With so many decimals, or so many digits where that would leave nothing of it."""
+    return f"{value:.{digits}f}" if abs(value) >= 1 else f"{value:.{digits}g}"
 
 
 def _wrapped(words: Sequence[str], per_line: int = 3) -> str:

@@ -33,10 +33,10 @@ something better can be made. Runs are looked at one by one: several that each s
 members already.
 
 NLL, accuracy and error overlap are those of a classification; each kind of task has a loss, a score and a likeness of
-its own in their place. Where errors are real numbers rule 2 has nothing to count, and where a loss may be negative the
-kind says what gain counts: 0.01 nats of a density, or 1 % of the items' mean absolute loss. To be better than every
-baseline needs no correction for their number: each test alone has to be passed. Members with NaN or Inf are left out
-before anything is judged, and the sentence names their number.
+its own in their place. Where errors are real numbers rule 2 has nothing to count, and rule 3 takes a correlation of
+0.9999; where a loss may be negative the kind says what gain counts: 0.01 nats of a density, or 1 % of the items' mean
+absolute loss. To be better than every baseline needs no correction for their number: each test alone has to be passed.
+Members with NaN or Inf are left out before anything is judged, and the sentence names their number.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ Outcome = Literal[
 ]
 
 COPY_RATIO = 0.5
-COPY_LIKENESS = 0.99
 # Mean over pairs of snapshots of a run, outside their own block: 0.989 to 0.998 for converged trainings of an MLP on
 # digits, whose snapshots gain 0.01 to 0.05 %; 0.947 and less for trainings that still move, which gain 0.2 to 13 %.
 ALIKE = 0.98
@@ -283,11 +282,11 @@ class Nearness:
     def lies_on_snapshots(self) -> bool:
         return self.distance < COPY_RATIO * min(self.reference_distance, self.cheap_distance)
 
-    @property
-    def errs_as_snapshots(self) -> bool:
-        if not self.likeness >= COPY_LIKENESS or 1 - self.likeness >= COPY_RATIO * (1 - self.cheap_likeness):
+    def errs_as_snapshots(self, threshold: float) -> bool:
+        """Whether errors are those of a snapshot, for the kind's likeness from which on they count as the same."""
+        if not self.likeness >= threshold or 1 - self.likeness >= COPY_RATIO * (1 - self.cheap_likeness):
             return False
-        return self.likeness == 1 or self.reference_likeness < COPY_LIKENESS
+        return self.likeness == 1 or self.reference_likeness < threshold
 
 
 @dataclass(frozen=True)
@@ -299,6 +298,7 @@ class Differences:
         num_runs: in the store.
         gain: mean loss of single snapshots minus loss of their ensemble; NaN where it was not measured.
         loss: of the ensemble.
+        needed: gain that would count.
         likeness: of the errors of two snapshots of one run outside their own block, mean over pairs; NaN without such.
         movement: of the weights; None where it was not measured.
     """
@@ -307,13 +307,14 @@ class Differences:
     num_runs: int
     gain: float
     loss: float
+    needed: float
     likeness: float
     movement: Movement | None
 
     @property
     def are_small(self) -> bool:
         is_line = self.movement is not None and self.movement.is_line
-        return self.gain < MIN_GAIN * self.loss and (self.likeness >= ALIKE or is_line)
+        return self.gain < self.needed and (self.likeness >= ALIKE or is_line)
 
     @property
     def text(self) -> str:
@@ -323,7 +324,7 @@ class Differences:
         found = (
             f"Snapshots hardly differ{where}: the {self.kind.likeness.text} of two of them is "
             f"{self.likeness:.3f} and their ensemble gains {self.gain:{form}} {loss} on a single one (from "
-            f"{MIN_GAIN * self.loss:{form}} on it would count)"
+            f"{self.needed:{form}} on it would count)"
         )
         return f"{found}; {self.movement.text}." if self.movement else f"{found}."
 
@@ -399,11 +400,13 @@ def _errs_too_rarely(generated: ScoredSet) -> Verdict | None:
 
 
 def _errs_as_snapshots(kind: TaskKind, nearness: Nearness) -> Verdict | None:
-    if not nearness.errs_as_snapshots:
+    threshold = kind.likeness.copy
+    if not nearness.errs_as_snapshots(threshold):
         return None
     why = kind.likeness.copied.format(found=nearness.likeness)
-    text = f"Copies the snapshots: {why} ({COPY_LIKENESS:.0%} and more counts as a copy)."
-    return Verdict("copies the snapshots", text, {kind.likeness.key: nearness.likeness, "threshold": COPY_LIKENESS})
+    least = f"{threshold:.0%}" if kind.likeness.are_counted else f"{threshold:g}"
+    text = f"Copies the snapshots: {why} ({least} and more counts as a copy)."
+    return Verdict("copies the snapshots", text, {kind.likeness.key: nearness.likeness, "threshold": threshold})
 
 
 def _compare_all(
@@ -430,9 +433,9 @@ def _compare_all(
 
 def _why_no_copies(kind: TaskKind, nearness: Nearness) -> str:
     """What to say of members that err as snapshots do."""
-    if not nearness.likeness >= COPY_LIKENESS:
+    if not nearness.likeness >= kind.likeness.copy:
         return ""
-    if nearness.reference_likeness >= COPY_LIKENESS:
+    if nearness.reference_likeness >= kind.likeness.copy:
         found, reference = nearness.likeness, nearness.reference_likeness
         return f" {kind.likeness.all_alike.format(found=found, reference=reference)}"
     return (

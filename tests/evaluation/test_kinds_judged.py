@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from sklearn.metrics import average_precision_score, jaccard_score, mean_squared
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import pdiff_plugin.evaluation
 from pdiff_plugin import (
     DiffusionConfig,
     Evaluation,
@@ -36,6 +38,7 @@ from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 from .conftest import digits
 
+DOCUMENT = Path(pdiff_plugin.evaluation.__file__).parent / "EVALUATION.md"
 LICENCE = Path(__file__).parents[2] / "LICENSE"
 WINDOW, VOCABULARY = 24, 128
 NUM_SNAPSHOTS, NUM_MEMBERS = 40, 6
@@ -312,10 +315,22 @@ def test_figures_of_the_snapshots_are_those_of_other_libraries(judged: Judged) -
         assert found["ensemble_loss"] == pytest.approx(float(expected), abs=1e-6)
 
 
+def test_the_snippet_of_the_documentation_makes_this_task(judged: Judged) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    marker = "loss=" if judged.problem.kind == "custom" else f'kind="{judged.problem.kind}"'
+    [snippet] = [text for text in snippets if marker in text]
+    names = {"Task": Task, "torch": torch, "model": judged.task.model, "loader": judged.task.eval_loader}
+    exec(snippet, names)
+    found = evaluate(names["task"], judged.store, sets=["snapshots"], num_members=NUM_MEMBERS).sets["snapshots"]
+    mine = judged.evaluation.sets["snapshots"]
+    assert found == {key: value for key, value in mine.items() if "/" not in key}
+
+
 @pytest.mark.slow
 def test_a_model_of_transformers_is_judged_as_it_comes(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": VOCABULARY, "n_positions": WINDOW, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
     config = transformers.GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     problem = Problem(
         lambda: transformers.GPT2LMHeadModel(config), *windows(), next_byte, "language", 100, as_dictionary=True
@@ -329,8 +344,8 @@ def test_a_model_of_transformers_is_judged_as_it_comes(tmp_path: Path) -> None:
         model.load_state_dict(store.state_dict(place), strict=False)
         x, y = problem.held_out
         with torch.no_grad():
-            members.append(model(x).logits.double().softmax(-1))
-            own = model(x, labels=y).loss
+            answer = model(x, labels=y)
+        members.append(answer.logits.double().softmax(-1))
+        assert float(next_byte({"logits": answer.logits}, y)) == pytest.approx(float(answer.loss), rel=1e-5)
     perplexity = next_byte({"logits": torch.stack(members).mean(0).log()}, y).exp()
     assert found["ensemble_perplexity"] == pytest.approx(float(perplexity), rel=1e-6)
-    assert float(own) == pytest.approx(float(next_byte({"logits": model(x).logits}, y)), rel=1e-5)

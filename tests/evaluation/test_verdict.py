@@ -55,7 +55,7 @@ def nll(mean: float, noise: float = 0.0, seed: int = 0) -> Tensor:
 
 def differences(*, gain: float = 0.1, likeness: float = 0.8, line_share: float = 0.7, num_runs: int = 1) -> Differences:
     """Between snapshots whose ensemble has an NLL of 0.5."""
-    return Differences(CLASSIFICATION, num_runs, gain, 0.5, likeness, Movement(2.0, line_share, 0.1))
+    return Differences(CLASSIFICATION, num_runs, gain, 0.5, 0.005, likeness, Movement(2.0, line_share, 0.1))
 
 
 def verdict(
