@@ -16,7 +16,7 @@ from pdiff_plugin.config import EvaluateConfig, configured
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation.alignment import aligned_rows
 from pdiff_plugin.evaluation.baselines import BASELINES, DEEP_ENSEMBLE, GENERATED, SNAPSHOTS, runs_in_turn
-from pdiff_plugin.evaluation.choice import Choice, Material, frontier, group_scores
+from pdiff_plugin.evaluation.choice import Choice, Material, cost_curves, frontier, group_scores
 from pdiff_plugin.evaluation.kind import NEAREST, Scores
 from pdiff_plugin.evaluation.metrics import nearest_distance
 from pdiff_plugin.evaluation.pictures import Pictures
@@ -209,6 +209,7 @@ def _choices(run: SetRun, sets: Mapping[str, JudgedSet], pictures: Pictures) -> 
     scores = {name: sets[name].scores[0] for name in plans}
     material = Material(run.task, run.config.seed, partial(drawn_again, run.task, plans, run.config))
     choices = frontier(run.kind, scores, partial(_name_of, run.rows, plans, scores), run.config.seed, material)
+    pictures.arrays |= cost_curves(scores, run.config.seed)
     if run.kind.groups is not None and run.targets is not None:
         pictures.arrays |= group_scores(run.kind.groups(run.targets), scores, choices, run.config.seed)
     return choices
