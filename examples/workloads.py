@@ -6,9 +6,9 @@
     w5   the LoRA matrices of a tiny vision transformer from transformers
     w6   w2's network with its last block and head trained anew eight times from one trunk
 
-For each the evaluation table is printed, then the best model for one forward pass and the best that eight passes can give
-(both are saved, too), then the accuracy-novelty curve of the `diversity` setting beside those of the
-alternatives; store, fit, table (result.json) and picture (curve.png) are left in a folder. A whole ResNet-18 is in
+For each the evaluation table is printed, then the best model for one forward pass and the best that eight passes can
+give, then the accuracy-novelty curve of the `diversity` setting beside those of the alternatives. Store, fit, table
+(result.json), the best (best-for-1, best-for-8) and picture (curve.png) are left in a folder. A whole ResNet-18 is in
 whole_resnet.py.
 
     python examples/workloads.py --data ~/data w1 w2 w3    # eleven minutes on two CPU cores
