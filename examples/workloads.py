@@ -6,8 +6,9 @@
     w5   the LoRA matrices of a tiny vision transformer from transformers
     w6   w2's network with its last block and head trained anew eight times from one trunk
 
-For each the evaluation table is printed, then the accuracy-novelty curve of the `diversity` setting beside those of the
-alternatives; store, fit, table (result.json) and picture (curve.png) are left in a folder. A whole ResNet-18 is in
+For each the evaluation table is printed, then the best model for one forward pass and the best that eight passes can
+give, then the accuracy-novelty curve of the `diversity` setting beside those of the alternatives. Store, fit, table
+(result.json), the best (best-for-1, best-for-8) and picture (curve.png) are left in a folder. A whole ResNet-18 is in
 whole_resnet.py.
 
     python examples/workloads.py --data ~/data w1 w2 w3    # eleven minutes on two CPU cores
@@ -34,6 +35,7 @@ from workload_data import Split, augmented, cifar10, grey, loader, synthetic
 
 from pdiff_plugin import (
     DiffusionConfig,
+    Evaluation,
     FitConfig,
     PDiffRecorder,
     Perturb,
@@ -213,6 +215,9 @@ def judge(task: Task, folder: Path, seed: int, smoke: bool) -> None:
         task, folder / "store", generator, num_members=num_members, seed=seed, sets="core" if smoke else "all"
     )
     print(f"{result}\njudged in {time.perf_counter() - started:.0f} s\n", flush=True)
+    print(f"{best_of(result)}\n", flush=True)
+    for num_passes in (1, 8):
+        result.best(num_passes).save(folder / f"best-for-{num_passes}")
     started = time.perf_counter()
     curves = sweep(task, folder / "store", generator, num_members=4 if smoke else 16, seed=seed)
     print(f"{curves}\nswept in {time.perf_counter() - started:.0f} s\n", flush=True)
@@ -220,6 +225,21 @@ def judge(task: Task, folder: Path, seed: int, smoke: bool) -> None:
     document = {"report": report, "evaluation": result.to_json(), "curves": curves.to_json()}
     (folder / "result.json").write_text(json.dumps(document, indent=2) + "\n")
     print(f"store, fit, figures and picture are in {folder}", flush=True)
+
+
+def best_of(result: Evaluation) -> str:
+    """What was chosen for one pass and for eight, and what that is worth on the half that chose nothing."""
+    kind = result.kind
+    lines = [f"{'':32} {kind.loss.title:>26} {kind.score.title:>26}"]
+    for num_passes, choice in result.shown_choices():
+        lines.append(f"{choice.title(num_passes)}: {choice.text}, {choice.num_passes:.2f} passes")
+        lines.append(f"{'  this choice':32} {kind.loss.value(choice.loss):>26} {kind.score.value(choice.score):>26}")
+        for text, other in choice.compared:
+            lines.append(f"  {text:30} {kind.loss.value(other.loss):>26} {kind.score.value(other.score):>26}")
+            loss = kind.loss.difference(other.loss_difference, other.loss_error)
+            score = kind.score.difference(other.score_difference, other.score_error)
+            lines.append(f"{'    choice minus that':32} {loss:>26} {score:>26}")
+    return "\n".join(lines)
 
 
 class SmallResNet(nn.Module):

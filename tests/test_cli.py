@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -442,6 +443,31 @@ def test_a_retrained_ensemble_needs_a_training_function(
     told = capsys.readouterr()
     assert json.loads(told.out)["sets"]["deep-ensemble"]["members"] == 2
     assert "`pdiff evaluate --retrain` will be removed; use --num-retrained" in told.err
+
+
+def test_evaluate_saves_the_best_and_says_how_it_is_loaded(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_eight_items.py").write_text(
+        TASK.replace("torch.zeros(2, 5)", "torch.randn(8, 5, generator=torch.Generator().manual_seed(0))").replace(
+            "torch.full((2,), CLASS)", "torch.arange(8)"
+        )
+    )
+    monkeypatch.chdir(tmp_path)
+    command = ["evaluate", str(fitted), "--task", "my_eight_items:task", "--num-members", "4"]
+    assert main([*command, "--save-best", "best", "--best-passes", "0.5"]) == 1
+    assert "--best-passes = 0.5: it must be at least 1" in error_text(capsys)
+
+    assert main([*command, "--save-best", "best"]) == 0
+    told = capsys.readouterr().out
+    assert "Best for one pass: " in told
+    assert "Best for eight passes: " in told
+    line = next(line for line in told.splitlines() if "best.safetensors" in line)
+    import safetensors.torch
+
+    model = importlib.import_module("my_eight_items").Net()
+    exec(line, {"model": model, "safetensors": safetensors})
+    assert torch.equal(model.norm.weight, load_file(tmp_path / "best" / "best.safetensors")["norm.weight"])
 
 
 @pytest.mark.parametrize(("given", "sets"), [(["core"], "core"), (["swa", "average"], ("swa", "average"))])

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pdiff_plugin.evaluation.baselines import GENERATED, SNAPSHOTS, Look, look_of
-from pdiff_plugin.evaluation.choice import SHOWN_BUDGETS, passes_text
+from pdiff_plugin.evaluation.choice import LAST, SHOWN_BUDGETS, Choice, passes_text
 from pdiff_plugin.evaluation.kind import Quantity
 from pdiff_plugin.evaluation.result import Evaluation
 
 _WIDTH, _LEFT, _RIGHT, _TOP = 380.0, 52.0, 12.0, 10.0
 _LEGEND_COLUMNS, _LEGEND_LINE = 3, 15.0
 # Values beyond this many spans of the snapshots' and the generated members' are told below the picture instead.
-_MARGIN = 0.6
+_MARGIN = 0.3
 _CHOICES = {
     f"best for {passes_text(budget)}": Look(colour, marker)
     for budget, colour, marker in zip(SHOWN_BUDGETS, ("#009E73", "#CC79A7"), ("D", "s"), strict=True)
@@ -86,41 +89,61 @@ def charts(evaluation: Evaluation) -> list[Chart]:
 def _cost(evaluation: Evaluation) -> Iterable[Chart]:
     """Loss and score of ensembles of every size against their price in forward passes."""
     kind = evaluation.kind
-    names = [name for name in evaluation.sets if f"curve/{name}" in evaluation.arrays]
-    told = [(kind.loss, kind.ensemble_loss, "lower"), (kind.score, kind.ensemble_score, "higher")]
-    for quantity, key, better in told:
-        if not names or key not in kind.curves:
-            continue
-        row = 1 + kind.curves.index(key)
-        series = [_curve(evaluation, name, row, quantity) for name in names]
-        rings = [_ring(evaluation, budget, quantity) for budget in SHOWN_BUDGETS] if evaluation.choices else []
-        yield Chart(
-            f"cost-{quantity.key}",
-            f"{quantity.text[:1].upper()}{quantity.text[1:]} against cost",
-            f"Ensembles of 1, 2, 4, ... members of each set, over all items; {better} is better."
-            + (" Rings: the choices, as scored on the half that chose nothing." if rings else ""),
-            _xy_chart([*series, *rings], f"{kind.loss.text} against cost", quantity),
-        )
+    curves = {name: curve for name in evaluation.sets if (curve := _cost_of(evaluation, name)) is not None}
+    chosen = _chosen(evaluation)
+    items = "the half of the items that chose nothing" if chosen else "all items"
+    for row, (quantity, better) in enumerate([(kind.loss, "lower"), (kind.score, "higher")], start=2):
+        series = [_curve(name, array, array[row].tolist(), quantity) for name, array in curves.items()]
+        series += [
+            _ring(name, choice, quantity, choice.loss if row == 2 else choice.score) for name, choice in chosen.items()
+        ]
+        if series:
+            yield Chart(
+                f"cost-{quantity.key}",
+                f"{quantity.text[:1].upper()}{quantity.text[1:]} against cost",
+                f"Single members (their mean) and ensembles of 2, 4, ... of each set, on {items}; {better} is better.",
+                _xy_chart(series, f"{quantity.text} against cost", quantity),
+            )
 
 
-def _curve(evaluation: Evaluation, name: str, row: int, quantity: Quantity) -> Series:
-    array = evaluation.arrays[f"curve/{name}"].double()
-    sizes, values = array[0].tolist(), array[row].tolist()
-    passes = evaluation.cost.get(name, {}).get("forward_passes") or sizes[-1]
-    each = (passes - 1) / max(sizes[-1] - 1, 1)
+def _cost_of(evaluation: Evaluation, name: str) -> Tensor | None:
+    """Sizes, passes, loss and score of a set's ensembles, (4, S); in old evaluations over all items, if at all."""
+    kind, curve = evaluation.kind, evaluation.arrays.get(f"curve/{name}")
+    if f"cost/{name}" in evaluation.arrays or curve is None:
+        return evaluation.arrays.get(f"cost/{name}")
+    if not {kind.ensemble_loss, kind.ensemble_score} <= set(kind.curves):
+        return None
+    sizes = curve[0].double()
+    each = ((evaluation.cost.get(name, {}).get("forward_passes") or sizes[-1]) - 1) / max(float(sizes[-1]) - 1, 1)
+    loss, score = (curve[1 + kind.curves.index(key)].double() for key in (kind.ensemble_loss, kind.ensemble_score))
+    return torch.stack([sizes, 1 + (sizes - 1) * each, loss, score])
+
+
+def _chosen(evaluation: Evaluation) -> dict[str, Choice]:
+    """The choices by loss for one pass and for eight, by their names; one where they are the same."""
+    found: dict[str, Choice] = {}
+    for budget in SHOWN_BUDGETS if evaluation.choices else ():
+        choice = evaluation.best(budget)
+        if choice not in found.values():
+            found[f"best for {passes_text(budget)}"] = choice
+    return found
+
+
+def _curve(name: str, array: Tensor, values: Sequence[float], quantity: Quantity) -> Series:
     points = []
-    for size, value in zip(sizes, values, strict=True):
-        cost = 1 + (size - 1) * each
-        members = f"{size:.0f} member{'' if size == 1 else 's'}"
-        points.append((cost, value, f"{name}, {members}: {quantity.text} {quantity.value(value)}, {cost:.3g} passes"))
+    for size, cost, value in zip(array[0].tolist(), array[1].tolist(), values, strict=True):
+        members = "one member" if size == 1 else f"{size:.0f} members"
+        points.append((cost, value, f"{name}, {members}: {quantity.text} {quantity.value(value)}, {_passes(cost)}"))
     return Series(name, look_of(name), points, is_line=True)
 
 
-def _ring(evaluation: Evaluation, budget: float, quantity: Quantity) -> Series:
-    choice, name = evaluation.best(budget), f"best for {passes_text(budget)}"
-    value = choice.loss if quantity is evaluation.kind.loss else choice.score
-    text = f"{name}: {choice.text}, {quantity.text} {quantity.value(value)}, {choice.num_passes:.3g} passes"
+def _ring(name: str, choice: Choice, quantity: Quantity, value: float) -> Series:
+    text = f"{name}: {choice.text}, {quantity.text} {quantity.value(value)}, {_passes(choice.num_passes)}"
     return Series(name, _CHOICES[name], [(choice.num_passes, value, text)], is_ring=True)
+
+
+def _passes(cost: float) -> str:
+    return "one pass" if cost == 1 else f"{cost:.3g} passes"
 
 
 def _groups(evaluation: Evaluation) -> Iterable[Chart]:
@@ -128,14 +151,15 @@ def _groups(evaluation: Evaluation) -> Iterable[Chart]:
     count, kind = evaluation.arrays.get("group_count"), evaluation.kind
     if count is None:
         return
-    shown = {"last": look_of("last"), SNAPSHOTS: look_of(SNAPSHOTS), GENERATED: look_of(GENERATED), **_CHOICES}
+    shown = {name: look_of(name) for name in (LAST, SNAPSHOTS, GENERATED)}
+    shown |= {name: _CHOICES[name] for name in _chosen(evaluation)}
     rows = [(f"class {number}", int(n)) for number, n in enumerate(count.tolist()) if n]
     series = []
     for name, look in shown.items():
         found = evaluation.arrays.get(f"group_score/{name}")
         if found is not None:
             values = [value for value, n in zip(found.tolist(), count.tolist(), strict=True) if n]
-            series.append(_dots(name, look, values, rows, kind.score))
+            series.append(replace(_dots(name, look, values, rows, kind.score), is_ring=name in _CHOICES))
     yield Chart(
         "groups",
         f"{kind.score.text[:1].upper()}{kind.score.text[1:]} by class",
@@ -177,7 +201,7 @@ def _dots(
 
 def _xy_chart(series: Sequence[Series], label: str, quantity: Quantity) -> str:
     """Lines over a logarithmic axis of passes."""
-    shown, beyond, (low, high) = _in_range(series)
+    shown, beyond, (low, high) = _in_range(series, quantity)
     bottom = 215.0
     furthest = max(x for one in series for x, _, _ in one.points)
     powers = [2**i for i in range(math.ceil(math.log2(max(furthest, 2))) + 1)]
@@ -203,7 +227,7 @@ def _row_chart(series: Sequence[Series], labels: Sequence[str], label: str, quan
     return _svg(series, x, y, label, quantity.text + (", %" if quantity.format == "%" else ""), [])
 
 
-def _in_range(series: Sequence[Series]) -> tuple[list[Series], list[str], tuple[float, float]]:
+def _in_range(series: Sequence[Series], quantity: Quantity) -> tuple[list[Series], list[str], tuple[float, float]]:
     """The series that have something near the snapshots and the generated members, the others, and the limits."""
     near = [one for one in series if one.name in (SNAPSHOTS, GENERATED) or one.is_ring] or list(series)
     values = [y for one in near for _, y, _ in one.points if math.isfinite(y)]
@@ -214,7 +238,7 @@ def _in_range(series: Sequence[Series]) -> tuple[list[Series], list[str], tuple[
         if any(low <= y <= high for _, y, _ in one.points):
             shown.append(one)
         else:
-            beyond.append(f"{one.name} {one.points[-1][1]:.3g}")
+            beyond.append(f"{one.name} {quantity.value(one.points[-1][1])}")
     return shown, beyond, (max(low, 0.0) if min(values) >= 0 else low, high)
 
 
@@ -240,8 +264,8 @@ def _svg(series: Sequence[Series], x: _Axis, y: _Axis, label: str, x_label: str,
         parts.append(f'<text class="small" x="8" y="{place}">{escape(line)}</text>')
     place += 20
     for number, one in enumerate(series):
-        column, line = number % _LEGEND_COLUMNS, number // _LEGEND_COLUMNS
-        legend = 14 + column * (_WIDTH - 10) / _LEGEND_COLUMNS, place + line * _LEGEND_LINE
+        down, across = divmod(number, _LEGEND_COLUMNS)
+        legend = 14 + across * (_WIDTH - 10) / _LEGEND_COLUMNS, place + down * _LEGEND_LINE
         parts.append(_series(one, x, y, (top, bottom), legend))
     height = place + _LEGEND_LINE * (-(-len(series) // _LEGEND_COLUMNS)) - 4
     return (

@@ -292,6 +292,25 @@ def without_luck(values: Tensor) -> Tensor:
     return means.mean() + true_share * (means - means.mean())
 
 
+def cost_curves(sets: Mapping[str, Scores], seed: int) -> dict[str, Tensor]:
+    """What every set gives at which price on the half that chose nothing, as arrays of the page.
+
+    Returns:
+        ``cost/SET`` (4, S): ensemble sizes, passes, loss and score, for one member the mean over all members; nothing
+        for very few items.
+    """
+    found = {}
+    for name, scores in sets.items():
+        if scores.num_items < 4:
+            return {}
+        rest = ~half_mask(scores.num_items, seed)
+        loss, score = scores.loss[:, rest].mean(dim=1), scores.score[:, rest].double().mean(dim=1)
+        loss[0], score[0] = scores.member_loss[:, rest].mean(), scores.member_score[:, rest].double().mean()
+        passes = torch.tensor([price(scores, size) for size in scores.sizes], dtype=torch.float64)
+        found[f"cost/{name}"] = torch.stack([torch.tensor(scores.sizes).double(), passes, loss, score])
+    return found
+
+
 def group_scores(groups: Tensor, sets: Mapping[str, Scores], choices: Sequence[Choice], seed: int) -> dict[str, Tensor]:
     """Mean scores by group of items, on the half that chose nothing, as arrays of the page.
 

@@ -17,7 +17,7 @@ from pdiff_plugin.config import EvaluateConfig, configured
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation.alignment import aligned_rows
 from pdiff_plugin.evaluation.baselines import BASELINES, DEEP_ENSEMBLE, GENERATED, SNAPSHOTS, runs_in_turn
-from pdiff_plugin.evaluation.choice import Choice, Material, frontier, group_scores
+from pdiff_plugin.evaluation.choice import Choice, Material, cost_curves, frontier, group_scores
 from pdiff_plugin.evaluation.kind import NEAREST, Scores
 from pdiff_plugin.evaluation.metrics import nearest_distance
 from pdiff_plugin.evaluation.pictures import Pictures
@@ -260,6 +260,7 @@ def _choices(run: SetRun, sets: Mapping[str, JudgedSet], pictures: Pictures) -> 
         return drawn_again(run.task, plans, run.config, name, places[name][list(members)].tolist())
 
     choices = frontier(run.kind, scores, name_of, run.config.seed, Material(run.task, run.config.seed, draw))
+    pictures.arrays |= cost_curves(scores, run.config.seed)
     if run.kind.groups is not None and run.targets is not None:
         pictures.arrays |= group_scores(run.kind.groups(run.targets), scores, choices, run.config.seed)
     return choices

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pdiff_plugin.errors import MissingDependencyError
 from pdiff_plugin.evaluation.baselines import LOOKS, look_of
 from pdiff_plugin.evaluation.charts import charts, paint
-from pdiff_plugin.evaluation.choice import passes_text
+from pdiff_plugin.evaluation.choice import Choice, passes_text
 from pdiff_plugin.evaluation.kind import Metric
 from pdiff_plugin.evaluation.plots import Picture, pictures, style
 from pdiff_plugin.evaluation.result import Evaluation
@@ -146,10 +146,13 @@ def svg_text(figure: Figure, name: str, title: str) -> str:
 
 def _choices(evaluation: Evaluation) -> list[dict[str, Any]]:
     """The best for one pass and for eight, as the boxes at the top of the page show them."""
+    titles: dict[int, tuple[Choice, list[str]]] = {}
+    for budget, choice in evaluation.shown_choices():
+        titles.setdefault(id(choice), (choice, []))[1].append(choice.title(budget))
     loss, score = evaluation.kind.loss, evaluation.kind.score
     return [
         {
-            "title": choice.title(budget),
+            "title": f"Best {'; '.join(name.removeprefix('Best ') for name in names)}",
             "text": choice.text,
             "price": passes_text(round(choice.num_passes, 1)),
             "heads": ["", loss.text, score.text],
@@ -165,7 +168,7 @@ def _choices(evaluation: Evaluation) -> list[dict[str, Any]]:
                 ),
             ],
         }
-        for budget, choice in evaluation.shown_choices()
+        for choice, names in titles.values()
     ]
 
 

@@ -166,7 +166,12 @@ class Evaluation:
 
     def told_choices(self, *budgets: float) -> list[str]:
         """A sentence on each of :meth:`shown_choices`."""
-        return [choice.sentence(budget) for budget, choice in self.shown_choices(*budgets)]
+        told: list[str] = []
+        seen: list[Choice] = []
+        for budget, choice in self.shown_choices(*budgets):
+            told.append(f"{choice.title(budget)}: the same." if choice in seen else choice.sentence(budget))
+            seen.append(choice)
+        return told
 
     def table_text(self) -> str:
         """The table, the verdict and the choices as plain text."""

@@ -167,7 +167,9 @@ def test_a_regression_is_judged_told_saved_and_drawn(regression: Run, fitted: We
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "ens MSE (lower is better)" in page
     drawn_names = {path.stem for path in (tmp_path / "report-figures").iterdir()}
-    assert drawn_names == {"accuracy-novelty", "paired-differences", "plane", "ensemble-size", "overlap", "densities"}
+    assert drawn_names == {"accuracy-novelty", "paired-differences", "plane", "overlap", "densities"}
+    assert 'id="cost-mse"' in page
+    assert loaded.best(8).text in page
 
 
 def test_a_regression_is_swept_gated_and_ranked_by_its_own_loss(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pdiff_plugin.config import DiffusionConfig, FitConfig
-from pdiff_plugin.errors import EvaluationNotFoundError, FormatVersionError, MissingDependencyError
+from pdiff_plugin.errors import ConfigError, EvaluationNotFoundError, FormatVersionError, MissingDependencyError
 from pdiff_plugin.evaluation.baselines import LOOKS
 from pdiff_plugin.evaluation.evaluate import evaluate
 from pdiff_plugin.evaluation.page import render_html, write_report
@@ -28,7 +28,8 @@ from pdiff_plugin.snapshots.store import SnapshotStore
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-NAMES = ["accuracy-novelty", "paired-differences", "plane", "ensemble-size", "reliability", "overlap", "densities"]
+NAMES = ["accuracy-novelty", "paired-differences", "plane", "reliability", "overlap", "densities"]
+CHARTS = ["cost-nll", "cost-accuracy", "groups"]
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +104,44 @@ def test_the_report_tells_of_a_store_that_has_changed_since_the_fit(result: Eval
 def test_every_picture_is_in_the_page_and_a_png(folder: Path) -> None:
     html = (folder / "report.html").read_text(encoding="utf-8")
     svgs = re.findall(r"<svg .*?</svg>", html, flags=re.DOTALL)
-    assert len(svgs) == len(NAMES)
+    assert len(svgs) == len(NAMES) + len(CHARTS)
+    assert re.findall(r'<figure id="([^"]+)"', html) == CHARTS + NAMES
     for svg in svgs:
         ElementTree.fromstring(svg)
     assert sorted(path.stem for path in (folder / "report-figures").iterdir()) == sorted(NAMES)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "report-figures").iterdir())
+
+
+def test_the_page_tells_the_choices_and_every_point_of_a_chart(result: Evaluation, folder: Path) -> None:
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    text = Page(html).text
+    for _, choice in result.shown_choices():
+        assert choice.text in text
+    size, passes, loss, _ = result.arrays["cost/generated"][:, -1].tolist()
+    assert passes == pytest.approx(result.cost["generated"]["forward_passes"])
+    assert f"<title>generated, {size:.0f} members: NLL {loss:.4f}, {passes:.3g} passes</title>" in html
+    one = float(result.arrays["cost/gaussian-per-run"][3, 0])
+    assert f"<title>gaussian-per-run, one member: accuracy {100 * one:.2f} %, one pass</title>" in html
+    assert html.count("<title>snapshots, class 7 (") == 1
+
+
+def test_charts_of_shifted_data_hold_every_set(result: Evaluation) -> None:
+    figures = {name: {**found, "shifted/blurred <1>": found} for name, found in result.sets.items()}
+    html = render_html(dataclasses.replace(result, sets=figures), [])
+    found = next(iter(figures.values()))["ensemble_accuracy"]
+    assert f"<title>snapshots, blurred &lt;1&gt;: accuracy {100 * found:.2f} %</title>" in html
+    for name in result.sets:
+        assert f"<title>{name}, held-out data ({result.details['num_items']} items): accuracy" in html
+
+
+def test_every_colour_is_a_variable_of_the_page_with_another_value_on_a_dark_screen(folder: Path) -> None:
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    used = set(re.findall(r"var\((--c[0-9a-f]{6})\)", html))
+    light, _, rest = html.partition("prefers-color-scheme: dark")
+    dark = rest.partition("</style>")[0]
+    assert used <= set(re.findall(r"(--c[0-9a-f]{6}): #", light))
+    assert {"--cffffff", "--c000000", "--c444444"} <= set(re.findall(r"(--c[0-9a-f]{6}): #", dark))
+    assert not re.search(r"(fill|stroke): #(000000|ffffff|dddddd)", html)
 
 
 def test_the_same_evaluation_gives_the_same_page(folder: Path) -> None:
@@ -139,7 +173,13 @@ def test_an_evaluation_of_format_version_1_is_still_read(tmp_path: Path) -> None
     stored = Path(__file__).parents[1] / "data" / "evaluation-v1"
     evaluation = Evaluation.load(stored)
     assert evaluation.sets["generated"]["members"] == 4
-    assert evaluation.verdict.sentence in write_report(stored, tmp_path).read_text(encoding="utf-8")
+    assert evaluation.choices == []
+    html = write_report(stored, tmp_path).read_text(encoding="utf-8")
+    assert evaluation.verdict.sentence in html
+    assert "Best for" not in html
+    assert re.findall(r'<figure id="([^"]+)"', html) == [*CHARTS[:2], *NAMES]
+    with pytest.raises(ConfigError, match="evaluate again"):
+        evaluation.best()
     assert sorted(path.stem for path in (tmp_path / "report-figures").iterdir()) == sorted(NAMES)
 
 
