@@ -1,4 +1,4 @@
-"""How often the verdict is wrong: sets that are no better, and gains of known size; `pytest -m slow -s` prints counts."""
+"""How often the verdict is wrong, on sets that are no better and on gains of known size; `pytest -m slow -s` shows it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,8 @@ def test_a_true_gain_is_found_as_often_as_its_standard_error_promises(by: str, n
     promised = 0.5 * (1 + math.erf((num_errors - 2) / math.sqrt(2)))
     rate = outcomes["worth it"] / num_trials
     print(
-        f"\n{by}, a gain of {num_errors:.0f} standard errors: {dict(outcomes)}; promised {promised:.1%}, found {rate:.1%}"
+        f"\n{by}, a gain of {num_errors:.0f} standard errors: {dict(outcomes)}; "
+        f"promised {promised:.1%}, found {rate:.1%}"
     )
     # Three standard errors of the rate, of the spread (3.5 % of its value) and of the advantage that was solved for.
     density = math.exp(-((num_errors - 2) ** 2) / 2) / math.sqrt(2 * math.pi)
