@@ -27,14 +27,12 @@ from pdiff_plugin import console, describe
 from pdiff_plugin.config import (
     AUTOENCODER_CONFIGS,
     AutoencoderName,
-    ConvConfig,
     DiffusionConfig,
     DistributedConfig,
     EvaluateConfig,
     FitConfig,
     RecorderConfig,
     SamplingConfig,
-    SubspaceConfig,
     TuneConfig,
 )
 from pdiff_plugin.errors import ConfigError, MissingDependencyError, PDiffError, StoreNotFoundError
@@ -448,7 +446,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
 }
 _CONFIGS = (
-    *(FitConfig, SubspaceConfig, ConvConfig, DiffusionConfig, TuneConfig),
+    *(FitConfig, *AUTOENCODER_CONFIGS.values(), DiffusionConfig, TuneConfig),
     *(SamplingConfig, Gate, SaveBest, EvaluateConfig, DistributedConfig),
 )
 _PRESETS: dict[str, Callable[[], FitConfig]] = {"default": FitConfig, "paper": FitConfig.paper}
