@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,14 @@ def last_of_each_run(rows: SnapshotRows, num_members: int) -> Tensor:
     """Place of the last snapshot of each run: what a user without any of this would keep."""
     del num_members
     return torch.stack([run[-1] for run in rows.runs])
+
+
+def _at(
+    places: Callable[[SnapshotRows, int], Tensor], rows: SnapshotRows, num_members: int, rng: torch.Generator
+) -> WeightSet:
+    """Snapshots at some places, as they were recorded."""
+    del rng
+    return rows.members(places(rows, num_members))
 
 
 def swa(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> WeightSet:
@@ -185,7 +193,7 @@ class Knob:
     by_run: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Baseline:
     """How a set is drawn, called and shown.
 
@@ -204,22 +212,13 @@ class Baseline:
     draw: Draw
     text: str
     look: Look
+    _: KW_ONLY
     is_random: bool = True
     needs_runs: bool = False
     is_core: bool = False
     recorded: Callable[[SnapshotRows, int], Tensor] | None = None
     strata: Callable[[SnapshotRows, int], Tensor] | None = None
     knob: Knob | None = None
-
-
-def _recorded(text: str, look: Look, places: Callable[[SnapshotRows, int], Tensor], *, is_core: bool) -> Baseline:
-    """Snapshots at some places, as they were recorded."""
-
-    def draw(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> WeightSet:
-        del rng
-        return rows.members(places(rows, num_members))
-
-    return Baseline(draw=draw, text=text, look=look, is_random=False, is_core=is_core, recorded=places)
 
 
 def _by_run(rows: SnapshotRows, num_members: int) -> Tensor:
@@ -236,81 +235,54 @@ _SIZES, _PLANE, _DENSITIES, _RELIABILITY = "ensemble-size", "plane", "densities"
 _BLUE, _GREEN, _PINK, _ORANGE, _SKY = "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 
 BASELINES = {
-    "snapshots": _recorded(
-        "the snapshots themselves", Look("#000000", "o", "--", (_SIZES, _RELIABILITY)), every_nth, is_core=True
+    "snapshots": Baseline(
+        partial(_at, every_nth), "the snapshots themselves", Look("#000000", "o", "--", (_SIZES, _RELIABILITY)),
+        is_random=False, is_core=True, recorded=every_nth,
     ),
-    "last": _recorded("the last snapshot of each run", Look(_SKY, "v"), last_of_each_run, is_core=False),
-    "swa": Baseline(draw=swa, text="the average of all snapshots of each run", look=Look(_SKY, "8"), is_random=False),
-    "average-4": Baseline(
-        draw=partial(average, k=4), text="averages of 4 snapshots", look=Look(_BLUE, "<", (0, (1, 1)))
+    "last": Baseline(
+        partial(_at, last_of_each_run), "the last snapshot of each run", Look(_SKY, "v"),
+        is_random=False, recorded=last_of_each_run,
     ),
+    "swa": Baseline(swa, "the average of all snapshots of each run", Look(_SKY, "8"), is_random=False),
+    "average-4": Baseline(partial(average, k=4), "averages of 4 snapshots", Look(_BLUE, "<", (0, (1, 1)))),
     "average": Baseline(
-        draw=partial(average, k=16),
-        text="averages of 16 snapshots",
-        look=Look(_BLUE, "s", (0, (4, 1, 1, 1)), (_SIZES, _PLANE, _DENSITIES, _RELIABILITY)),
-        is_core=True,
-        knob=Knob("k", (2, 3, 4, 8, 16, 64)),
+        partial(average, k=16), "averages of 16 snapshots",
+        Look(_BLUE, "s", (0, (4, 1, 1, 1)), (_SIZES, _PLANE, _DENSITIES, _RELIABILITY)),
+        is_core=True, knob=Knob("k", (2, 3, 4, 8, 16, 64)),
     ),
-    "average-64": Baseline(
-        draw=partial(average, k=64), text="averages of 64 snapshots", look=Look(_BLUE, ">", (0, (1, 3)))
-    ),
+    "average-64": Baseline(partial(average, k=64), "averages of 64 snapshots", Look(_BLUE, ">", (0, (1, 3)))),
     "average-per-run": Baseline(
-        draw=partial(average, per_run=True),
-        text="averages of 16 snapshots of one run",
-        look=Look(_BLUE, "D", (0, (6, 2)), (_SIZES,)),
-        needs_runs=True,
-        is_core=True,
-        strata=_by_run,
+        partial(average, per_run=True), "averages of 16 snapshots of one run", Look(_BLUE, "D", (0, (6, 2)), (_SIZES,)),
+        needs_runs=True, is_core=True, strata=_by_run,
     ),
     "gaussian": Baseline(
-        draw=gaussian,
-        text="a Gaussian around the snapshots",
-        look=Look(_GREEN, "^", (0, (2, 1)), (_SIZES, _PLANE, _DENSITIES)),
-        is_core=True,
-        knob=Knob("scale", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)),
+        gaussian, "a Gaussian around the snapshots", Look(_GREEN, "^", (0, (2, 1)), (_SIZES, _PLANE, _DENSITIES)),
+        is_core=True, knob=Knob("scale", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)),
     ),
     "gaussian-per-run": Baseline(
-        draw=partial(gaussian, per_run=True),
-        text="a Gaussian around each run",
-        look=Look(_GREEN, "h", (0, (6, 2)), (_SIZES, _RELIABILITY)),
-        needs_runs=True,
-        is_core=True,
-        strata=_by_run,
+        partial(gaussian, per_run=True), "a Gaussian around each run",
+        Look(_GREEN, "h", (0, (6, 2)), (_SIZES, _RELIABILITY)),
+        needs_runs=True, is_core=True, strata=_by_run,
     ),
     "swag": Baseline(
-        draw=swag,
-        text="SWAG",
-        look=Look(_PINK, "d", (0, (2, 1)), (_SIZES,)),
-        knob=Knob("scale", (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)),
+        swag, "SWAG", Look(_PINK, "d", (0, (2, 1)), (_SIZES,)), knob=Knob("scale", (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0))
     ),
     "swag-per-run": Baseline(
-        draw=partial(swag, per_run=True),
-        text="SWAG around each run",
-        look=Look(_PINK, "p", (0, (6, 2)), (_SIZES,)),
-        needs_runs=True,
-        strata=_by_run,
+        partial(swag, per_run=True), "SWAG around each run", Look(_PINK, "p", (0, (6, 2)), (_SIZES,)),
+        needs_runs=True, strata=_by_run,
     ),
     "noise-0.02": Baseline(
-        draw=partial(noise, size=0.02),
-        text="snapshots with 2 % noise",
-        look=Look(_ORANGE, (4, 1, 0), (0, (1, 1))),
+        partial(noise, size=0.02), "snapshots with 2 % noise", Look(_ORANGE, (4, 1, 0), (0, (1, 1))),
         strata=_by_neighbour,
     ),
     "noise": Baseline(
-        draw=partial(noise, size=0.05),
-        text="snapshots with 5 % noise",
-        look=Look(_ORANGE, "X", (0, (4, 1, 1, 1)), (_SIZES,)),
-        is_core=True,
-        strata=_by_neighbour,
-        knob=Knob("size", (0.005, 0.01, 0.02, 0.05, 0.1, 0.2), by_run=False),
+        partial(noise, size=0.05), "snapshots with 5 % noise", Look(_ORANGE, "X", (0, (4, 1, 1, 1)), (_SIZES,)),
+        is_core=True, strata=_by_neighbour, knob=Knob("size", (0.005, 0.01, 0.02, 0.05, 0.1, 0.2), by_run=False),
     ),
     "noise-0.1": Baseline(
-        draw=partial(noise, size=0.1),
-        text="snapshots with 10 % noise",
-        look=Look(_ORANGE, "P", (0, (1, 3))),
-        strata=_by_neighbour,
+        partial(noise, size=0.1), "snapshots with 10 % noise", Look(_ORANGE, "P", (0, (1, 3))), strata=_by_neighbour
     ),
-}
+}  # fmt: skip
 """Every baseline, in the order of the table."""
 
 SNAPSHOTS, GENERATED, DEEP_ENSEMBLE = "snapshots", "generated", "deep-ensemble"

@@ -16,6 +16,7 @@ from pdiff_plugin.config import EvaluateConfig, configured
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation.alignment import aligned_rows
 from pdiff_plugin.evaluation.baselines import BASELINES, DEEP_ENSEMBLE, GENERATED, SNAPSHOTS, runs_in_turn
+from pdiff_plugin.evaluation.kind import NEAREST
 from pdiff_plugin.evaluation.metrics import nearest_distance
 from pdiff_plugin.evaluation.pictures import Pictures
 from pdiff_plugin.evaluation.result import Evaluation
@@ -192,7 +193,7 @@ def _judge(run: SetRun, sets: Mapping[str, JudgedSet], reference_distance: float
     return judge(
         None if generated is None else generated.scored(),
         {name: found.scored() for name, found in sets.items() if name in BASELINES},
-        distance=values.get("nearest_snapshot_distance", math.nan),
+        distance=values.get(NEAREST.key, math.nan),
         reference_distance=reference_distance,
         likeness=values.get(run.kind.closest, math.nan),
         reference_likeness=run.references.likeness(),

@@ -54,7 +54,7 @@ def measure(kind: TaskKind, measured: Measured) -> dict[str, float]:
 def measure_shifted(kind: TaskKind, scores: Scores) -> Figures:
     """Figures of the ensemble on shifted data."""
     measured = Measured(scores)
-    return Figures({metric.key: metric.of(measured) for metric in kind.metrics if metric.needs_scores_only})
+    return Figures({metric.key: metric.of(measured) for metric in kind.metrics if metric.is_of_ensemble})
 
 
 def over_draws(kind: TaskKind, draws: Sequence[Figures]) -> Figures:

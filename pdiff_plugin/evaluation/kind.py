@@ -93,25 +93,26 @@ class Metric:
 
     Attributes:
         key: its name in evaluation.json.
-        title: head of its column; empty for figures without one.
+        title: head of its column, and name of its axis; empty for figures without a column.
         format: ``%`` for percent, else a format of Python's.
         of: measures it.
         better: what to wish for, if anything.
         help: what it is, in a few words.
-        label: its name beside the axis of a picture.
         is_noted: whether the footnote of the table explains it.
-        needs_scores_only: whether it is a figure of the ensemble's answers, and so is measured on shifted data too.
     """
 
     key: str
     title: str
     format: str
     of: Callable[[Measured], float]
-    better: Literal["higher", "lower", ""] = ""
-    help: str = ""
-    label: str = ""
+    better: Literal["higher", "lower", ""]
+    help: str
     is_noted: bool = False
-    needs_scores_only: bool = False
+
+    @property
+    def is_of_ensemble(self) -> bool:
+        """Whether it is of the ensemble's answers alone, and so is measured on shifted data too."""
+        return self.key.startswith("ensemble_")
 
 
 @dataclass(frozen=True)
@@ -252,14 +253,9 @@ def ensemble_loss(measured: Measured) -> float:
 
 
 # Figures that every kind has.
-MEMBERS = Metric(
-    "members", "members", "d", of=lambda measured: len(measured.member_scores), help="number of members of the set"
-)
+MEMBERS = Metric("members", "members", "d", lambda s: len(s.member_scores), "", "number of members of the set")
 NEAREST = Metric(
-    "nearest_snapshot_distance",
-    "nearest",
-    ".3f",
-    of=lambda measured: float(measured.distance.nanmedian()),
-    help="distance to the nearest snapshot in typical deviations (of snapshots: outside their own block of time)",
+    "nearest_snapshot_distance", "nearest", ".3f", lambda s: float(s.distance.nanmedian()), "higher",
+    "distance to the nearest snapshot in typical deviations (of snapshots: outside their own block of time)",
     is_noted=True,
-)
+)  # fmt: skip

@@ -332,7 +332,7 @@ def ensemble_size(evaluation: Evaluation) -> Figure | None:
                 label=name,
             )
         axes.set_ylim(max(low, 0.0), high)
-        axes.set_ylabel(metric.label)
+        axes.set_ylabel(metric.title)
     grid[1].set_xscale("log", base=2)
     sizes = sorted({int(s) for n in names for s in curves[n][0]})
     grid[1].set_xticks(sizes, [str(s) for s in sizes])

@@ -26,7 +26,7 @@ from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation.alignment import aligned_rows
 from pdiff_plugin.evaluation.baselines import BASELINES, GENERATED, SNAPSHOTS, rng_for
 from pdiff_plugin.evaluation.evaluate import opened
-from pdiff_plugin.evaluation.kind import Scores, TaskKind
+from pdiff_plugin.evaluation.kind import NEAREST, Scores, TaskKind
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.result import format_figure, json_safe, text_table
 from pdiff_plugin.evaluation.rows import SnapshotRows
@@ -75,7 +75,7 @@ class Sweep:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Headers and one row of text per set."""
         kind = KINDS[self.kind]
-        after = (kind.within, kind.ensemble_score, kind.ensemble_loss, "nearest_snapshot_distance")
+        after = (kind.within, kind.ensemble_score, kind.ensemble_loss, NEAREST.key)
         before, behind = ([kind.metric(key) for key in keys] for keys in ((kind.mean_score, kind.closest), after))
         headers = ["set", "setting", *(m.title for m in before), "margin", *(m.title for m in behind)]
         rows = []
@@ -156,7 +156,7 @@ def sweep(
         ConfigError: settings of something that is no baseline with a knob.
     """
     for name in settings:
-        if name not in SETTINGS:
+        if name not in BASELINES or BASELINES[name].knob is None:
             raise ConfigError("settings", name, f"must be among {', '.join(SETTINGS)}")
     config = EvaluateConfig(num_members=num_members, seed=seed)
     rows = aligned_rows(task, opened(store, task), generator)
