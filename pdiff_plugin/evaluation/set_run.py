@@ -1,14 +1,17 @@
-"""Planned sets are drawn, scored and measured in as few passes over the data as memory allows.
+"""Planned sets are drawn, scored and measured in as few passes over snapshots and data as memory allows.
 
-Shapes: M members of a set, R reference snapshots, N usable snapshots, n items.
+Members that are the same, as recorded snapshots are whichever set they are in, are made and run once.
+
+Shapes: M members of a set, U of a pool that sets share, R reference snapshots, N usable snapshots, n items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,24 +21,28 @@ from pdiff_plugin.ensemble.batchnorm import recalibrate_batchnorm
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation import metrics
-from pdiff_plugin.evaluation.baselines import Baseline, rng_for
+from pdiff_plugin.evaluation.baselines import Baseline, Drawing, recorded, rng_for
 from pdiff_plugin.evaluation.figures import Figures, measure, measure_shifted, over_draws
 from pdiff_plugin.evaluation.kind import Measured, Scores, TaskKind
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.pictures import Pictures
-from pdiff_plugin.evaluation.rows import SnapshotRows, evenly_spaced
-from pdiff_plugin.evaluation.scores import Scorer, score_sets
+from pdiff_plugin.evaluation.rows import Block, Products, SnapshotRows, evenly_spaced
+from pdiff_plugin.evaluation.scores import Scorer, View, score_sets
+from pdiff_plugin.evaluation.scratch import Empty, in_memory, on_disk
 from pdiff_plugin.evaluation.task import Data, Task, evaluating
 from pdiff_plugin.evaluation.verdict import ScoredSet, half_mask
+from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
-from pdiff_plugin.progress import OnProgress, timed
+from pdiff_plugin.progress import OnProgress, Progress, timed
 
 T = TypeVar("T")
 
-# Snapshots whose errors are compared with everybody's; more would cost as many forward passes of the tail.
-_NUM_REFERENCES = 100
-# Members held in memory in one pass over the data, at least a set; what is beyond that waits for the next pass.
+# Members on disk in one pass over the data, at least a set; what is beyond that waits for the next pass.
 _PASS_BYTES = 2 << 30
+# Share of the bound on memory up to which the members of a pass are kept in it rather than on disk.
+_MEMBERS_SHARE = 1 / 4
+# Snapshots run together: the outputs of a pool are in memory at once, a batch at a time.
+_POOL_MEMBERS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +52,7 @@ class PlannedSet:
     Attributes:
         name: in the table.
         text: its name in a sentence.
-        make: draws its members.
+        make: decides on its members.
         num_draws: times that it is drawn.
         is_random: whether another draw gives other members.
         recorded: places (M,) of the snapshots that its members are, where they are such.
@@ -55,7 +62,7 @@ class PlannedSet:
 
     name: str
     text: str = ""
-    make: Callable[[torch.Generator], WeightSet]
+    make: Callable[[torch.Generator], Drawing]
     num_draws: int = 1
     is_random: bool = True
     recorded: Tensor | None = None
@@ -96,22 +103,39 @@ class JudgedSet:
         return ScoredSet(self.kind, self.plan.text, self.scores, self.plan.is_random, stratum)
 
 
+def generated(generator: WeightGenerator, num_members: int, rng: torch.Generator, **options: Any) -> Drawing:
+    """Members that ``generator`` samples, with the options of :meth:`WeightGenerator.sample`."""
+
+    def whole(empty: Empty) -> WeightSet:
+        latents = generator.sample_latents(num_members, rng=rng, **options)
+        tensors = empty(generator.layout, num_members)
+        for name, columns, values in generator.autoencoder.decode_blocks(latents):
+            start = generator.layout.slices[name].start
+            tensors[name].view(num_members, -1)[:, columns.start - start : columns.stop - start] = values
+        return WeightSet(tensors)
+
+    return Drawing(num_members=num_members, whole=whole)
+
+
 class References:
     """Snapshots, evenly spaced, whose errors are compared with those of every member.
 
     Attributes:
         places: of the snapshots among the N, (R,).
-        errors: of those scored so far, (R, n).
+        errors: of those scored, (R, n).
     """
 
-    def __init__(self, rows: SnapshotRows, kind: TaskKind, num_members: int) -> None:
+    def __init__(self, rows: SnapshotRows, kind: TaskKind, num_references: int) -> None:
         self._rows, self._kind = rows, kind
-        self.places = evenly_spaced(len(rows), max(_NUM_REFERENCES, num_members))
+        self.places = evenly_spaced(len(rows), num_references)
         self.errors = torch.zeros(0)
 
-    def add(self, scores: Scores) -> None:
+    def add(self, numbers: Tensor, scores: Scores) -> None:
+        """The scores of those of some ``numbers`` among the R."""
         errors = self._kind.errors(scores)
-        self.errors = torch.cat([self.errors, errors]) if len(self.errors) else errors
+        if not len(self.errors):
+            self.errors = errors.new_zeros(len(self.places), *errors.shape[1:])
+        self.errors[numbers] = errors
 
     def closest(self, errors: Tensor, recorded: Tensor | None) -> Tensor:
         """Likeness of members to the closest reference, (M,), from their errors (M, n).
@@ -132,15 +156,70 @@ class References:
 
 
 @dataclass(frozen=True)
-class _Draw:
-    """One draw of a set, or some of the reference snapshots, which belong to no set."""
+class _Pool:
+    """Different members that one or more sets are made of.
 
-    key: str
-    make: Callable[[torch.Generator], WeightSet]
-    num_members: int
+    Attributes:
+        drawing: makes them, and perhaps others like them.
+        kept: which of the drawing's members they are, (U,); None for all.
+        places: of each by its key.
+        stage: under which the seconds of making them are counted.
+    """
+
+    drawing: Drawing
+    kept: Tensor | None
+    places: Mapping[Hashable, int]
     stage: str = "baselines"
-    plan: PlannedSet | None = None
-    is_first: bool = False
+
+    @classmethod
+    def of(cls, drawing: Drawing, keys: Sequence[Hashable], stage: str = "baselines") -> _Pool:
+        first: dict[Hashable, int] = {}
+        for number, key in enumerate(keys):
+            first.setdefault(key, number)
+        kept = None if len(first) == len(keys) else torch.tensor(list(first.values()))
+        return cls(drawing, kept, {key: place for place, key in enumerate(first)}, stage)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One draw of a set."""
+
+    plan: PlannedSet
+    view: View
+    is_first: bool
+
+
+@dataclass
+class _Pass:
+    """What is made, run and dropped together.
+
+    Attributes:
+        pools: by name.
+        draws: of sets, by name.
+        references: numbers (r,) among the R of those in the pools of these names.
+    """
+
+    pools: dict[str, _Pool] = field(default_factory=dict)
+    draws: dict[str, _Draw] = field(default_factory=dict)
+    references: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_members(self) -> int:
+        return sum(len(pool) for pool in self.pools.values())
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is kept of one draw."""
+
+    scores: Scores
+    products: Products
+    values: Tensor | None
+    shifted: dict[str, Figures]
+    strange: dict[str, Tensor]
 
 
 class SetRun:
@@ -164,114 +243,211 @@ class SetRun:
     ) -> None:
         self.task, self.rows, self.config, self.kind = task, rows, config, KINDS[task.kind]
         self.pictures = pictures
-        self.references = References(rows, self.kind, config.num_members)
+        self.references = References(rows, self.kind, config.num_references)
         self.seconds: dict[str, float] = {}
         self._score, self._on_progress = score, on_progress
         self._targets: Tensor | None = None
-        self._sets: dict[str, JudgedSet] = {}
 
     def run(self, planned: Sequence[PlannedSet]) -> dict[str, JudgedSet]:
         """Draw and judge sets, by name."""
-        self._sets = {plan.name: JudgedSet(plan, self.kind) for plan in planned}
-        for draws in self._passes(planned):
-            self._pass(draws)
-        return self._sets
+        found: dict[str, _Found] = {}
+        passes = self._passes(planned)
+        clock = time.monotonic()
+        for number in range(len(passes)):
+            found |= self._pass(passes[number], self._tell(passes, number, clock))
+        with timed(self.seconds, "compare"):
+            return {plan.name: self._judged(plan, passes, found) for plan in planned}
 
-    def _passes(self, planned: Sequence[PlannedSet]) -> Iterator[list[_Draw]]:
-        """All draws, the references first, in groups that memory has room for."""
-        per_pass = max(1, _PASS_BYTES // (self.rows.layout.num_values * 4))
-        draws = [
-            _Draw(f"reference snapshots {number}", partial(_recorded, self.rows, places), len(places))
-            for number, places in enumerate(torch.split(self.references.places, per_pass))
-        ]
+    def _passes(self, planned: Sequence[PlannedSet]) -> list[_Pass]:
+        """All draws and the references, in groups that there is room for."""
+        room = max(1, _PASS_BYTES // (self.rows.layout.num_values * 4))
+        passes = [_Pass()]
+
+        def add(name: str, pool: _Pool) -> _Pass:
+            if passes[-1].pools and passes[-1].num_members + len(pool) > room:
+                passes.append(_Pass())
+            passes[-1].pools[name] = pool
+            return passes[-1]
+
+        number_of = {place: number for number, place in enumerate(self.references.places.tolist())}
+        for count, places in enumerate(self._recorded(planned, room)):
+            name = f"snapshots {count}" if count else "snapshots"
+            drawing = recorded(places)
+            numbers = [number_of[place] for place in places.tolist() if place in number_of]
+            add(name, _Pool.of(drawing, drawing.keys or ())).references[name] = torch.tensor(numbers)
         for plan in planned:
             for number in range(plan.num_draws):
-                key = f"{plan.name}/{number}" if number else plan.name
-                draws.append(_Draw(key, plan.make, self.config.num_members, plan.stage, plan, number == 0))
-        waiting: list[_Draw] = []
-        for draw in draws:
-            if waiting and sum(other.num_members for other in waiting) + draw.num_members > per_pass:
-                yield waiting
-                waiting = []
-            waiting.append(draw)
-        yield waiting
+                name = f"{plan.name}/{number}" if number else plan.name
+                drawing = plan.make(rng_for(self.config.seed, name))
+                keys = drawing.keys or [(name, member) for member in range(drawing.num_members)]
+                having = (
+                    (each, key) for each in passes for key, pool in each.pools.items() if pool.places.keys() >= {*keys}
+                )
+                home, pool_name = next(having, (None, name))
+                if home is None:
+                    home = add(name, _Pool.of(drawing, keys, plan.stage))
+                places = torch.tensor([home.pools[pool_name].places[key] for key in keys])
+                home.draws[name] = _Draw(plan, View(pool_name, places), number == 0)
+        return passes
 
-    def _pass(self, draws: list[_Draw]) -> None:
-        members: dict[str, WeightSet] = {}
-        for draw in draws:
-            with timed(self.seconds, draw.stage):
-                members[draw.key] = draw.make(rng_for(self.config.seed, draw.key))
-            self.rows.check(members[draw.key], f"the store {self.rows.store.path}")
-        scored = members
+    def _recorded(self, planned: Sequence[PlannedSet], room: int) -> list[Tensor]:
+        """Places of the recorded snapshots that are run together; sets of them are whole in the first."""
+        of_sets = [plan.recorded for plan in planned if plan.recorded is not None]
+        first = torch.tensor(sorted({place for places in of_sets for place in places.tolist()}), dtype=torch.int64)
+        rest = self.references.places[~torch.isin(self.references.places, first)]
+        size = max(1, min(room, _POOL_MEMBERS))
+        start = max(0, size - len(first))
+        head = torch.cat([first, rest[:start]])
+        return [places for places in (head, *torch.split(rest[start:], size)) if len(places)]
+
+    def _pass(self, work: _Pass, on_progress: OnProgress | None) -> dict[str, _Found]:
+        members, products = self._made(work)
+        values = {name: self.pictures.values(weights) for name, weights in members.items()} if self.pictures else {}
         if self.config.recalibrate:
             with timed(self.seconds, "recalibrate"):
-                scored = {key: _recalibrated(self.task, weights) for key, weights in members.items()}
+                members = {name: _recalibrated(self.task, weights) for name, weights in members.items()}
+        views = {name: draw.view for name, draw in work.draws.items()}
+        # The places of a pool's references are those of their keys.
+        own = {f"reference {name}": self._reference_view(work, name) for name in work.references}
         with timed(self.seconds, "score"):
-            scores = self._score_held_out(scored)
-            judged = {draw.key: scored[draw.key] for draw in draws if draw.plan is not None}
-            shifted = self._score_elsewhere("shifted", judged, partial(measure_shifted, self.kind))
-            strange = self._score_elsewhere("out_of_distribution", judged, lambda found: found.uncertainty)
-        with timed(self.seconds, "compare"):
-            for draw in draws:
-                if draw.plan is None:
-                    self.references.add(scores[draw.key])
-                    if self.pictures is not None:
-                        self.pictures.add_references(members[draw.key])
-                    continue
-                measured = self._measured(draw, members[draw.key], scores[draw.key])
-                figures = Figures(
-                    measure(self.kind, measured),
-                    {name: found[draw.key] for name, found in shifted.items()},
-                    {name: _auroc(scores[draw.key].uncertainty, found[draw.key]) for name, found in strange.items()},
-                )
-                self._sets[draw.plan.name].scores.append(scores[draw.key])
-                self._sets[draw.plan.name].draws.append(figures)
+            scores = self._score_held_out(members, views | own, on_progress)
+            shifted = self._score_elsewhere("shifted", members, views, partial(measure_shifted, self.kind))
+            strange = self._score_elsewhere("out_of_distribution", members, views, lambda found: found.uncertainty)
+        for name, numbers in work.references.items():
+            self.references.add(numbers, scores[f"reference {name}"])
+            if self.pictures is not None:
+                self.pictures.add_references(numbers, values[name][own[f"reference {name}"].places])
+        return {
+            name: _Found(
+                scores[name],
+                products[name],
+                values[view.pool][view.places] if values else None,
+                {data: found[name] for data, found in shifted.items()},
+                {data: found[name] for data, found in strange.items()},
+            )
+            for name, view in views.items()
+        }
 
-    def _score_held_out(self, members: Mapping[str, WeightSet]) -> dict[str, Scores]:
-        scores, targets = self._score(self.task, members, seed=self.config.seed, on_progress=self._on_progress)
+    def _reference_view(self, work: _Pass, name: str) -> View:
+        places = self.references.places[work.references[name]].tolist()
+        return View(name, torch.tensor([work.pools[name].places["recorded", place] for place in places]))
+
+    def _made(self, work: _Pass) -> tuple[dict[str, WeightSet], dict[str, Products]]:
+        """The pools' members, and what the sets among them have in common with the snapshots."""
+        size_bytes = work.num_members * self.rows.layout.num_values * 4
+        empty = in_memory if size_bytes <= _MEMBERS_SHARE * self.config.memory_gb * 1e9 else on_disk
+        members, by_block = {}, {}
+        for name, pool in work.pools.items():
+            with timed(self.seconds, pool.stage):
+                if pool.drawing.of_block is None:
+                    members[name] = pool.drawing.made(self.rows, empty)
+                    self.rows.check(members[name], f"the store {self.rows.store.path}")
+                else:
+                    by_block[name] = pool.drawing.of_block
+                    members[name] = WeightSet(empty(self.rows.layout, len(pool)))
+        products = {name: Products(len(draw.view.places), len(self.rows)) for name, draw in work.draws.items()}
+        for block in self.rows.blocks():
+            columns = {}
+            for name, of_block in by_block.items():
+                pool = work.pools[name]
+                with timed(self.seconds, pool.stage):
+                    made = of_block(block)
+                    _columns(members[name], block)[:] = made if pool.kept is None else made[pool.kept]
+            with timed(self.seconds, "compare"):
+                columns = {name: _columns(members[name], block) for name in {d.view.pool for d in work.draws.values()}}
+                for name, draw in work.draws.items():
+                    products[name].add(block, columns[draw.view.pool][draw.view.places])
+        return members, products
+
+    def _score_held_out(
+        self, members: Mapping[str, WeightSet], views: Mapping[str, View], on_progress: OnProgress | None
+    ) -> dict[str, Scores]:
+        scores, targets = self._score(self.task, members, views=views, seed=self.config.seed, on_progress=on_progress)
         if self._targets is not None and not torch.equal(targets, self._targets):
             raise ConfigError("eval_loader", "another order in a second pass", "must not shuffle (shuffle=False)")
         self._targets = targets
         return scores
 
     def _score_elsewhere(
-        self, which: str, members: Mapping[str, WeightSet], keep: Callable[[Scores], T]
+        self, which: str, members: Mapping[str, WeightSet], views: Mapping[str, View], keep: Callable[[Scores], T]
     ) -> dict[str, dict[str, T]]:
         """What is kept of the scores on the task's further data, by the name of the data and by set."""
-        found = {}
-        for name, loader in getattr(self.task, which).items():
+        # Snapshots that are references only come last in their pool.
+        used: dict[str, int] = {}
+        for view in views.values():
+            used[view.pool] = max(used.get(view.pool, 0), int(view.places.max()) + 1)
+        pools = {key: WeightSet({name: t[:num] for name, t in members[key].items()}) for key, num in used.items()}
+        found: dict[str, dict[str, T]] = {}
+        for name, loader in getattr(self.task, which).items() if pools else ():
             data = Data(loader, f"{which}[{name!r}]", has_targets=which == "shifted")
-            scores, _ = self._score(self.task, members, data, seed=self.config.seed)
+            scores, _ = self._score(self.task, pools, data, views=views, seed=self.config.seed)
             found[name] = {key: keep(of_set) for key, of_set in scores.items()}
         return found
 
-    def _measured(self, draw: _Draw, members: WeightSet, scores: Scores) -> Measured:
-        assert draw.plan is not None
-        errors, recorded = self.kind.errors(scores), draw.plan.recorded
-        products = self.rows.products(members)
+    def _judged(self, plan: PlannedSet, passes: Sequence[_Pass], found: Mapping[str, _Found]) -> JudgedSet:
+        draws = {name: draw for each in passes for name, draw in each.draws.items()}
+        judged = JudgedSet(plan, self.kind)
+        for number in range(plan.num_draws):
+            name = f"{plan.name}/{number}" if number else plan.name
+            of_draw = found[name]
+            strange = {
+                data: _auroc(of_draw.scores.uncertainty, uncertainty) for data, uncertainty in of_draw.strange.items()
+            }
+            judged.scores.append(of_draw.scores)
+            judged.draws.append(
+                Figures(measure(self.kind, self._measured(draws[name], of_draw)), of_draw.shifted, strange)
+            )
+        return judged
+
+    def _measured(self, draw: _Draw, found: _Found) -> Measured:
+        errors, recorded = self.kind.errors(found.scores), draw.plan.recorded
         near = None if recorded is None else self.rows.same_block[recorded]
+        products = found.products.cross, found.products.squares
         measured = Measured(
-            scores,
+            found.scores,
             within=self.kind.likeness.of(errors, None),
             closest=self.references.closest(errors, recorded),
             distance=metrics.nearest_distance(self.rows.distances(products), near),
-            first_half=half_mask(scores.num_items, self.config.seed),
+            first_half=half_mask(found.scores.num_items, self.config.seed),
         )
         if self.pictures is not None and draw.is_first:
-            self.pictures.add_set(self.kind, draw.plan.name, members, products[0], measured)
+            assert found.values is not None
+            self.pictures.add_set(self.kind, draw.plan.name, found.values, products[0], measured)
         return measured
 
+    def _tell(self, passes: Sequence[_Pass], number: int, started: float) -> OnProgress | None:
+        """Progress of one pass as that of all, saying which members are run and how long the rest will take."""
+        tell = self._on_progress
+        if tell is None:
+            return None
+        names = [name for each in passes for name in each.pools]
+        pools_before = sum(len(each.pools) for each in passes[:number])
+        before, own, everyone = (
+            sum(each.num_members for each in some) for some in (passes[:number], passes[number : number + 1], passes)
+        )
 
-def _recorded(rows: SnapshotRows, places: Tensor, rng: torch.Generator) -> WeightSet:
-    del rng
-    return rows.members(places)
+        def show(report: Progress) -> None:
+            rounds = report.total_steps / len(passes[number].pools)
+            done = (before + own * report.step / report.total_steps) / everyone
+            left = (time.monotonic() - started) * (1 / done - 1)
+            text = f"{report.text} {names.index(report.text) + 1}/{len(names)}, " if report.text else ""
+            text += f"about {left:.0f} s left" if left < 90 else f"about {left / 60:.0f} min left"
+            steps = round(rounds * pools_before) + report.step, round(rounds * len(names))
+            tell(Progress(report.stage, *steps, text=text))
+
+        return show
+
+
+def _columns(members: WeightSet, block: Block) -> Tensor:
+    """Those of ``block``, (U, b)."""
+    return members[block.name].detach().cpu().reshape(members.num_members, -1)[:, block.place]
 
 
 def _recalibrated(task: Task, weights: WeightSet) -> WeightSet:
     """The same members with BatchNorm statistics of their own, recomputed on training data."""
     assert task.train_loader is not None
     with evaluating(task) as model:
-        ensemble = DiffusionEnsemble(model, weights)
+        ensemble = DiffusionEnsemble(model, weights, copy=False)
         recalibrate_batchnorm(ensemble, task.train_loader)
         return WeightSet({name: tensor.cpu() for name, tensor in ensemble.weights.items()})
 
