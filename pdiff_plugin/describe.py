@@ -128,8 +128,7 @@ def show_trials(folder: Path, document: dict[str, Any]) -> None:
 
 def show_evaluation(result: Evaluation) -> None:
     """Print the table of an evaluation and its verdict."""
-    title = f"{result.details['task']}: {result.details['num_items']} items"
-    console.table(title, *result.table(), note=result.footnote, lead=result.lead)
+    console.table(result.title, *result.table(), note=result.footnote, lead=result.lead)
     console.say(f"\n{result.verdict.sentence}")
 
 

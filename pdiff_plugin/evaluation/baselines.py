@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,9 @@ from pdiff_plugin.evaluation.rows import Block, SnapshotRows, evenly_spaced
 from pdiff_plugin.evaluation.scratch import Empty, in_memory
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.statistics import LOG_SUFFIX, inverse_transform, transform
+
+# What a member is made of: what is done, and with what.
+Key = tuple[str, Any]
 
 # Values that noise is added to at a time.
 _NOISE_VALUES = 1 << 24
@@ -43,7 +46,7 @@ class Drawing:
     num_members: int
     of_block: Callable[[Block], Tensor] | None = None
     whole: Callable[[Empty], WeightSet] | None = None
-    keys: Sequence[Hashable] | None = None
+    keys: Sequence[Key] | None = None
 
     def made(self, rows: SnapshotRows, empty: Empty = in_memory) -> WeightSet:
         """The members, made alone."""

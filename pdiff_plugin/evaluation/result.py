@@ -109,6 +109,12 @@ class Evaluation:
         return _kind_of(self.details)
 
     @property
+    def title(self) -> str:
+        """Of the table."""
+        quick = ", quick: few members, wider errors" if self.details.get("quick") else ""
+        return f"{self.details.get('task', 'task')}: {self.details.get('num_items', 0)} items{quick}"
+
+    @property
     def footnote(self) -> str:
         """What the table does not explain by itself."""
         return self.kind.footnote
@@ -140,7 +146,8 @@ class Evaluation:
 
     def table_text(self) -> str:
         """The table and the verdict as plain text."""
-        return "\n".join([text_table(*self.table()), "", self.footnote, "", self.verdict.sentence])
+        title = [self.title, ""] if self.details.get("quick") else []
+        return "\n".join([*title, text_table(*self.table()), "", self.footnote, "", self.verdict.sentence])
 
     def __str__(self) -> str:
         return self.table_text()

@@ -36,6 +36,8 @@ from pdiff_plugin.snapshots.store import SnapshotStore
 logger = logging.getLogger(__name__)
 
 BLOCK_VALUES = 16384
+# Of a block in float64: its values, centred, standardised, and what its moments take.
+_BLOCK_COPIES = 5
 # Stores up to this size are read once and kept; larger ones are read again, block by block, for each set.
 _KEEP_BYTES = 1 << 30
 # Share of a trajectory, to each side of a snapshot, that is too close in time to be a reference for it: +-20 of 300.
@@ -76,9 +78,11 @@ class SnapshotRows:
         statistics: Gram matrix (N, N) and scales of the standardised rows.
     """
 
-    def __init__(self, store: SnapshotStore, read: RowReader, kept: _Kept, statistics: Statistics) -> None:
+    def __init__(
+        self, store: SnapshotStore, read: RowReader, kept: _Kept, statistics: Statistics, block_values: int
+    ) -> None:
         self.store, self.layout, self.statistics = store, store.layout, statistics
-        self._read, self._kept = read, kept
+        self._read, self._kept, self._block_values = read, kept, block_values
         self.indices = kept.indices
         self.num_skipped = len(store) - len(self.indices)
         self.trajectory = store.trajectory_index[self.indices]
@@ -103,11 +107,12 @@ class SnapshotRows:
         element = 8 if store.row_dtype == torch.float64 else 4
         keep = len(store) * store.layout.num_values * element <= min(_KEEP_BYTES, memory_gb * 1e9 / 2)
         kept = _Kept(read, torch.arange(len(store)), read() if keep else None)
+        block_values = int(min(BLOCK_VALUES, max(64, memory_gb * 1e9 / 4 / (_BLOCK_COPIES * 8 * len(store)))))
         statistics = None
         while statistics is None:
             try:
                 everything = torch.arange(len(kept.indices))
-                statistics = measure(kept.read, store.layout, block_values=BLOCK_VALUES, train_rows=everything)
+                statistics = measure(kept.read, store.layout, block_values=block_values, train_rows=everything)
             except NonFiniteRowsError as error:
                 kept = kept.without(error.rows)
                 if len(kept.indices) < 2:
@@ -125,7 +130,7 @@ class SnapshotRows:
                 "weights that move",
                 "Record while the chosen layers train, with a learning rate above 0.",
             )
-        return cls(store, read, kept, statistics)
+        return cls(store, read, kept, statistics, block_values)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -136,7 +141,7 @@ class SnapshotRows:
 
     def blocks(self) -> Iterator[Block]:
         """All columns of the snapshots, a few at a time."""
-        return (Block(self, number, lo, hi) for number, lo, hi in column_blocks(self.layout, BLOCK_VALUES))
+        return (Block(self, number, lo, hi) for number, lo, hi in column_blocks(self.layout, self._block_values))
 
     def members(self, positions: Tensor, empty: Empty = in_memory) -> WeightSet:
         """The snapshots at ``positions`` (M,) among the N, in memory that ``empty`` gives."""
@@ -222,7 +227,7 @@ class SnapshotRows:
             # A scale of one stands for a tensor that never moved, but may also be what was measured.
             only = Layout((self.layout.tensors[number],))
             start = self.layout.slices[only.names[0]].start
-            blocks = (self.read(start + lo, start + hi) for _, lo, hi in column_blocks(only, BLOCK_VALUES))
+            blocks = (self.read(start + lo, start + hi) for _, lo, hi in column_blocks(only, self._block_values))
             return any(bool((block != block[:1]).any()) for block in blocks)
 
         return [moves(number) for number in range(len(self.layout.tensors))]

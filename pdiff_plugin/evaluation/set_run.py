@@ -8,7 +8,7 @@ Shapes: M members of a set, U of a pool that sets share, R reference snapshots, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from pdiff_plugin.ensemble.batchnorm import recalibrate_batchnorm
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation import metrics
-from pdiff_plugin.evaluation.baselines import Baseline, Drawing, recorded, rng_for
+from pdiff_plugin.evaluation.baselines import Baseline, Drawing, Key, recorded, rng_for
 from pdiff_plugin.evaluation.figures import Figures, measure, measure_shifted, over_draws
 from pdiff_plugin.evaluation.kind import Measured, Scores, TaskKind
 from pdiff_plugin.evaluation.kinds import KINDS
@@ -168,12 +168,17 @@ class _Pool:
 
     drawing: Drawing
     kept: Tensor | None
-    places: Mapping[Hashable, int]
+    places: Mapping[Key, int]
     stage: str = "baselines"
 
+    @property
+    def recorded(self) -> Tensor:
+        """Places among the N of the snapshots of a pool of snapshots."""
+        return torch.tensor([key[1] for key in self.places])
+
     @classmethod
-    def of(cls, drawing: Drawing, keys: Sequence[Hashable], stage: str = "baselines") -> _Pool:
-        first: dict[Hashable, int] = {}
+    def of(cls, drawing: Drawing, keys: Sequence[Key], stage: str = "baselines") -> _Pool:
+        first: dict[Key, int] = {}
         for number, key in enumerate(keys):
             first.setdefault(key, number)
         kept = None if len(first) == len(keys) else torch.tensor(list(first.values()))
@@ -270,11 +275,12 @@ class SetRun:
             return passes[-1]
 
         number_of = {place: number for number, place in enumerate(self.references.places.tolist())}
-        for count, places in enumerate(self._recorded(planned, room)):
-            name = f"snapshots {count}" if count else "snapshots"
+        for count, places in enumerate(self._recorded(planned, room), start=1):
+            name = f"recorded snapshots {count}"
             drawing = recorded(places)
             numbers = [number_of[place] for place in places.tolist() if place in number_of]
-            add(name, _Pool.of(drawing, drawing.keys or ())).references[name] = torch.tensor(numbers)
+            home = add(name, _Pool.of(drawing, drawing.keys or ()))
+            home.references[name] = torch.tensor(numbers, dtype=torch.int64)
         for plan in planned:
             for number in range(plan.num_draws):
                 name = f"{plan.name}/{number}" if number else plan.name
@@ -283,22 +289,23 @@ class SetRun:
                 having = (
                     (each, key) for each in passes for key, pool in each.pools.items() if pool.places.keys() >= {*keys}
                 )
-                home, pool_name = next(having, (None, name))
-                if home is None:
-                    home = add(name, _Pool.of(drawing, keys, plan.stage))
+                home, pool_name = next(having, None) or (add(name, _Pool.of(drawing, keys, plan.stage)), name)
                 places = torch.tensor([home.pools[pool_name].places[key] for key in keys])
                 home.draws[name] = _Draw(plan, View(pool_name, places), number == 0)
         return passes
 
     def _recorded(self, planned: Sequence[PlannedSet], room: int) -> list[Tensor]:
-        """Places of the recorded snapshots that are run together; sets of them are whole in the first."""
+        """Places of the recorded snapshots that are run together; sets of them are whole in the last, and lead it.
+
+        What holds references only is read without all other snapshots.
+        """
         of_sets = [plan.recorded for plan in planned if plan.recorded is not None]
         first = torch.tensor(sorted({place for places in of_sets for place in places.tolist()}), dtype=torch.int64)
         rest = self.references.places[~torch.isin(self.references.places, first)]
         size = max(1, min(room, _POOL_MEMBERS))
-        start = max(0, size - len(first))
-        head = torch.cat([first, rest[:start]])
-        return [places for places in (head, *torch.split(rest[start:], size)) if len(places)]
+        num_full = max(0, -(-(len(first) + len(rest) - size) // size))
+        start = max(0, len(rest) - num_full * size)
+        return [*torch.split(rest[start:], size)[:num_full], torch.cat([first, rest[:start]])]
 
     def _pass(self, work: _Pass, on_progress: OnProgress | None) -> dict[str, _Found]:
         members, products = self._made(work)
@@ -307,7 +314,6 @@ class SetRun:
             with timed(self.seconds, "recalibrate"):
                 members = {name: _recalibrated(self.task, weights) for name, weights in members.items()}
         views = {name: draw.view for name, draw in work.draws.items()}
-        # The places of a pool's references are those of their keys.
         own = {f"reference {name}": self._reference_view(work, name) for name in work.references}
         with timed(self.seconds, "score"):
             scores = self._score_held_out(members, views | own, on_progress)
@@ -336,6 +342,8 @@ class SetRun:
         """The pools' members, and what the sets among them have in common with the snapshots."""
         size_bytes = work.num_members * self.rows.layout.num_values * 4
         empty = in_memory if size_bytes <= _MEMBERS_SHARE * self.config.memory_gb * 1e9 else on_disk
+        if not work.draws:
+            return {name: self.rows.members(pool.recorded, empty) for name, pool in work.pools.items()}, {}
         members, by_block = {}, {}
         for name, pool in work.pools.items():
             with timed(self.seconds, pool.stage):
@@ -347,7 +355,6 @@ class SetRun:
                     members[name] = WeightSet(empty(self.rows.layout, len(pool)))
         products = {name: Products(len(draw.view.places), len(self.rows)) for name, draw in work.draws.items()}
         for block in self.rows.blocks():
-            columns = {}
             for name, of_block in by_block.items():
                 pool = work.pools[name]
                 with timed(self.seconds, pool.stage):
