@@ -29,7 +29,7 @@ from pdiff_plugin.snapshots.statistics import LOG_SUFFIX, inverse_transform, tra
 Key = tuple[str, Any]
 
 # Values that noise is added to at a time.
-_NOISE_VALUES = 1 << 24
+_NOISE_VALUES = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 BLOCK_VALUES = 16384
 # Of a block in float64: its values, centred, standardised, and what its moments take.
 _BLOCK_COPIES = 5
+# Values of members read at a time.
+_READ_VALUES = 1 << 23
 # Stores up to this size are read once and kept; larger ones are read again, block by block, for each set.
 _KEEP_BYTES = 1 << 30
 # Share of a trajectory, to each side of a snapshot, that is too close in time to be a reference for it: +-20 of 300.
@@ -146,9 +148,11 @@ class SnapshotRows:
     def members(self, positions: Tensor, empty: Empty = in_memory) -> WeightSet:
         """The snapshots at ``positions`` (M,) among the N, in memory that ``empty`` gives."""
         tensors, indices = empty(self.layout, len(positions)), self.indices[positions]
-        for spec in self.layout:
-            place = self.layout.slices[spec.name]
-            tensors[spec.name].view(len(positions), -1).copy_(self._read(place.start, place.stop, indices=indices))
+        for number, lo, hi in column_blocks(self.layout, max(1, _READ_VALUES // len(positions))):
+            spec = self.layout.tensors[number]
+            start = self.layout.slices[spec.name].start
+            own = tensors[spec.name].view(len(positions), -1)
+            own[:, lo - start : hi - start] = self._read(lo, hi, indices=indices)
         return WeightSet(tensors)
 
     @cached_property
