@@ -63,6 +63,8 @@ class DiffusionEnsemble(nn.Module):
         class_axis: axis of the classes in the model's output; 1 suits (B, C) and dense (B, C, H, W) logits.
         select: picks the logits out of the model's output; by default the output itself, its ``logits``, or the first
             of a tuple.
+        copy: False keeps the tensors of ``weights`` themselves where they have the model's dtype and device, which
+            takes no further memory; they must then stay as they are.
 
     Raises:
         LayoutMismatchError: naming the first tensor that the model lacks or has in another shape.
@@ -80,6 +82,7 @@ class DiffusionEnsemble(nn.Module):
         task: EnsembleTask = "classification",
         class_axis: int = 1,
         select: Callable[[Any], Tensor] | None = None,
+        copy: bool = True,
     ) -> None:
         super().__init__()
         for field, value, choices in (("strategy", strategy, Strategy), ("task", task, EnsembleTask)):
@@ -90,7 +93,7 @@ class DiffusionEnsemble(nn.Module):
         self.model = unwrap(model)
         check_eval(self.model)
         self.strategy, self.task, self.class_axis, self.member_chunk = strategy, task, class_axis, member_chunk
-        self.vectorize, self.select = vectorize, select
+        self.vectorize, self.select, self._copy = vectorize, select, copy
         self.set_weights(weights)
         self.eval()
 
@@ -107,8 +110,8 @@ class DiffusionEnsemble(nn.Module):
         # Names hold dots, which a buffer's may not: buffers are numbered in the order of `names`.
         self._stack = nn.Module()
         for index, name in enumerate(self.names):
-            # A copy: the ensemble must not change when its source does.
-            stacked = weights[name].detach().to(live[name], copy=True, memory_format=torch.contiguous_format)
+            # A copy unless told otherwise: the ensemble must not change when its source does.
+            stacked = weights[name].detach().to(live[name], copy=self._copy, memory_format=torch.contiguous_format)
             self._stack.register_buffer(str(index), stacked)
         self._stack.eval()
         self._runner = MemberRunner(

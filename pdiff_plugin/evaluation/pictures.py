@@ -45,20 +45,27 @@ class Pictures:
         """``conv.weight[3, 0, 1, 1]`` for each of the coordinates."""
         return [_coordinate_name(self.rows.layout, place) for place in self.coordinates]
 
-    def add_references(self, members: WeightSet) -> None:
-        """Some of the reference snapshots, (R, ...)."""
-        values = _values(self.rows.layout, members, self.coordinates)
-        self.arrays["snapshots_values"] = torch.cat([self.arrays.get("snapshots_values", values[:0]), values])
+    def values(self, members: WeightSet) -> Tensor:
+        """Of members at the few coordinates, (M, P) float32."""
+        return _values(self.rows.layout, members, self.coordinates)
 
-    def add_set(self, kind: TaskKind, name: str, members: WeightSet, products: Tensor, measured: Measured) -> None:
-        """One draw of a set, with its inner products with the snapshots, (M, N)."""
+    def add_references(self, numbers: Tensor, values: Tensor) -> None:
+        """:meth:`values` of the reference snapshots of some ``numbers``, (r,); those of others keep theirs."""
+        held = self.arrays.get("snapshots_values", values[:0])
+        missing = int(numbers.max()) + 1 - len(held)
+        held = torch.cat([held, values.new_zeros(max(0, missing), values.shape[1])])
+        held[numbers] = values
+        self.arrays["snapshots_values"] = held
+
+    def add_set(self, kind: TaskKind, name: str, values: Tensor, products: Tensor, measured: Measured) -> None:
+        """One draw of a set: its :meth:`values`, and its inner products with the snapshots, (M, N)."""
         plane, _ = self.rows.plane
         self.arrays |= {
             f"{kind.score.key}/{name}": measured.member_scores,
             f"closest/{name}": measured.closest,
             f"distance/{name}": measured.distance,
             f"plane/{name}": products @ plane,
-            f"values/{name}": _values(self.rows.layout, members, self.coordinates),
+            f"values/{name}": values,
             f"curve/{name}": _curve(kind, measured),
             **{f"{key}/{name}": array(measured.scores) for key, array in kind.arrays.items()},
         }
