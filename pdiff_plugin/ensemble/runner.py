@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -187,6 +187,29 @@ def as_logits(output: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise ConfigError("output of the model", type(output).__name__, "must be logits or hold them as `logits`")
     return found
+
+
+def gaussians_of(output: Any) -> Tensor:
+    """Means and variances, (B, ..., 2), of what a model returned.
+
+    A pair (mean, variance), as torch.nn.GaussianNLLLoss takes them, or a mapping or an object, such as a distribution,
+    with ``mean`` and ``variance`` or ``log_variance``.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    named: Mapping[str, Any] = output if isinstance(output, Mapping) else {}
+    if not isinstance(output, Mapping | Tensor):
+        named = {name: getattr(output, name, None) for name in ("mean", "variance", "log_variance")}
+    mean, variance, log_variance = (named.get(name) for name in ("mean", "variance", "log_variance"))
+    if isinstance(log_variance, Tensor):
+        variance = log_variance.exp()
+    if not isinstance(mean, Tensor) and isinstance(output, tuple | list) and len(output) == 2:
+        mean, variance = output
+    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
+        expected = "must be a pair (mean, variance), or name them; Task(select=...) can make one of it"
+        raise ConfigError("output of the model", type(output).__name__, expected)
+    return torch.stack([mean, variance.expand_as(mean)], dim=-1)
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
