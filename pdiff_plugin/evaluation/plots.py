@@ -95,7 +95,8 @@ def density(values: Array, places: Array) -> Array:
 def accuracy_against_novelty(evaluation: Evaluation) -> Figure | None:
     """Each member, and each set's mean with the spread of its members."""
     score, arrays = evaluation.kind.score, evaluation.arrays
-    closest = "likest" if "likest/" + next(iter(evaluation.sets), "") in arrays else "closest"  # as it was called first
+    # Evaluations saved by the first releases have it under another name.
+    closest = "likest" if any(key.startswith("likest/") for key in arrays) else "closest"
     names = [n for n in evaluation.sets if f"{closest}/{n}" in arrays]
     if not names:
         return None
