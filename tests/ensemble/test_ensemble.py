@@ -370,6 +370,14 @@ def test_a_saved_ensemble_predicts_the_same_on_a_fresh_model(model, weights, x, 
     assert [path.name for path in tmp_path.iterdir()] == ["ensemble.safetensors"]
 
 
+def test_without_a_copy_the_members_are_the_tensors_given(model, weights, x):
+    shared, copied = DiffusionEnsemble(model, weights, copy=False), DiffusionEnsemble(model, weights)
+
+    assert all(shared.weights[name].data_ptr() == weights[name].data_ptr() for name in weights)
+    assert all(copied.weights[name].data_ptr() != weights[name].data_ptr() for name in weights)
+    assert torch.equal(shared(x), copied(x))
+
+
 def test_a_file_of_format_version_1_is_read():
     model = nn.Linear(2, 2).eval()
 
