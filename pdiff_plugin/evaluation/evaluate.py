@@ -97,13 +97,13 @@ def evaluate(
         planned.append(_deep_ensemble(retrain, config, on_progress))
     if not planned:
         raise ConfigError("sets", wanted, "must hold another one where there is neither a generator nor weights")
+    if generator is not None and GENERATED in wanted and weights is None:
+        pictures.follow(generator, config.seed)
     sets = run.run(planned)
     with timed(run.seconds, "compare"):
         pictures.add_likeness(
             run.kind, [run.kind.errors(sets[name].scores[0]) for name in (SNAPSHOTS, GENERATED) if name in sets]
         )
-        if generator is not None and GENERATED in sets and weights is None:
-            pictures.add_path(generator, config.seed)
     reference_distance = _reference_distance(rows, config)
     verdict, comparisons = _judge(run, sets, reference_distance)
     return Evaluation(
