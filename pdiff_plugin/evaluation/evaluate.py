@@ -106,14 +106,14 @@ def evaluate(
     if not planned:
         raise ConfigError("sets", wanted, "must hold another one where there is neither a generator nor weights")
     within = [plan for plan in planned if plan.name == SNAPSHOTS] if len(rows.runs) == 1 else of_each_run(rows, config)
+    if generator is not None and GENERATED in wanted and weights is None:
+        pictures.follow(generator, config.seed)
     judged = run.run([*planned, *(plan for plan in within if not plan.is_shown)])
     sets = {plan.name: judged[plan.name] for plan in planned if judged[plan.name].scores}
     with timed(run.seconds, "compare"):
         pictures.add_likeness(
             run.kind, [run.kind.errors(sets[name].scores[0]) for name in (SNAPSHOTS, GENERATED) if name in sets]
         )
-        if generator is not None and GENERATED in sets and weights is None:
-            pictures.add_path(generator, config.seed)
         choices = _choices(run, sets, pictures)
     reference_distance = _reference_distance(rows, config)
     differences = _differences(run, [judged[plan.name] for plan in within])

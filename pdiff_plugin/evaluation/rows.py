@@ -78,13 +78,14 @@ class SnapshotRows:
         trajectory: place in ``store.trajectories`` of each, (N,) int64.
         num_skipped: rows left out because they hold NaN or Inf.
         statistics: Gram matrix (N, N) and scales of the standardised rows.
+        block_values: columns at most in a block.
     """
 
     def __init__(
         self, store: SnapshotStore, read: RowReader, kept: _Kept, statistics: Statistics, block_values: int
     ) -> None:
         self.store, self.layout, self.statistics = store, store.layout, statistics
-        self._read, self._kept, self._block_values = read, kept, block_values
+        self._read, self._kept, self.block_values = read, kept, block_values
         self.indices = kept.indices
         self.num_skipped = len(store) - len(self.indices)
         self.trajectory = store.trajectory_index[self.indices]
@@ -142,8 +143,12 @@ class SnapshotRows:
         return self._kept.read(lo, hi)
 
     def blocks(self) -> Iterator[Block]:
-        """All columns of the snapshots, a few at a time."""
-        return (Block(self, number, lo, hi) for number, lo, hi in column_blocks(self.layout, self._block_values))
+        """All columns of the snapshots, a few at a time; a block is of use until the next one is asked for."""
+        # Written over and over: the system takes large tensors back, and faulting their pages in again takes as long
+        # as the arithmetic.
+        size = len(self) * min(self.block_values, self.layout.num_values)
+        buffers = torch.empty(size, dtype=torch.float64), torch.empty(size, dtype=torch.float64)
+        return (Block(self, place, buffers) for place in column_blocks(self.layout, self.block_values))
 
     def members(self, positions: Tensor, empty: Empty = in_memory) -> WeightSet:
         """The snapshots at ``positions`` (M,) among the N, in memory that ``empty`` gives."""
@@ -193,7 +198,7 @@ class SnapshotRows:
         """
         found = Products(weights.num_members, len(self))
         for block in self.blocks():
-            found.add(block, weights[block.name].detach().cpu().reshape(weights.num_members, -1)[:, block.place])
+            found.add(block, block.of(weights))
         return found.cross, found.squares
 
     @cached_property
@@ -229,7 +234,7 @@ class SnapshotRows:
             # A scale of one stands for a tensor that never moved, but may also be what was measured.
             only = Layout((self.layout.tensors[number],))
             start = self.layout.slices[only.names[0]].start
-            blocks = (self.read(start + lo, start + hi) for _, lo, hi in column_blocks(only, self._block_values))
+            blocks = (self.read(start + lo, start + hi) for _, lo, hi in column_blocks(only, self.block_values))
             return any(bool((block != block[:1]).any()) for block in blocks)
 
         return [moves(number) for number in range(len(self.layout.tensors))]
@@ -244,12 +249,18 @@ class Block:
         place: of the columns in the flattened tensor.
     """
 
-    def __init__(self, rows: SnapshotRows, number: int, lo: int, hi: int) -> None:
+    def __init__(self, rows: SnapshotRows, place: tuple[int, int, int], buffers: tuple[Tensor, Tensor]) -> None:
+        number, lo, hi = place
         self._rows, self._number, self._columns = rows, number, (lo, hi)
+        self._buffers = tuple(buffer[: len(rows) * (hi - lo)].view(len(rows), hi - lo) for buffer in buffers)
         self._moments: dict[bool, tuple[Tensor, Tensor]] = {}
         spec = rows.layout.tensors[number]
         start = rows.layout.slices[spec.name].start
         self.name, self.dtype, self.place = spec.name, DTYPES[spec.dtype], slice(lo - start, hi - start)
+
+    def of(self, members: WeightSet) -> Tensor:
+        """These columns of other weights, (M, b)."""
+        return members[self.name].detach().cpu().reshape(members.num_members, -1)[:, self.place]
 
     @cached_property
     def values(self) -> Tensor:
@@ -259,7 +270,7 @@ class Block:
     @cached_property
     def doubles(self) -> Tensor:
         """The same in float64."""
-        return self.values.double()
+        return self._buffers[0].copy_(self.values)
 
     @cached_property
     def transformed(self) -> Tensor:
@@ -284,7 +295,7 @@ class Block:
     @cached_property
     def standardised(self) -> Tensor:
         """Centred on the snapshots' mean and divided by the scale of the tensor, (N, b) float64."""
-        return (self.transformed - self._mean) / self._scale
+        return torch.sub(self.transformed, self._mean, out=self._buffers[1]).div_(self._scale)
 
     def standardise(self, values: Tensor) -> Tensor:
         """Columns (M, b) of other weights by the same mean and scale."""

@@ -1,6 +1,6 @@
 """Memory for members that are judged and then dropped.
 
-Shapes: M members, ``*shape`` one tensor's own shape.
+Shapes: M members, K latent width, ``*shape`` one tensor's own shape.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pdiff_plugin.generator.generator import WeightGenerator
+from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.files import TEMP_MARK
 from pdiff_plugin.snapshots.layout import DTYPES, Layout
 
@@ -33,6 +35,15 @@ def in_memory(layout: Layout, num_members: int) -> dict[str, Tensor]:
 def on_disk(layout: Layout, num_members: int) -> dict[str, Tensor]:
     """As mapped files, which the system may drop from memory; they are gone with the tensors."""
     return {spec.name: _mapped((num_members, *spec.shape), DTYPES[spec.dtype]) for spec in layout}
+
+
+def decoded(generator: WeightGenerator, latents: Tensor, empty: Empty) -> WeightSet:
+    """The members that ``latents`` (M, K) stand for, a few columns at a time into the memory that ``empty`` gives."""
+    tensors = empty(generator.layout, len(latents))
+    for name, columns, values in generator.autoencoder.decode_blocks(latents):
+        start = generator.layout.slices[name].start
+        tensors[name].view(len(latents), -1)[:, columns.start - start : columns.stop - start] = values
+    return WeightSet(tensors)
 
 
 def _mapped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

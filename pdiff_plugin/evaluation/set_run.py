@@ -26,9 +26,9 @@ from pdiff_plugin.evaluation.baselines import Baseline, Drawing, Key, recorded, 
 from pdiff_plugin.evaluation.figures import Figures, measure, measure_shifted, over_draws
 from pdiff_plugin.evaluation.kind import Measured, Scores, TaskKind
 from pdiff_plugin.evaluation.pictures import Pictures
-from pdiff_plugin.evaluation.rows import Block, Products, SnapshotRows, evenly_spaced
+from pdiff_plugin.evaluation.rows import Products, SnapshotRows, evenly_spaced
 from pdiff_plugin.evaluation.scores import Scorer, View, score_sets
-from pdiff_plugin.evaluation.scratch import Empty, in_memory, on_disk
+from pdiff_plugin.evaluation.scratch import Empty, decoded, in_memory, on_disk
 from pdiff_plugin.evaluation.task import Data, Task, evaluating
 from pdiff_plugin.evaluation.verdict import ScoredSet, half_mask
 from pdiff_plugin.generator.generator import WeightGenerator
@@ -188,12 +188,7 @@ def generated(generator: WeightGenerator, num_members: int, rng: torch.Generator
     """Members that ``generator`` samples, with the options of :meth:`WeightGenerator.sample`."""
 
     def whole(empty: Empty) -> WeightSet:
-        latents = generator.sample_latents(num_members, rng=rng, **options)
-        tensors = empty(generator.layout, num_members)
-        for name, columns, values in generator.autoencoder.decode_blocks(latents):
-            start = generator.layout.slices[name].start
-            tensors[name].view(num_members, -1)[:, columns.start - start : columns.stop - start] = values
-        return WeightSet(tensors)
+        return decoded(generator, generator.sample_latents(num_members, rng=rng, **options), empty)
 
     return Drawing(num_members=num_members, whole=whole)
 
@@ -535,11 +530,15 @@ class SetRun:
                 pool = work.pools[name]
                 with timed(self.seconds, pool.stage):
                     made = of_block(block)
-                    _columns(members[name], block)[:] = made if pool.kept is None else made[pool.kept]
+                    block.of(members[name])[:] = made if pool.kept is None else made[pool.kept]
             with timed(self.seconds, "compare"):
-                columns = {name: _columns(members[name], block) for name in {d.view.pool for d in shown.values()}}
+                columns = {name: block.of(members[name]) for name in {d.view.pool for d in shown.values()}}
+                if self.pictures is not None:
+                    self.pictures.see(block)
                 for name, draw in shown.items():
                     products[name].add(block, columns[draw.view.pool][draw.view.places])
+        if self.pictures is not None:
+            self.pictures.end()
         return members, products
 
     def _score_held_out(
@@ -629,11 +628,6 @@ def _finite(weights: WeightSet) -> Tensor:
     """Which members hold neither NaN nor Inf, (M,) bool."""
     checks = [torch.stack([member.isfinite().all() for member in tensor]).cpu() for tensor in weights.values()]
     return torch.stack(checks).all(dim=0) if checks else torch.ones(weights.num_members, dtype=torch.bool)
-
-
-def _columns(members: WeightSet, block: Block) -> Tensor:
-    """Those of ``block``, (U, b)."""
-    return members[block.name].detach().cpu().reshape(members.num_members, -1)[:, block.place]
 
 
 def _recalibrated(task: Task, weights: WeightSet) -> WeightSet:

@@ -266,7 +266,8 @@ def test_the_result_is_told_saved_read_and_drawn(judged: Judged, tmp_path: Path)
     assert f"{result.kind.metric(result.kind.ensemble_loss).title} (lower is better)" in page
     assert result.kind.likeness.help in page
     drawn = {path.stem for path in (tmp_path / "report-figures").iterdir()}
-    assert {"accuracy-novelty", "paired-differences", "plane", "ensemble-size", "overlap", "densities"} <= drawn
+    assert {"accuracy-novelty", "paired-differences", "plane", "overlap", "densities"} <= drawn
+    assert f'<figure id="cost-{result.kind.loss.key}"' in page
 
 
 def test_generators_are_swept_gated_averaged_and_ranked(judged: Judged, tmp_path: Path) -> None:

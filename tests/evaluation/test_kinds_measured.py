@@ -23,7 +23,7 @@ from pdiff_plugin.evaluation.kind import MAX_COMPARED, Measured, Scores, TaskKin
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.positions import IGNORED, dense
 from pdiff_plugin.evaluation.scores import score_sets
-from pdiff_plugin.evaluation.verdict import ScoredSet, compare, judge, standard_error
+from pdiff_plugin.evaluation.verdict import Differences, Nearness, ScoredSet, compare, judge, standard_error
 from pdiff_plugin.generator.weights import WeightSet
 
 Outcome = tuple[Tensor, Any]
@@ -477,9 +477,8 @@ def test_a_correlation_is_a_copy_later_than_errors_in_common(
     one, other = (
         ScoredSet(kind, "x", [scores_of(kind, outputs[half], targets)]) for half in (slice(0, 2), slice(2, 5))
     )
-    found, _ = judge(
-        one, {"other": other}, distance=1.0, reference_distance=1.0, likeness=likeness, reference_likeness=reference
-    )
+    nearness = Nearness(1.0, 1.0, likeness=likeness, reference_likeness=reference)
+    found, _ = judge(one, {"other": other}, nearness, Differences(kind, 1, 0.1, 0.5, 0.005, 0.5, None))
     assert (found.outcome == "copies the snapshots") == is_copy
     if is_copy:
         threshold = "99%" if name == "dense" else "0.9999"
@@ -494,5 +493,6 @@ def test_too_few_errors_are_counted_in_what_the_kind_errs_on() -> None:
     kind, targets = KINDS["dense"], torch.zeros(5, 3, 3).long()
     targets[0, 0, 0] = 1
     scored = ScoredSet(kind, "x", [scores_of(kind, outputs, targets)])
-    found, _ = judge(scored, {}, distance=1.0, reference_distance=1.0, likeness=0.5, reference_likeness=0.5)
+    nearness = Nearness(1.0, 1.0, likeness=0.5, reference_likeness=0.5)
+    found, _ = judge(scored, {}, nearness, Differences(kind, 1, 0.1, 0.5, 0.005, 0.5, None))
     assert found.sentence.startswith("Too few data to tell: members make 1.0 errors on 45 pixels; it takes 10")
