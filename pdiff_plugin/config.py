@@ -523,10 +523,30 @@ class EvaluateConfig:
     """Score every member, snapshots included, with BatchNorm statistics recomputed on the task's training data."""
     num_retrained: int = 5
     """Members of the deep ensemble, where a training function is given."""
+    memory_gb: float = 2.0
+    """Bound on the memory for snapshots and members, in GB, beside the model and a batch's outputs. What is larger is
+    kept in mapped files meanwhile: 2 GiB of members, or one set, in the folder for temporary files."""
+    quick: bool = False
+    """An answer in about a tenth of the time, with wider errors: at most 8 members, one draw, the `core` sets in place
+    of `all`, and 15 snapshots to compare errors with instead of 100."""
 
     def __post_init__(self) -> None:
         for name in ("num_members", "num_draws", "num_retrained"):
             _check(name, getattr(self, name), 1)
+        _check("memory_gb", self.memory_gb, 0.001)
+
+    @property
+    def num_references(self) -> int:
+        """Snapshots whose errors are compared with everybody's; more would cost as many forward passes of the tail."""
+        # Every other one of twice as many, less one, is a member of the set of snapshots.
+        return 2 * self.num_members - 1 if self.quick else max(100, self.num_members)
+
+    def in_effect(self) -> EvaluateConfig:
+        """With what ``quick`` changes."""
+        if not self.quick:
+            return self
+        sets = "core" if self.sets == "all" else self.sets
+        return replace(self, num_members=min(self.num_members, 8), num_draws=1, sets=sets)
 
 
 @dataclass(frozen=True, kw_only=True)

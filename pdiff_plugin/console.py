@@ -163,4 +163,5 @@ def _plain_lines() -> Callable[[Progress], None]:
 
 
 def _metrics_text(report: Progress) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
+    metrics = (f"{name} {value:.4g}" for name, value in report.metrics.items())
+    return "  ".join([*filter(None, [_visible(report.text)]), *metrics])

@@ -141,8 +141,7 @@ def show_trials(folder: Path, document: dict[str, Any]) -> None:
 
 def show_evaluation(result: Evaluation, *budgets: float) -> None:
     """Print the table of an evaluation, its verdict and the best choices: for one pass, eight, and any ``budgets``."""
-    title = f"{result.details['task']}: {result.details['num_items']} items"
-    console.table(title, *result.table(), note=result.footnote, lead=result.lead)
+    console.table(result.title, *result.table(), note=result.footnote, lead=result.lead)
     console.say("\n".join(["", result.verdict.sentence, "", *result.told_choices(*budgets)]).rstrip())
 
 

@@ -16,6 +16,8 @@ class Progress:
     step: int
     total_steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    text: str = ""
+    """What is being worked on, for people."""
 
 
 OnProgress = Callable[[Progress], None]

@@ -466,7 +466,7 @@ def test_evaluate_saves_the_best_and_says_how_it_is_loaded(
     import safetensors.torch
 
     model = importlib.import_module("my_eight_items").Net()
-    exec(line, {"model": model, "safetensors": safetensors})
+    exec(line.strip(), {"model": model, "safetensors": safetensors})
     assert torch.equal(model.norm.weight, load_file(tmp_path / "best" / "best.safetensors")["norm.weight"])
 
 

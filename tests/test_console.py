@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from pdiff_plugin import console
+from pdiff_plugin.progress import Progress
 
 HEADERS = ["set", "members", "acc mean", "± std", "best*", "worst", "ens acc", "ens NLL", "ens ECE", "IoU"]
 HEADERS += ["IoU to snap", "nearest", "passes"]
@@ -103,3 +104,11 @@ def test_control_characters_in_log_messages_are_shown_as_escapes() -> None:
     handler.setFormatter(console._VisibleMessage("%(message)s"))
     handler.emit(logging.LogRecord("pdiff_plugin", logging.WARNING, "", 0, "left out: %s", ("a\x1b[2J",), None))
     assert logged.getvalue() == "left out: a\\x1b[2J\n"
+
+
+def test_a_plain_line_of_progress_says_what_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=file, force_terminal=False, width=40))
+    with console.progress() as tell:
+        tell(Progress("score", 3, 12, text="gaussian 3/12, about 40 s left"))
+    assert file.getvalue() == "score: 3/12 gaussian 3/12, about 40 s left\n"

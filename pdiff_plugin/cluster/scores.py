@@ -13,7 +13,7 @@ from pdiff_plugin.cluster.connection import map_in_order
 from pdiff_plugin.config import DistributedConfig
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation.kind import Scores
-from pdiff_plugin.evaluation.scores import score_sets
+from pdiff_plugin.evaluation.scores import View, score_sets
 from pdiff_plugin.evaluation.task import Data, Task
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.progress import OnProgress, Progress
@@ -36,6 +36,7 @@ class ClusterScorer:
         sets: Mapping[str, WeightSet],
         data: Data | None = None,
         *,
+        views: Mapping[str, View] | None = None,
         seed: int = 0,
         on_progress: OnProgress | None = None,
     ) -> tuple[dict[str, Scores], Tensor]:
@@ -46,17 +47,22 @@ class ClusterScorer:
             if on_progress is not None:
                 on_progress(Progress("score", done, len(sets)))
 
-        items = [(key, weights, data, seed) for key, weights in sets.items()]
+        items = [
+            ({key: weights}, None if views is None else {k: v for k, v in views.items() if v.pool == key}, data, seed)
+            for key, weights in sets.items()
+        ]
         answers = map_in_order(_score_one, self._stored[1], items, self.distributed, tell)
         targets = answers[0][1]
         if not all(torch.equal(targets, theirs) for _, theirs in answers):
             raise ConfigError(
                 (data or task.data).name, "another order in another process", "must not shuffle (shuffle=False)"
             )
-        return {key: scores for key, (scores, _) in zip(sets, answers, strict=True)}, targets
+        found = {key: scores for of_set, _ in answers for key, scores in of_set.items()}
+        return {key: found[key] for key in views or sets}, targets
 
 
-def _score_one(task: Task, item: tuple[str, WeightSet, Data | None, int]) -> tuple[Scores, Tensor]:
-    key, weights, data, seed = item
-    scores, targets = score_sets(task, {key: weights}, data, seed=seed)
-    return scores[key], targets
+def _score_one(
+    task: Task, item: tuple[dict[str, WeightSet], dict[str, View] | None, Data | None, int]
+) -> tuple[dict[str, Scores], Tensor]:
+    sets, views, data, seed = item
+    return score_sets(task, sets, data, views=views, seed=seed)

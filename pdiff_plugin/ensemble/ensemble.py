@@ -12,15 +12,17 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from pdiff_plugin.config import SamplingConfig, configured
 from pdiff_plugin.ensemble.prediction import Prediction, PredictionSums, RegressionPrediction, join, member_axis
-from pdiff_plugin.ensemble.runner import Execution, MemberRunner, Strategy, check_eval
+from pdiff_plugin.ensemble.runner import Execution, MemberRunner, Strategy, check_eval, gaussians_of
 from pdiff_plugin.ensemble.soup import uniform_soup
 from pdiff_plugin.errors import ConfigError, DataError, FormatError, LayoutMismatchError
 from pdiff_plugin.generator.weights import WeightSet
@@ -36,14 +38,14 @@ if TYPE_CHECKING:
 FORMAT = "pdiff-ensemble"
 FORMAT_VERSION = 1
 
-EnsembleTask = Literal["classification", "regression"]
+EnsembleTask = Literal["classification", "multilabel", "regression", "gaussian-regression"]
 
 
 class DiffusionEnsemble(nn.Module):
     """M members that share one model and differ in the tensors of ``weights``.
 
     It stands in for the model in an evaluation loop: calling it gives the log of the mean member probability, so
-    ``argmax``, ``softmax`` and ``cross_entropy`` work unchanged (for regression, the mean output). Nothing is written
+    ``argmax``, ``softmax`` and ``cross_entropy`` work unchanged (other tasks: see ``task``). Nothing is written
     into the model. It runs in eval mode only and records no gradients. BatchNorm statistics are the members' where
     recorded, else the model's. Members take turns inside the live model, so only one thread may run it at a time.
 
@@ -59,10 +61,14 @@ class DiffusionEnsemble(nn.Module):
             are among the members' (they become grouped convolutions, slower than a loop on most CPUs).
         member_chunk: members computed at once; by default as many as fit into a quarter of the free memory, on a CPU
             fewer where their tensors are large. Results may differ by rounding between chunk sizes.
-        task: ``regression`` averages outputs instead of probabilities.
+        task: what is averaged. ``classification`` softmax probabilities, ``multilabel`` those of each label (the output
+            is the logit of their mean), ``regression`` the outputs. ``gaussian-regression`` takes models that return
+            (mean, variance), and gives those of the even mixture of the members' Gaussians.
         class_axis: axis of the classes in the model's output; 1 suits (B, C) and dense (B, C, H, W) logits.
         select: picks the logits out of the model's output; by default the output itself, its ``logits``, or the first
-            of a tuple.
+            of a tuple; for ``gaussian-regression`` a pair, or what has ``mean`` and ``variance`` or ``log_variance``.
+        copy: False keeps the tensors of ``weights`` themselves where they have the model's dtype and device, which
+            takes no further memory; they must then stay as they are.
 
     Raises:
         LayoutMismatchError: naming the first tensor that the model lacks or has in another shape.
@@ -80,6 +86,7 @@ class DiffusionEnsemble(nn.Module):
         task: EnsembleTask = "classification",
         class_axis: int = 1,
         select: Callable[[Any], Tensor] | None = None,
+        copy: bool = True,
     ) -> None:
         super().__init__()
         for field, value, choices in (("strategy", strategy, Strategy), ("task", task, EnsembleTask)):
@@ -90,7 +97,7 @@ class DiffusionEnsemble(nn.Module):
         self.model = unwrap(model)
         check_eval(self.model)
         self.strategy, self.task, self.class_axis, self.member_chunk = strategy, task, class_axis, member_chunk
-        self.vectorize, self.select = vectorize, select
+        self.vectorize, self.select, self._copy = vectorize, select, copy
         self.set_weights(weights)
         self.eval()
 
@@ -107,8 +114,8 @@ class DiffusionEnsemble(nn.Module):
         # Names hold dots, which a buffer's may not: buffers are numbered in the order of `names`.
         self._stack = nn.Module()
         for index, name in enumerate(self.names):
-            # A copy: the ensemble must not change when its source does.
-            stacked = weights[name].detach().to(live[name], copy=True, memory_format=torch.contiguous_format)
+            # A copy unless told otherwise: the ensemble must not change when its source does.
+            stacked = weights[name].detach().to(live[name], copy=self._copy, memory_format=torch.contiguous_format)
             self._stack.register_buffer(str(index), stacked)
         self._stack.eval()
         self._runner = MemberRunner(
@@ -118,7 +125,7 @@ class DiffusionEnsemble(nn.Module):
             strategy=self.strategy,
             vectorize=self.vectorize,
             member_chunk=self.member_chunk,
-            select=self.select,
+            select=self._gaussians if self.task == "gaussian-regression" else self.select,
         )
 
     @property
@@ -140,8 +147,15 @@ class DiffusionEnsemble(nn.Module):
     def extra_repr(self) -> str:
         return f"num_members={self.num_members}, tensors={len(self.names)}, execution={self.execution!r}"
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Log of the mean member probability, (B, C, ...), for the model's own arguments; mean output in regression."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """Log of the mean member probability, (B, C, ...), for the model's own arguments.
+
+        Mean output in regression, logits (B, L) of several labels, mean and variance of Gaussians.
+        """
+        if self.task == "gaussian-regression":
+            found = self.predict(*args, **kwargs)
+            assert isinstance(found, RegressionPrediction)
+            return found.mean, found.variance
         total: Tensor | None = None
 
         def add(outputs: Tensor) -> None:  # (m, B, C, ...)
@@ -155,10 +169,12 @@ class DiffusionEnsemble(nn.Module):
 
         self._runner.each_chunk(args, kwargs, add)
         assert total is not None  # an ensemble has at least one member
+        if self.task == "multilabel":
+            return total[:, 1] - total[:, 0]
         return total / self.num_members if self.task == "regression" else total - math.log(self.num_members)
 
     def members(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits (in regression, outputs) of every member, (M, B, C, ...)."""
+        """Logits (in regression, outputs; of Gaussians, mean and variance last) of all members, (M, B, ...)."""
         chunks: list[Tensor] = []
         self._runner.each_chunk(args, kwargs, chunks.append)
         return torch.cat(chunks)
@@ -168,9 +184,13 @@ class DiffusionEnsemble(nn.Module):
         if self.task == "regression":
             outputs = _at_least_float32(self.members(*args, **kwargs))  # (M, B, ...)
             return RegressionPrediction(outputs.mean(0), outputs.var(0, correction=0))
-        sums = PredictionSums(self.class_axis)
+        if self.task == "gaussian-regression":
+            mean, variance = _at_least_float32(self.members(*args, **kwargs)).unbind(-1)  # (M, B, ...)
+            return RegressionPrediction(mean.mean(0), variance.mean(0) + mean.var(0, correction=0))
+        sums = PredictionSums(1 if self.task == "multilabel" else self.class_axis)
         self._runner.each_chunk(args, kwargs, lambda logits: sums.add(self._log_probabilities(logits)))
-        return sums.prediction()
+        found = sums.prediction()
+        return replace(found, probabilities=found.probabilities[:, 1]) if self.task == "multilabel" else found
 
     def predict_loader(
         self,
@@ -255,7 +275,13 @@ class DiffusionEnsemble(nn.Module):
         swap_(model, shared)
         return ensemble
 
+    def _gaussians(self, output: Any) -> Tensor:
+        return gaussians_of(output if self.select is None else self.select(output))
+
     def _log_probabilities(self, logits: Tensor) -> Tensor:
+        if self.task == "multilabel":  # (m, B, L) -> (m, B, 2, L): each label is a choice of its own
+            logits = _at_least_float32(logits)
+            return torch.stack([logsigmoid(-logits), logsigmoid(logits)], dim=2)
         axis = member_axis(self.class_axis)
         if logits.ndim < 2 or not -logits.ndim < axis < logits.ndim or logits.shape[axis] < 2:
             raise ConfigError(

@@ -16,10 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an ensemble of classifiers says about a batch.
+    """What an ensemble of classifiers says about a batch; of several labels, each by itself, (B, L).
 
     Attributes:
-        probabilities: mean over members, (B, C, ...).
+        probabilities: mean over members, (B, C, ...); of several labels, that each is there.
         predictive_entropy: entropy of that mean, in nats: all uncertainty, (B, ...).
         expected_entropy: mean of the members' entropies: what every member is unsure of, (B, ...).
         mutual_information: their difference: what the members disagree on, (B, ...).
@@ -39,7 +39,8 @@ class RegressionPrediction:
 
     Attributes:
         mean: over members, (B, ...).
-        variance: of the members' outputs around it, divided by M, (B, ...).
+        variance: of the members' outputs around it, divided by M, (B, ...); plus the mean of their own variances where
+            members are Gaussians.
     """
 
     mean: Tensor

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from pdiff_plugin.errors import TrainingModeError
+from pdiff_plugin.errors import DataError, TrainingModeError
 from pdiff_plugin.modules.batches import logits_of
 from pdiff_plugin.modules.names import named_tensors, wrapped_names
 from pdiff_plugin.modules.trunk_cache import Run, Trunk, TrunkCache, copied_inputs, exclusive
@@ -179,6 +179,29 @@ def _has_conv_weights(model: nn.Module, names: Iterable[str]) -> bool:
     generated = {id(live[name]) for name in names}
     convolutions = (module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd))
     return any(id(conv.weight) in generated for conv in convolutions)
+
+
+def gaussians_of(output: Any) -> Tensor:
+    """Means and variances, (B, ..., 2), of what a model returned.
+
+    A pair (mean, variance), as torch.nn.GaussianNLLLoss takes them, or a mapping or an object, such as a distribution,
+    with ``mean`` and ``variance`` or ``log_variance``.
+
+    Raises:
+        DataError: it is neither.
+    """
+    named: Mapping[str, Any] = output if isinstance(output, Mapping) else {}
+    if not isinstance(output, Mapping | Tensor):
+        named = {name: getattr(output, name, None) for name in ("mean", "variance", "log_variance")}
+    mean, variance, log_variance = (named.get(name) for name in ("mean", "variance", "log_variance"))
+    if isinstance(log_variance, Tensor):
+        variance = log_variance.exp()
+    if not isinstance(mean, Tensor) and isinstance(output, tuple | list) and len(output) == 2:
+        mean, variance = output
+    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
+        expected = "must be a pair (mean, variance), or name them; Task(select=...) can make one of it"
+        raise DataError("output of the model", type(output).__name__, expected)
+    return torch.stack([mean, variance.expand_as(mean)], dim=-1)
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:

@@ -64,7 +64,7 @@ def check_alignment(task: Task, weights: Mapping[str, Tensor] | None = None) -> 
         )
 
 
-def aligned_rows(task: Task, store: SnapshotStore, generator: WeightGenerator | None) -> SnapshotRows:
+def aligned_rows(task: Task, store: SnapshotStore, generator: WeightGenerator | None, memory_gb: float) -> SnapshotRows:
     """Snapshots with their hidden units in the order in which ``generator`` makes them, if its fit aligned them.
 
     Warns where they are not those that it was fitted on.
@@ -73,7 +73,7 @@ def aligned_rows(task: Task, store: SnapshotStore, generator: WeightGenerator | 
         ConfigError: it did, although that changes what the model computes.
     """
     alignment = generator.alignment if generator is not None else None
-    rows = SnapshotRows.measure(store, alignment)
+    rows = SnapshotRows.measure(store, alignment, memory_gb=memory_gb)
     if generator is not None and (change := change_since_fit(rows, generator)):
         logger.warning("%s: %s", store.path, change)
     if alignment is not None and alignment.permutations:

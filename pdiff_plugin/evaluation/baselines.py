@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
@@ -20,13 +20,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdiff_plugin.evaluation.rows import BLOCK_VALUES, SnapshotRows, evenly_spaced
+from pdiff_plugin.evaluation.rows import Block, SnapshotRows, evenly_spaced
+from pdiff_plugin.evaluation.scratch import Empty, in_memory
 from pdiff_plugin.generator.weights import WeightSet
-from pdiff_plugin.snapshots.layout import DTYPES
-from pdiff_plugin.snapshots.statistics import LOG_SUFFIX, column_blocks, inverse_transform, transform
+from pdiff_plugin.snapshots.statistics import LOG_SUFFIX, inverse_transform, transform
 
-# Draws a set of about M members from the snapshots: (rows, num_members, rng), and the knob where there is one.
-Draw = Callable[..., WeightSet]
+# What a member is made of: what is done, and with what.
+Key = tuple[str, Any]
+
+# Values that noise is added to at a time.
+_NOISE_VALUES = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Members that are decided on but not made: as many sets as there is room for are then made in one pass.
+
+    Attributes:
+        num_members: M.
+        of_block: makes some columns of all members, (M, b), from those of all snapshots, called in order of columns.
+        whole: makes all members at once, in the memory that it is given, where they do not come by columns.
+        recorded: places (M,) of the snapshots that the members are, where they are such.
+        keys: of each member; those of equal keys are equal, in other drawings too. None where all differ.
+    """
+
+    num_members: int
+    of_block: Callable[[Block], Tensor] | None = None
+    whole: Callable[[Empty], WeightSet] | None = None
+    recorded: Tensor | None = None
+    keys: Sequence[Key] | None = None
+
+    def made(self, rows: SnapshotRows, empty: Empty = in_memory, chosen: Tensor | None = None) -> WeightSet:
+        """The members, or some that are ``chosen``, made alone."""
+        if self.recorded is not None:
+            return rows.members(self.recorded if chosen is None else self.recorded[chosen], empty)
+        if self.whole is not None:
+            members = self.whole(empty)
+            return members if chosen is None else members.select(chosen)
+        assert self.of_block is not None
+        num_members = self.num_members if chosen is None else len(chosen)
+        tensors = empty(rows.layout, num_members)
+        for block in rows.blocks():
+            made = self.of_block(block)
+            tensors[block.name].view(num_members, -1)[:, block.place] = made if chosen is None else made[chosen]
+        return WeightSet(tensors)
+
+
+# Decides on a set of about M members from the snapshots: (rows, num_members, rng), and the knob where there is one.
+Draw = Callable[..., Drawing]
 
 
 def rng_for(seed: int, name: str) -> torch.Generator:
@@ -48,24 +89,34 @@ def last_of_each_run(rows: SnapshotRows, num_members: int) -> Tensor:
 
 def _at(
     places: Callable[[SnapshotRows, int], Tensor], rows: SnapshotRows, num_members: int, rng: torch.Generator
-) -> WeightSet:
+) -> Drawing:
     """Snapshots at some places, as they were recorded."""
     del rng
-    return rows.members(places(rows, num_members))
+    return recorded(places(rows, num_members))
 
 
-def swa(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> WeightSet:
+def recorded(places: Tensor) -> Drawing:
+    """The snapshots at ``places`` (M,)."""
+    return Drawing(
+        num_members=len(places),
+        of_block=lambda block: block.values[places].to(block.dtype),
+        recorded=places,
+        keys=[("recorded", place) for place in places.tolist()],
+    )
+
+
+def swa(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> Drawing:
     """The mean of all snapshots of each run: one model per run (stochastic weight averaging, Izmailov et al. 2018)."""
     del num_members, rng
     mixture = torch.zeros(len(rows.runs), len(rows), dtype=torch.float64)
     for member, group in enumerate(rows.runs):
         mixture[member, group] = 1 / len(group)
-    return _by_block(rows, len(mixture), lambda values: mixture @ values, logarithms=False)
+    return _mixed(mixture)
 
 
 def average(
     rows: SnapshotRows, num_members: int, rng: torch.Generator, *, k: float = 16, per_run: bool = False
-) -> WeightSet:
+) -> Drawing:
     """Each member is the mean of ``k`` different random snapshots (of all, where there are fewer).
 
     ``per_run`` averages within one run; members take the runs in turn.
@@ -76,40 +127,45 @@ def average(
         group = groups[member % len(groups)]
         chosen = group[torch.randperm(len(group), generator=rng)[: int(k)]]
         mixture[member, chosen] = 1 / len(chosen)
-    return _by_block(rows, num_members, lambda values: mixture @ values, logarithms=False)
+    return _mixed(mixture)
 
 
-def noise(rows: SnapshotRows, num_members: int, rng: torch.Generator, size: float = 0.05) -> WeightSet:
+def noise(rows: SnapshotRows, num_members: int, rng: torch.Generator, size: float = 0.05) -> Drawing:
     """Evenly spaced snapshots plus normal noise, relative to each tensor.
 
     The noise's standard deviation is ``size`` times that of the tensor's own values (not of its movement between
     snapshots), as in p-diff's evaluate.py; a tensor of equal values gets none.
     """
-    chosen = rows.members(evenly_spaced(len(rows), num_members))
-    noisy = {}
-    for name, tensor in chosen.items():
-        values = transform(tensor.float().reshape(chosen.num_members, -1), name)  # (M, numel)
-        sigma = size * values.std(dim=1, keepdim=True, unbiased=False)
-        values = inverse_transform(values + sigma * torch.randn(values.shape, generator=rng), name)
-        noisy[name] = _to_dtype(values, name, tensor.dtype).reshape(tensor.shape)
-    return WeightSet(noisy)
+    places = evenly_spaced(len(rows), num_members)
+    return Drawing(num_members=len(places), whole=partial(_noisy, rows, places, rng, size))
+
+
+def _noisy(rows: SnapshotRows, places: Tensor, rng: torch.Generator, size: float, empty: Empty) -> WeightSet:
+    members = rows.members(places, empty)
+    for name, tensor in members.items():
+        own = tensor.view(len(places), -1)  # (M, numel)
+        for part in torch.split(own, max(1, _NOISE_VALUES // max(own.shape[1], 1))):
+            values = transform(part.float(), name)
+            sigma = size * values.std(dim=1, keepdim=True, unbiased=False)
+            values = torch.randn(values.shape, generator=rng).mul_(sigma).add_(values)
+            part.copy_(_to_dtype(inverse_transform(values, name), name, tensor.dtype))
+    return members
 
 
 def gaussian(
     rows: SnapshotRows, num_members: int, rng: torch.Generator, *, scale: float = 1.0, per_run: bool = False
-) -> WeightSet:
+) -> Drawing:
     """Normal draws with the mean and ``scale`` times the standard deviation of each coordinate.
 
     Both over all snapshots, or with ``per_run`` over those of a run.
     """
-    groups = _groups(rows, per_run)
-    owner = torch.arange(num_members) % len(groups)
+    owner = torch.arange(num_members) % len(_groups(rows, per_run))
 
-    def draw(values: Tensor) -> Tensor:
-        mean, std = _moments(values, groups)  # (number of groups, b)
-        return mean[owner] + scale * std[owner] * _normal(num_members, values.shape[1], rng)
+    def draw(block: Block) -> Tensor:
+        mean, std = block.moments(per_run)  # (number of groups, b)
+        return mean[owner] + scale * std[owner] * _normal(num_members, mean.shape[1], rng)
 
-    return _by_block(rows, num_members, draw)
+    return _drawn(num_members, draw)
 
 
 def swag(
@@ -120,7 +176,7 @@ def swag(
     scale: float = 0.5,
     rank: int = 20,
     per_run: bool = False,
-) -> WeightSet:
+) -> Drawing:
     """Draws from a Gaussian of low rank plus diagonal around the mean (SWAG, Maddox et al. 2019, algorithm 1).
 
     A member is mean + sqrt(scale) (std * z1 + deviations^T z2 / sqrt(r - 1)), with ``deviations`` those of r evenly
@@ -132,15 +188,15 @@ def swag(
     picked = [group[evenly_spaced(len(group), rank)] for group in groups]
     shared = [_normal(num_members, len(places), rng) / max(len(places) - 1, 1) ** 0.5 for places in picked]
 
-    def draw(values: Tensor) -> Tensor:
-        mean, std = _moments(values, groups)
-        drawn = std[owner] * _normal(num_members, values.shape[1], rng)
+    def draw(block: Block) -> Tensor:
+        mean, std = block.moments(per_run)
+        drawn = std[owner] * _normal(num_members, mean.shape[1], rng)
         for number, places in enumerate(picked):
             mine = owner == number
-            drawn[mine] += shared[number][mine] @ (values[places] - mean[number])
+            drawn[mine] += shared[number][mine] @ (block.transformed[places] - mean[number])
         return mean[owner] + math.sqrt(scale) * drawn
 
-    return _by_block(rows, num_members, draw)
+    return _drawn(num_members, draw)
 
 
 def runs_in_turn(num_members: int, num_runs: int) -> Tensor:
@@ -198,7 +254,7 @@ class Baseline:
     """How a set is drawn, called and shown.
 
     Attributes:
-        draw: makes the set.
+        draw: decides on the set.
         text: its name in a sentence.
         look: in pictures.
         is_random: whether another seed gives other members.
@@ -314,33 +370,26 @@ def _groups(rows: SnapshotRows, per_run: bool) -> list[Tensor]:
     return rows.runs if per_run else [torch.arange(len(rows))]
 
 
-def _moments(values: Tensor, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each group of rows of (N, b), both (number of groups, b)."""
-    mean = torch.stack([values[group].mean(dim=0) for group in groups])
-    std = torch.stack([values[group].std(dim=0, correction=min(1, len(group) - 1)) for group in groups])
-    return mean, std
-
-
 def _normal(rows: int, columns: int, rng: torch.Generator) -> Tensor:
     return torch.randn(rows, columns, generator=rng, dtype=torch.float64)
 
 
-def _by_block(
-    rows: SnapshotRows, num_members: int, draw: Callable[[Tensor], Tensor], *, logarithms: bool = True
-) -> WeightSet:
-    """Build members from blocks of columns: ``draw`` turns (N, b) float64 into (M, b)."""
-    layout = rows.layout
-    flat = {spec.name: torch.empty(num_members, spec.numel, dtype=DTYPES[spec.dtype]) for spec in layout}
-    for number, lo, hi in column_blocks(layout, BLOCK_VALUES):
-        spec = layout.tensors[number]
-        start = layout.slices[spec.name].start
-        values = rows.read(lo, hi)
-        if logarithms:
-            drawn = inverse_transform(draw(transform(values, spec.name).double()), spec.name)
-        else:
-            drawn = draw(values.double())
-        flat[spec.name][:, lo - start : hi - start] = _to_dtype(drawn, spec.name, DTYPES[spec.dtype])
-    return WeightSet({spec.name: flat[spec.name].reshape(num_members, *spec.shape) for spec in layout})
+def _mixed(mixture: Tensor) -> Drawing:
+    """Means of snapshots, from their weights in each member, (M, N) float64."""
+    return Drawing(
+        num_members=len(mixture),
+        of_block=lambda block: _to_dtype(mixture @ block.doubles, block.name, block.dtype),
+        keys=[("mixed", row.numpy().tobytes()) for row in mixture],
+    )
+
+
+def _drawn(num_members: int, draw: Callable[[Block], Tensor]) -> Drawing:
+    """Members of which ``draw`` makes (M, b) as they are transformed."""
+
+    def of_block(block: Block) -> Tensor:
+        return _to_dtype(inverse_transform(draw(block), block.name), block.name, block.dtype)
+
+    return Drawing(num_members=num_members, of_block=of_block)
 
 
 def _to_dtype(values: Tensor, name: str, dtype: torch.dtype) -> Tensor:

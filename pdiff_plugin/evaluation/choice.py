@@ -156,11 +156,8 @@ class Choice:
             tensors = {name: tensor.contiguous() for name, tensor in weights.member(0).items()}
             save_tensors(path, tensors, MEMBER_FORMAT, MEMBER_VERSION, header)
             return path
-        average: Literal["classification", "regression"] = (
-            "regression" if self.kind == "regression" else "classification"
-        )
         with evaluating(made.task) as model:
-            DiffusionEnsemble(model, weights, task=average).save(path, header)
+            DiffusionEnsemble(model, weights, **(made.task.task_kind.ensemble_options or {})).save(path, header)
         return path
 
     def loading(self, path: Path) -> str:

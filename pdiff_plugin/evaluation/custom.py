@@ -110,6 +110,7 @@ def custom(loss: Loss | None = None, combine: Combine | None = None) -> TaskKind
         metrics=usual_metrics(_LOSS, _SCORE, _LIKENESS, "combined output", ()),
         curves=("ensemble_loss", "ensemble_score"),
         blank_targets=lambda outputs: None,
+        ensemble_options={"task": "regression"} if combine is None else None,
         # A loss may be negative: what counts is measured by how large it is.
         gain=lambda losses: MIN_GAIN * float(losses.abs().mean()),
     )

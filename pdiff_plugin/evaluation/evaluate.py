@@ -16,7 +16,7 @@ from pdiff_plugin._version import __version__
 from pdiff_plugin.config import EvaluateConfig, configured
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation.alignment import aligned_rows
-from pdiff_plugin.evaluation.baselines import BASELINES, DEEP_ENSEMBLE, GENERATED, SNAPSHOTS, runs_in_turn
+from pdiff_plugin.evaluation.baselines import BASELINES, DEEP_ENSEMBLE, GENERATED, SNAPSHOTS, Drawing, runs_in_turn
 from pdiff_plugin.evaluation.choice import Choice, Material, cost_curves, frontier, group_scores
 from pdiff_plugin.evaluation.kind import NEAREST, Scores
 from pdiff_plugin.evaluation.metrics import nearest_distance
@@ -24,7 +24,8 @@ from pdiff_plugin.evaluation.pictures import Pictures
 from pdiff_plugin.evaluation.result import Evaluation
 from pdiff_plugin.evaluation.rows import SnapshotRows, change_since_fit
 from pdiff_plugin.evaluation.scores import Scorer, score_sets
-from pdiff_plugin.evaluation.set_run import JudgedSet, PlannedSet, SetRun, drawn_again, of_each_run
+from pdiff_plugin.evaluation.scratch import Empty
+from pdiff_plugin.evaluation.set_run import JudgedSet, PlannedSet, SetRun, generated, of_each_run
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.evaluation.verdict import Comparison, Differences, Nearness, Verdict, judge
 from pdiff_plugin.generator.generator import WeightGenerator
@@ -71,7 +72,7 @@ def evaluate(
         score: scores sets of members, here unless given; see :class:`pdiff_plugin.cluster.scores.ClusterScorer`.
         on_progress: told the number of batches done.
         **changes: single fields of ``config``: ``num_members``, ``num_draws``, ``sets`` (names, ``"all"`` or
-            ``"core"``), ``seed``, ``recalibrate``, ``num_retrained``.
+            ``"core"``), ``seed``, ``recalibrate``, ``num_retrained``, ``memory_gb``, ``quick``.
 
     Raises:
         LayoutMismatchError: the model, the generator or the weights do not fit the store; the first tensor is named.
@@ -80,7 +81,7 @@ def evaluate(
             range, an unknown set, data of another kind than the task's, or a generator of an alignment that changes
             what the model computes.
     """
-    config = configured(EvaluateConfig, config, changes)
+    config = configured(EvaluateConfig, config, changes).in_effect()
     if config.recalibrate and task.train_loader is None:
         raise ConfigError("recalibrate", True, "needs a Task with train_loader")
     if isinstance(generator, WeightSet):
@@ -91,7 +92,7 @@ def evaluate(
     wanted = _wanted(config, len(store.trajectories))
     seconds: dict[str, float] = {}
     with timed(seconds, "read"):
-        rows = aligned_rows(task, store, generator)
+        rows = aligned_rows(task, store, generator, config.memory_gb)
         pictures = Pictures(rows)
     run = SetRun(task, rows, config, score=score, pictures=pictures, on_progress=on_progress)
     planned = []
@@ -105,14 +106,14 @@ def evaluate(
     if not planned:
         raise ConfigError("sets", wanted, "must hold another one where there is neither a generator nor weights")
     within = [plan for plan in planned if plan.name == SNAPSHOTS] if len(rows.runs) == 1 else of_each_run(rows, config)
+    if generator is not None and GENERATED in wanted and weights is None:
+        pictures.follow(generator, config.seed)
     judged = run.run([*planned, *(plan for plan in within if not plan.is_shown)])
     sets = {plan.name: judged[plan.name] for plan in planned if judged[plan.name].scores}
     with timed(run.seconds, "compare"):
         pictures.add_likeness(
             run.kind, [run.kind.errors(sets[name].scores[0]) for name in (SNAPSHOTS, GENERATED) if name in sets]
         )
-        if generator is not None and GENERATED in sets and weights is None:
-            pictures.add_path(generator, config.seed)
         choices = _choices(run, sets, pictures)
     reference_distance = _reference_distance(rows, config)
     differences = _differences(run, [judged[plan.name] for plan in within])
@@ -160,11 +161,11 @@ def _generated(generator: WeightGenerator | None, weights: WeightSet | None, con
     if generator is None or weights is not None:
         assert weights is not None
         return PlannedSet(name=GENERATED, text=text, make=partial(_given, weights), max_lost=_MAX_LOST)
-    sample, num_runs = generator.sample, len(generator.trajectories)
+    num_runs = len(generator.trajectories)
     return PlannedSet(
         name=GENERATED,
         text=text,
-        make=lambda rng: sample(config.num_members, rng=rng),
+        make=partial(generated, generator, config.num_members),
         num_draws=config.num_draws,
         strata=lambda num_members: runs_in_turn(num_members, num_runs),
         stage="generate",
@@ -172,16 +173,16 @@ def _generated(generator: WeightGenerator | None, weights: WeightSet | None, con
     )
 
 
-def _given(weights: WeightSet, rng: torch.Generator) -> WeightSet:
+def _given(weights: WeightSet, rng: torch.Generator) -> Drawing:
     del rng
-    return weights
+    return Drawing(num_members=weights.num_members, whole=lambda empty: weights)
 
 
 def _deep_ensemble(retrain: Retrain, config: EvaluateConfig, on_progress: OnProgress | None) -> PlannedSet:
     """All floating-point tensors of models trained anew."""
 
-    def make(rng: torch.Generator) -> WeightSet:
-        del rng
+    def train(empty: Empty) -> WeightSet:
+        del empty
         members = []
         for number in range(config.num_retrained):
             tensors = named_tensors(retrain(config.seed + number))
@@ -190,7 +191,8 @@ def _deep_ensemble(retrain: Retrain, config: EvaluateConfig, on_progress: OnProg
                 on_progress(Progress("retrain", number + 1, config.num_retrained))
         return WeightSet.from_members(members)
 
-    return PlannedSet(name=DEEP_ENSEMBLE, text="a deep ensemble", make=make, stage="retrain")
+    drawing = Drawing(num_members=config.num_retrained, whole=train)
+    return PlannedSet(name=DEEP_ENSEMBLE, text="a deep ensemble", make=lambda rng: drawing, stage="retrain")
 
 
 def _reference_distance(rows: SnapshotRows, config: EvaluateConfig) -> float:
@@ -251,13 +253,13 @@ def _choices(run: SetRun, sets: Mapping[str, JudgedSet], pictures: Pictures) -> 
     plans = {name: found.plan for name, found in sets.items() if name != DEEP_ENSEMBLE}
     scores = {name: sets[name].scores[0] for name in plans}
     # Members with NaN or Inf were drawn and not scored.
-    places = {name: sets[name].sound[0].nonzero().squeeze(1) for name in plans}
+    places = {name: sets[name].sound[sets[name].first].nonzero().squeeze(1) for name in plans}
 
     def name_of(name: str, members: Sequence[int]) -> str:
         return _name_of(run.rows, plans, scores, name, places[name][list(members)].tolist())
 
     def draw(name: str, members: Sequence[int]) -> WeightSet:
-        return drawn_again(run.task, plans, run.config, name, places[name][list(members)].tolist())
+        return run.drawn_again(plans[name].key(sets[name].first), places[name][list(members)].tolist())
 
     choices = frontier(run.kind, scores, name_of, run.config.seed, Material(run.task, run.config.seed, draw))
     pictures.arrays |= cost_curves(scores, run.config.seed)
@@ -309,6 +311,7 @@ def _details(
         "kind": run.kind.name,
         "seed": run.config.seed,
         "recalibrated": run.config.recalibrate,
+        "quick": run.config.quick,
         "num_draws": max(len(found.scores) for found in drawn),
         "num_items": drawn[0].scores[0].num_items,
         "num_snapshots": len(rows),

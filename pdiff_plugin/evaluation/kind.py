@@ -198,6 +198,7 @@ class TaskKind:
         pick: what a model returned -> the outputs (B, ...) that are judged.
         blank_targets: outputs (M, B, ...) -> what stands for the targets of data without any.
         finish: results of all batches, items in the last axis -> the same, where they need to know of all items.
+        ensemble_options: of the DiffusionEnsemble that answers as the ensemble was judged; None where there is none.
         gain: loss of a baseline (n,) -> gain in loss that counts; 1 % of its mean unless given.
         groups: targets (n, ...) -> the group of each item, (n,) from 0, by which scores are also told, if any.
     """
@@ -217,6 +218,7 @@ class TaskKind:
     pick: Callable[[Any], Tensor] = logits_of
     blank_targets: Callable[[Tensor], Any] = lambda outputs: torch.zeros(outputs.shape[1], dtype=torch.int64)
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda found: found
+    ensemble_options: Mapping[str, Any] | None = field(default_factory=dict)
     gain: Callable[[Tensor], float] | None = None
     groups: Callable[[Tensor], Tensor] | None = None
 

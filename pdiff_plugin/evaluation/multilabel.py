@@ -146,4 +146,5 @@ MULTILABEL = TaskKind(
     ),
     curves=("ensemble_bce", "ensemble_hamming"),
     blank_targets=lambda outputs: torch.zeros(outputs.shape[1:], dtype=torch.bool),
+    ensemble_options={"task": "multilabel"},
 )  # fmt: skip

@@ -185,6 +185,8 @@ def _facts(details: Mapping[str, Any]) -> str:
         texts.append(f"{details['num_duplicate_snapshots']} repeat another")
     if details.get("changed_since_fit"):
         texts.append(details["changed_since_fit"])
+    if details.get("quick"):
+        texts.append("quick: few members, wider errors")
     draws = details.get("num_draws", 1)
     texts.append(f"seed {details.get('seed')}" + (f", {draws} draws of each set" if draws > 1 else ""))
     return ", ".join(texts) + "."

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pdiff_plugin.evaluation.baselines import rng_for
 from pdiff_plugin.evaluation.kind import Measured, TaskKind
-from pdiff_plugin.evaluation.rows import SnapshotRows, evenly_spaced
+from pdiff_plugin.evaluation.rows import Block, Products, SnapshotRows, evenly_spaced
+from pdiff_plugin.evaluation.scratch import decoded, on_disk
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
@@ -33,6 +34,7 @@ class Pictures:
     def __init__(self, rows: SnapshotRows) -> None:
         self.rows = rows
         self.coordinates = _chosen_coordinates(rows)
+        self._path: tuple[WeightSet, Products] | None = None
         plane, share = rows.plane
         self.arrays: dict[str, Tensor] = {
             "plane_share": share,
@@ -45,20 +47,27 @@ class Pictures:
         """``conv.weight[3, 0, 1, 1]`` for each of the coordinates."""
         return [_coordinate_name(self.rows.layout, place) for place in self.coordinates]
 
-    def add_references(self, members: WeightSet) -> None:
-        """Some of the reference snapshots, (R, ...)."""
-        values = _values(self.rows.layout, members, self.coordinates)
-        self.arrays["snapshots_values"] = torch.cat([self.arrays.get("snapshots_values", values[:0]), values])
+    def values(self, members: WeightSet) -> Tensor:
+        """Of members at the few coordinates, (M, P) float32."""
+        return _values(self.rows.layout, members, self.coordinates)
 
-    def add_set(self, kind: TaskKind, name: str, members: WeightSet, products: Tensor, measured: Measured) -> None:
-        """One draw of a set, with its inner products with the snapshots, (M, N)."""
+    def add_references(self, numbers: Tensor, values: Tensor) -> None:
+        """:meth:`values` of the reference snapshots of some ``numbers``, (r,); those of others keep theirs."""
+        held = self.arrays.get("snapshots_values", values[:0])
+        missing = int(numbers.max()) + 1 - len(held)
+        held = torch.cat([held, values.new_zeros(max(0, missing), values.shape[1])])
+        held[numbers] = values
+        self.arrays["snapshots_values"] = held
+
+    def add_set(self, kind: TaskKind, name: str, values: Tensor, products: Tensor, measured: Measured) -> None:
+        """One draw of a set: its :meth:`values`, and its inner products with the snapshots, (M, N)."""
         plane, _ = self.rows.plane
         self.arrays |= {
             f"{kind.score.key}/{name}": measured.member_scores,
             f"closest/{name}": measured.closest,
             f"distance/{name}": measured.distance,
             f"plane/{name}": products @ plane,
-            f"values/{name}": _values(self.rows.layout, members, self.coordinates),
+            f"values/{name}": values,
             f"curve/{name}": _curve(kind, measured),
             **{f"{key}/{name}": array(measured.scores) for key, array in kind.arrays.items()},
         }
@@ -68,16 +77,28 @@ class Pictures:
         if errors:
             self.arrays["overlap"] = kind.likeness.of(torch.cat(list(errors)), None)
 
-    def add_path(self, generator: WeightGenerator, seed: int) -> None:
-        """One sample on its way, in the plane of the snapshots: the estimate of its clean weights, (steps, 2)."""
+    def follow(self, generator: WeightGenerator, seed: int) -> None:
+        """Have one sample's way drawn, in the plane of the snapshots: the estimate of its clean weights at each step.
+
+        It takes all blocks of the snapshots, which :meth:`see` is to be given.
+        """
         estimates: list[Tensor] = []
         generator.sample_latents(1, rng=rng_for(seed, "path"), on_step=lambda x: estimates.append(x.cpu()))
-        plane, _ = self.rows.plane
-        points = []
-        for index in evenly_spaced(len(estimates), _NUM_PATH_POINTS).tolist():
-            members = WeightSet.from_flat(generator.autoencoder.decode(estimates[index]), self.rows.layout)
-            points.append(self.rows.products(members)[0] @ plane)
-        self.arrays["path"] = torch.cat(points)
+        latents = torch.cat([estimates[index] for index in evenly_spaced(len(estimates), _NUM_PATH_POINTS).tolist()])
+        self._path = decoded(generator, latents, on_disk), Products(len(latents), len(self.rows))
+
+    def see(self, block: Block) -> None:
+        """Take what is followed from one of the blocks of the snapshots."""
+        if self._path is not None:
+            members, products = self._path
+            products.add(block, block.of(members))
+
+    def end(self) -> None:
+        """All blocks were seen."""
+        if self._path is not None:
+            plane, _ = self.rows.plane
+            self.arrays["path"] = self._path[1].cross @ plane
+            self._path = None
 
 
 def _curve(kind: TaskKind, measured: Measured) -> Tensor:

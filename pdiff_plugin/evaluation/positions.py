@@ -201,6 +201,7 @@ def _kind(
         arrays={"reliability": _reliability_array},
         blank_targets=lambda outputs: torch.zeros_like(outputs[0].select(axis, 0), dtype=torch.int64, device="cpu"),
         finish=to_ratios,
+        ensemble_options={"class_axis": axis},
     )
 
 

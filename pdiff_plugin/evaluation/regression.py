@@ -12,13 +12,13 @@ Shapes: M members, B items in a batch, n items in all, T values of an item, S en
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pdiff_plugin.ensemble.runner import gaussians_of
 from pdiff_plugin.errors import DataError
 from pdiff_plugin.evaluation import metrics
 from pdiff_plugin.evaluation.kind import (
@@ -78,29 +78,6 @@ def check_gaussians(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
         expected = "must not be negative; an output named log_variance may be"
         raise DataError("variance in the output of the model", float(outputs[..., 1].nan_to_num(0).min()), expected)
     return outputs
-
-
-def pick_gaussians(output: Any) -> Tensor:
-    """Means and variances, (B, ..., 2), of what a model returned.
-
-    A pair (mean, variance), as torch.nn.GaussianNLLLoss takes them, or a mapping or an object, such as a distribution,
-    with ``mean`` and ``variance`` or ``log_variance``.
-
-    Raises:
-        DataError: it is neither.
-    """
-    named = output if isinstance(output, Mapping) else {}
-    if not isinstance(output, Mapping | Tensor):
-        named = {name: getattr(output, name, None) for name in ("mean", "variance", "log_variance")}
-    mean, variance, log_variance = (named.get(name) for name in ("mean", "variance", "log_variance"))
-    if isinstance(log_variance, Tensor):
-        variance = log_variance.exp()
-    if not isinstance(mean, Tensor) and isinstance(output, tuple | list) and len(output) == 2:
-        mean, variance = output
-    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
-        expected = "must be a pair (mean, variance), or name them; Task(select=...) can make one of it"
-        raise DataError("output of the model", found_in(output), expected)
-    return torch.stack([mean, variance.expand_as(mean)], dim=-1)
 
 
 def score_values(outputs: Tensor, targets: Tensor, order: Tensor) -> dict[str, Tensor]:
@@ -211,6 +188,7 @@ REGRESSION = TaskKind(
     curves=("ensemble_mse", "ensemble_r2"),
     blank_targets=lambda outputs: torch.zeros(outputs.shape[1:], dtype=torch.float64),
     finish=to_r2,
+    ensemble_options={"task": "regression"},
 )  # fmt: skip
 
 GAUSSIAN_REGRESSION = replace(
@@ -230,8 +208,9 @@ GAUSSIAN_REGRESSION = replace(
         ),
     ),
     curves=("ensemble_nll", "ensemble_r2"),
-    pick=pick_gaussians,
+    pick=gaussians_of,
     blank_targets=lambda outputs: torch.zeros(outputs.shape[1:-1], dtype=torch.float64),
+    ensemble_options={"task": "gaussian-regression"},
     # In nats: a density has a unit, and its NLL any sign.
     gain=lambda loss: MIN_GAIN,
 )  # fmt: skip

@@ -135,6 +135,12 @@ class Evaluation:
         return _kind_of(self.details)
 
     @property
+    def title(self) -> str:
+        """Of the table."""
+        quick = ", quick: few members, wider errors" if self.details.get("quick") else ""
+        return f"{self.details.get('task', 'task')}: {self.details.get('num_items', 0)} items{quick}"
+
+    @property
     def footnote(self) -> str:
         """What the table does not explain by itself."""
         return self.kind.footnote
@@ -175,7 +181,8 @@ class Evaluation:
 
     def table_text(self) -> str:
         """The table, the verdict and the choices as plain text."""
-        parts = [text_table(*self.table()), self.footnote, self.verdict.sentence, "\n".join(self.told_choices())]
+        title = self.title if self.details.get("quick") else ""
+        parts = [title, text_table(*self.table()), self.footnote, self.verdict.sentence, "\n".join(self.told_choices())]
         return "\n\n".join(part for part in parts if part)
 
     def __str__(self) -> str:

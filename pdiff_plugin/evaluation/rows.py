@@ -10,6 +10,7 @@ Shapes: N usable snapshots, M members, D values in a row, b columns in a block.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,19 +18,31 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.errors import UnusableSnapshotsError
+from pdiff_plugin.evaluation.scratch import Empty, in_memory
 from pdiff_plugin.generator.alignment import Alignment, RowReader, reader
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.modules.names import check_fits
 from pdiff_plugin.snapshots.fingerprint import fingerprint
-from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.layout import DTYPES, Layout
 from pdiff_plugin.snapshots.split import BLOCK_SHARE
-from pdiff_plugin.snapshots.statistics import NonFiniteRowsError, Statistics, column_blocks, measure, transform
+from pdiff_plugin.snapshots.statistics import (
+    LOG_SUFFIX,
+    NonFiniteRowsError,
+    Statistics,
+    column_blocks,
+    measure,
+    transform,
+)
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 logger = logging.getLogger(__name__)
 
 BLOCK_VALUES = 16384
+# Of a block in float64: its values, centred, standardised, and what its moments take.
+_BLOCK_COPIES = 5
+# Values of members read at a time.
+_READ_VALUES = 1 << 23
 # Stores up to this size are read once and kept; larger ones are read again, block by block, for each set.
 _KEEP_BYTES = 1 << 30
 # Snapshots nearer than this are one snapshot, recorded twice.
@@ -65,19 +78,26 @@ class SnapshotRows:
         trajectory: place in ``store.trajectories`` of each, (N,) int64.
         num_skipped: rows left out because they hold NaN or Inf.
         statistics: Gram matrix (N, N) and scales of the standardised rows.
+        block_values: columns at most in a block.
     """
 
-    def __init__(self, store: SnapshotStore, read: RowReader, kept: _Kept, statistics: Statistics) -> None:
+    def __init__(
+        self, store: SnapshotStore, read: RowReader, kept: _Kept, statistics: Statistics, block_values: int
+    ) -> None:
         self.store, self.layout, self.statistics = store, store.layout, statistics
-        self._read, self._kept = read, kept
+        self._read, self._kept, self.block_values = read, kept, block_values
         self.indices = kept.indices
         self.num_skipped = len(store) - len(self.indices)
         self.trajectory = store.trajectory_index[self.indices]
         self._num_moving = float(statistics.gram.diagonal().mean())
 
     @classmethod
-    def measure(cls, store: SnapshotStore, alignment: Alignment | None = None) -> SnapshotRows:
+    def measure(
+        cls, store: SnapshotStore, alignment: Alignment | None = None, *, memory_gb: float = 2.0
+    ) -> SnapshotRows:
         """Read all snapshots of ``store`` and measure them; those with NaN or Inf are left out.
+
+        They are kept in memory where they take no more than half of ``memory_gb``, nor more than 1 GiB.
 
         Raises:
             UnusableSnapshotsError: fewer than two are left, or all are equal.
@@ -88,13 +108,14 @@ class SnapshotRows:
             )
         read = reader(store, alignment)
         element = 8 if store.row_dtype == torch.float64 else 4
-        keep = len(store) * store.layout.num_values * element <= _KEEP_BYTES
+        keep = len(store) * store.layout.num_values * element <= min(_KEEP_BYTES, memory_gb * 1e9 / 2)
         kept = _Kept(read, torch.arange(len(store)), read() if keep else None)
+        block_values = int(min(BLOCK_VALUES, max(64, memory_gb * 1e9 / 4 / (_BLOCK_COPIES * 8 * len(store)))))
         statistics = None
         while statistics is None:
             try:
                 everything = torch.arange(len(kept.indices))
-                statistics = measure(kept.read, store.layout, block_values=BLOCK_VALUES, train_rows=everything)
+                statistics = measure(kept.read, store.layout, block_values=block_values, train_rows=everything)
             except NonFiniteRowsError as error:
                 kept = kept.without(error.rows)
                 if len(kept.indices) < 2:
@@ -112,7 +133,7 @@ class SnapshotRows:
                 "weights that move",
                 "Record while the chosen layers train, with a learning rate above 0.",
             )
-        return cls(store, read, kept, statistics)
+        return cls(store, read, kept, statistics, block_values)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -121,9 +142,23 @@ class SnapshotRows:
         """Columns [lo, hi), (N, hi - lo)."""
         return self._kept.read(lo, hi)
 
-    def members(self, positions: Tensor) -> WeightSet:
-        """The snapshots at ``positions`` (M,) among the N."""
-        return WeightSet.from_flat(self._read(indices=self.indices[positions]), self.layout)
+    def blocks(self) -> Iterator[Block]:
+        """All columns of the snapshots, a few at a time; a block is of use until the next one is asked for."""
+        # Written over and over: the system takes large tensors back, and faulting their pages in again takes as long
+        # as the arithmetic.
+        size = len(self) * min(self.block_values, self.layout.num_values)
+        buffers = torch.empty(size, dtype=torch.float64), torch.empty(size, dtype=torch.float64)
+        return (Block(self, place, buffers) for place in column_blocks(self.layout, self.block_values))
+
+    def members(self, positions: Tensor, empty: Empty = in_memory) -> WeightSet:
+        """The snapshots at ``positions`` (M,) among the N, in memory that ``empty`` gives."""
+        tensors, indices = empty(self.layout, len(positions)), self.indices[positions]
+        for number, lo, hi in column_blocks(self.layout, max(1, _READ_VALUES // len(positions))):
+            spec = self.layout.tensors[number]
+            start = self.layout.slices[spec.name].start
+            own = tensors[spec.name].view(len(positions), -1)
+            own[:, lo - start : hi - start] = self._read(lo, hi, indices=indices)
+        return WeightSet(tensors)
 
     @cached_property
     def squared_distances(self) -> Tensor:
@@ -161,23 +196,10 @@ class SnapshotRows:
         Returns:
             (M, N) float64, and the members' own squared norms, (M,) float64.
         """
-        cross = torch.zeros(weights.num_members, len(self), dtype=torch.float64)
-        squares = torch.zeros(weights.num_members, dtype=torch.float64)
-        for number, lo, hi in column_blocks(self.layout, BLOCK_VALUES):
-            if not self._moves[number]:
-                continue
-            spec = self.layout.tensors[number]
-            start = self.layout.slices[spec.name].start
-            tensor = weights[spec.name].detach().cpu().reshape(weights.num_members, -1)
-            rows = self.read(lo, hi)
-            theirs = transform(tensor[:, lo - start : hi - start].to(rows.dtype), spec.name).double()
-            mine = transform(rows, spec.name).double()
-            mean = mine.mean(dim=0)
-            scale = self.statistics.scales[number]
-            theirs = (theirs - mean) / scale
-            cross += theirs @ ((mine - mean) / scale).T
-            squares += theirs.square().sum(dim=1)
-        return cross, squares
+        found = Products(weights.num_members, len(self))
+        for block in self.blocks():
+            found.add(block, block.of(weights))
+        return found.cross, found.squares
 
     @cached_property
     def plane(self) -> tuple[Tensor, Tensor]:
@@ -203,7 +225,7 @@ class SnapshotRows:
         check_fits(self.layout.shapes, found, where, "these weights")
 
     @cached_property
-    def _moves(self) -> list[bool]:
+    def moves(self) -> list[bool]:
         """Whether each tensor differs between any two snapshots."""
 
         def moves(number: int) -> bool:
@@ -212,10 +234,100 @@ class SnapshotRows:
             # A scale of one stands for a tensor that never moved, but may also be what was measured.
             only = Layout((self.layout.tensors[number],))
             start = self.layout.slices[only.names[0]].start
-            blocks = (self.read(start + lo, start + hi) for _, lo, hi in column_blocks(only, BLOCK_VALUES))
+            blocks = (self.read(start + lo, start + hi) for _, lo, hi in column_blocks(only, self.block_values))
             return any(bool((block != block[:1]).any()) for block in blocks)
 
         return [moves(number) for number in range(len(self.layout.tensors))]
+
+
+class Block:
+    """Columns [lo, hi) of all snapshots, of one tensor; what is made of them is made once for all sets.
+
+    Attributes:
+        name: of the tensor.
+        dtype: in which it was recorded.
+        place: of the columns in the flattened tensor.
+    """
+
+    def __init__(self, rows: SnapshotRows, place: tuple[int, int, int], buffers: tuple[Tensor, Tensor]) -> None:
+        number, lo, hi = place
+        self._rows, self._number, self._columns = rows, number, (lo, hi)
+        self._buffers = tuple(buffer[: len(rows) * (hi - lo)].view(len(rows), hi - lo) for buffer in buffers)
+        self._moments: dict[bool, tuple[Tensor, Tensor]] = {}
+        spec = rows.layout.tensors[number]
+        start = rows.layout.slices[spec.name].start
+        self.name, self.dtype, self.place = spec.name, DTYPES[spec.dtype], slice(lo - start, hi - start)
+
+    def of(self, members: WeightSet) -> Tensor:
+        """These columns of other weights, (M, b)."""
+        return members[self.name].detach().cpu().reshape(members.num_members, -1)[:, self.place]
+
+    @cached_property
+    def values(self) -> Tensor:
+        """As recorded, (N, b)."""
+        return self._rows.read(*self._columns)
+
+    @cached_property
+    def doubles(self) -> Tensor:
+        """The same in float64."""
+        return self._buffers[0].copy_(self.values)
+
+    @cached_property
+    def transformed(self) -> Tensor:
+        """The same with the logarithm of running variances."""
+        return transform(self.values, self.name).double() if self.name.endswith(LOG_SUFFIX) else self.doubles
+
+    def moments(self, per_run: bool) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the transformed values, over all snapshots or each run, both (groups, b)."""
+        if per_run not in self._moments:
+            groups = self._rows.runs if per_run and len(self._rows.runs) > 1 else [slice(None)]
+            values = [self.transformed[group] for group in groups]
+            mean = torch.stack([own.mean(dim=0) for own in values])
+            std = torch.stack([own.std(dim=0, correction=min(1, len(own) - 1)) for own in values])
+            self._moments[per_run] = mean, std
+        return self._moments[per_run]
+
+    @property
+    def moves(self) -> bool:
+        """Whether the tensor differs between any two snapshots."""
+        return self._rows.moves[self._number]
+
+    @cached_property
+    def standardised(self) -> Tensor:
+        """Centred on the snapshots' mean and divided by the scale of the tensor, (N, b) float64."""
+        return torch.sub(self.transformed, self._mean, out=self._buffers[1]).div_(self._scale)
+
+    def standardise(self, values: Tensor) -> Tensor:
+        """Columns (M, b) of other weights by the same mean and scale."""
+        return (transform(values.to(self.values.dtype), self.name).double() - self._mean) / self._scale
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        return self.transformed.mean(dim=0)
+
+    @property
+    def _scale(self) -> Tensor:
+        return self._rows.statistics.scales[self._number]
+
+
+class Products:
+    """Inner products of M members with the N snapshots, gathered block by block.
+
+    Attributes:
+        cross: of the standardised members and snapshots, (M, N) float64.
+        squares: of the members with themselves, (M,) float64.
+    """
+
+    def __init__(self, num_members: int, num_snapshots: int) -> None:
+        self.cross = torch.zeros(num_members, num_snapshots, dtype=torch.float64)
+        self.squares = torch.zeros(num_members, dtype=torch.float64)
+
+    def add(self, block: Block, values: Tensor) -> None:
+        """Columns (M, b) of the members, which count where the snapshots move."""
+        if block.moves:
+            theirs = block.standardise(values)
+            self.cross += theirs @ block.standardised.T
+            self.squares += theirs.square().sum(dim=1)
 
 
 def change_since_fit(rows: SnapshotRows, generator: WeightGenerator) -> str | None:

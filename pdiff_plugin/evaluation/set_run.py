@@ -1,15 +1,18 @@
-"""Planned sets are drawn, scored and measured in as few passes over the data as memory allows.
+"""Planned sets are drawn, scored and measured in as few passes over snapshots and data as memory allows.
 
-Shapes: M members of a set, R reference snapshots, N usable snapshots, n items.
+Members that are the same, as recorded snapshots are whichever set they are in, are made and run once.
+
+Shapes: M members of a set, U of a pool that sets share, R reference snapshots, N usable snapshots, n items.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,27 +22,33 @@ from pdiff_plugin.ensemble.batchnorm import recalibrate_batchnorm
 from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble
 from pdiff_plugin.errors import ConfigError, DataError
 from pdiff_plugin.evaluation import metrics
-from pdiff_plugin.evaluation.baselines import Baseline, rng_for
+from pdiff_plugin.evaluation.baselines import Baseline, Drawing, Key, recorded, rng_for
 from pdiff_plugin.evaluation.figures import Figures, measure, measure_shifted, over_draws
 from pdiff_plugin.evaluation.kind import Measured, Scores, TaskKind
 from pdiff_plugin.evaluation.pictures import Pictures
-from pdiff_plugin.evaluation.rows import SnapshotRows, evenly_spaced
-from pdiff_plugin.evaluation.scores import Scorer, score_sets
+from pdiff_plugin.evaluation.rows import Products, SnapshotRows, evenly_spaced
+from pdiff_plugin.evaluation.scores import Scorer, View, score_sets
+from pdiff_plugin.evaluation.scratch import Empty, decoded, in_memory, on_disk
 from pdiff_plugin.evaluation.task import Data, Task, evaluating
 from pdiff_plugin.evaluation.verdict import ScoredSet, half_mask
+from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
-from pdiff_plugin.progress import OnProgress, timed
+from pdiff_plugin.progress import OnProgress, Progress, timed
+from pdiff_plugin.snapshots.layout import Layout
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Snapshots whose errors are compared with everybody's; more would cost as many forward passes of the tail.
-_NUM_REFERENCES = 100
 # Fewer snapshots of a run do not tell what its ensemble would gain.
 _MIN_OF_RUN = 4
-# Members held in memory in one pass over the data, at least a set; what is beyond that waits for the next pass.
+# Members on disk in one pass over the data, at least a set (or the snapshots of all sets); what is beyond that waits
+# for the next pass.
 _PASS_BYTES = 2 << 30
+# Share of the bound on memory up to which the members of a pass are kept in it rather than on disk.
+_MEMBERS_SHARE = 1 / 4
+# Snapshots run together: the outputs of a pool are in memory at once, a batch at a time.
+_POOL_MEMBERS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +58,7 @@ class PlannedSet:
     Attributes:
         name: in the table.
         text: its name in a sentence.
-        make: draws its members.
+        make: decides on its members.
         num_draws: times that it is drawn.
         is_random: whether another draw gives other members.
         recorded: places (M,) of the snapshots that its members are, where they are such.
@@ -61,7 +70,7 @@ class PlannedSet:
 
     name: str
     text: str = ""
-    make: Callable[[torch.Generator], WeightSet]
+    make: Callable[[torch.Generator], Drawing]
     num_draws: int = 1
     is_random: bool = True
     recorded: Tensor | None = None
@@ -83,20 +92,46 @@ class PlannedSet:
             strata=baseline.strata and partial(baseline.strata, rows),
         )
 
+    def key(self, number: int) -> str:
+        """Name of one of its draws, which also decides what is drawn."""
+        return f"{self.name}/{number}" if number else self.name
+
+    def check_lost(self, sound: Tensor) -> None:
+        """Tell of members (M,) of a draw that are not sound.
+
+        Raises:
+            ConfigError: they are more than the set may lose.
+        """
+        lost = int((~sound).sum())
+        if lost > self.max_lost * len(sound):
+            raise ConfigError(
+                self.text,
+                f"{lost} of {len(sound)} with NaN or Inf",
+                f"must hold such values, or answer with them, in at most {self.max_lost:.0%} of the members",
+            )
+        if lost:
+            logger.warning("%d of %d members of %s hold NaN or Inf: left out", lost, len(sound), self.text)
+
 
 def of_each_run(rows: SnapshotRows, config: EvaluateConfig) -> list[PlannedSet]:
     """Snapshots of each run by itself, to be scored only: they tell how much those of a run differ."""
     size = config.num_members // len(rows.runs)
+    places = [run[evenly_spaced(len(run), size)] for run in rows.runs if min(size, len(run)) >= _MIN_OF_RUN]
     return [
         PlannedSet(
             name=f"snapshots of run {number}",
-            make=partial(_recorded, rows, run[evenly_spaced(len(run), size)]),
+            make=partial(_at, own),
             is_random=False,
+            recorded=own,
             is_shown=False,
         )
-        for number, run in enumerate(rows.runs)
-        if min(size, len(run)) >= _MIN_OF_RUN
+        for number, own in enumerate(places)
     ]
+
+
+def _at(places: Tensor, rng: torch.Generator) -> Drawing:
+    del rng
+    return recorded(places)
 
 
 @dataclass(frozen=True)
@@ -127,22 +162,10 @@ class JudgedSet:
         """Members over all draws, those left out among them."""
         return sum(len(sound) for sound in self.sound)
 
-    def add_sound(self, sound: Tensor) -> None:
-        """Note which members of a draw are sound.
-
-        Raises:
-            ConfigError: fewer than the set may lose.
-        """
-        lost = int((~sound).sum())
-        if lost > self.plan.max_lost * len(sound):
-            raise ConfigError(
-                self.plan.text,
-                f"{lost} of {len(sound)} with NaN or Inf",
-                f"must hold such values, or answer with them, in at most {self.plan.max_lost:.0%} of the members",
-            )
-        if lost:
-            logger.warning("%d of %d members of %s hold NaN or Inf: left out", lost, len(sound), self.plan.text)
-        self.sound.append(sound)
+    @property
+    def first(self) -> int:
+        """Number of the first draw that has scores."""
+        return next(number for number, sound in enumerate(self.sound) if sound.any())
 
     def scored(self) -> ScoredSet:
         """As the verdict sees it."""
@@ -161,22 +184,34 @@ class JudgedSet:
         return stratum if self.num_lost == 0 or (are_same and has_pairs) else None
 
 
+def generated(generator: WeightGenerator, num_members: int, rng: torch.Generator, **options: Any) -> Drawing:
+    """Members that ``generator`` samples, with the options of :meth:`WeightGenerator.sample`."""
+
+    def whole(empty: Empty) -> WeightSet:
+        return decoded(generator, generator.sample_latents(num_members, rng=rng, **options), empty)
+
+    return Drawing(num_members=num_members, whole=whole)
+
+
 class References:
     """Snapshots, evenly spaced, whose errors are compared with those of every member.
 
     Attributes:
         places: of the snapshots among the N, (R,).
-        errors: of those scored so far, (R, n).
+        errors: of those scored, (R, n).
     """
 
-    def __init__(self, rows: SnapshotRows, kind: TaskKind, num_members: int) -> None:
+    def __init__(self, rows: SnapshotRows, kind: TaskKind, num_references: int) -> None:
         self._rows, self._kind = rows, kind
-        self.places = evenly_spaced(len(rows), max(_NUM_REFERENCES, num_members))
+        self.places = evenly_spaced(len(rows), num_references)
         self.errors = torch.zeros(0)
 
-    def add(self, scores: Scores) -> None:
+    def add(self, numbers: Tensor, scores: Scores) -> None:
+        """The scores of those of some ``numbers`` among the R."""
         errors = self._kind.errors(scores)
-        self.errors = torch.cat([self.errors, errors]) if len(self.errors) else errors
+        if not len(self.errors):
+            self.errors = errors.new_zeros(len(self.places), *errors.shape[1:])
+        self.errors[numbers] = errors
 
     def closest(self, errors: Tensor, recorded: Tensor | None) -> Tensor:
         """Likeness of members to the closest reference, (M,), from their errors (M, n).
@@ -203,15 +238,89 @@ class References:
 
 
 @dataclass(frozen=True)
-class _Draw:
-    """One draw of a set, or some of the reference snapshots, which belong to no set."""
+class _Pool:
+    """Different members that one or more sets are made of.
 
-    key: str
-    make: Callable[[torch.Generator], WeightSet]
-    num_members: int
-    stage: str = "baselines"
+    Attributes:
+        drawing: makes them, and perhaps others like them.
+        kept: which of the drawing's members they are, (U,); None for all.
+        places: of each by its key.
+        plan: of the set that they were drawn for; None for recorded snapshots.
+    """
+
+    drawing: Drawing
+    kept: Tensor | None
+    places: Mapping[Key, int]
     plan: PlannedSet | None = None
-    is_first: bool = False
+
+    @property
+    def stage(self) -> str:
+        """Under which the seconds of making them are counted."""
+        return "baselines" if self.plan is None else self.plan.stage
+
+    @classmethod
+    def of(cls, drawing: Drawing, keys: Sequence[Key], plan: PlannedSet | None = None) -> _Pool:
+        first: dict[Key, int] = {}
+        for number, key in enumerate(keys):
+            first.setdefault(key, number)
+        kept = None if len(first) == len(keys) else torch.tensor(list(first.values()))
+        return cls(drawing, kept, {key: place for place, key in enumerate(first)}, plan)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One draw of a set."""
+
+    plan: PlannedSet
+    view: View
+
+
+@dataclass
+class _Pass:
+    """What is made, run and dropped together.
+
+    Attributes:
+        pools: by name.
+        draws: of sets, by name.
+        references: numbers (r,) among the R of those in the pools of these names.
+    """
+
+    pools: dict[str, _Pool] = field(default_factory=dict)
+    draws: dict[str, _Draw] = field(default_factory=dict)
+    references: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_members(self) -> int:
+        return sum(len(pool) for pool in self.pools.values())
+
+    @property
+    def shown(self) -> dict[str, _Draw]:
+        """The draws of sets in the table."""
+        return {name: draw for name, draw in self.draws.items() if draw.plan.is_shown}
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is kept of one draw.
+
+    Attributes:
+        sound: which of its members (M,) hold and answer neither NaN nor Inf; all else is of those alone.
+        scores: None where no member is sound.
+        products: with the snapshots; None of a set that is not shown.
+        values: at the few coordinates of the pictures.
+        shifted: figures on shifted data.
+        strange: uncertainty on data of no class, (n,).
+    """
+
+    sound: Tensor
+    scores: Scores | None
+    products: tuple[Tensor, Tensor] | None
+    values: Tensor | None
+    shifted: dict[str, Figures]
+    strange: dict[str, Tensor]
 
 
 class SetRun:
@@ -220,7 +329,7 @@ class SetRun:
     Attributes:
         references: what every set's errors are compared with.
         seconds: by stage.
-        targets: of the items, once they were met.
+        targets: marks of the items' targets, once they were met.
         pictures: where the arrays of the report are collected, if anywhere.
     """
 
@@ -236,160 +345,296 @@ class SetRun:
     ) -> None:
         self.task, self.rows, self.config, self.kind = task, rows, config, task.task_kind
         self.pictures = pictures
-        self.references = References(rows, self.kind, config.num_members)
+        self.references = References(rows, self.kind, config.num_references)
         self.seconds: dict[str, float] = {}
         self._score, self._on_progress = score, on_progress
         self.targets: Tensor | None = None
-        self._sets: dict[str, JudgedSet] = {}
+        self._drawn: dict[str, tuple[_Pool, View]] = {}
 
     def run(self, planned: Sequence[PlannedSet]) -> dict[str, JudgedSet]:
         """Draw and judge sets, by name."""
-        self._sets = {plan.name: JudgedSet(plan, self.kind) for plan in planned}
-        for draws in self._passes(planned):
-            self._pass(draws)
-        return self._sets
+        found: dict[str, _Found] = {}
+        passes = self._passes(planned)
+        clock = time.monotonic()
+        for number in range(len(passes)):
+            found |= self._pass(passes[number], self._tell(passes, number, clock))
+        with timed(self.seconds, "compare"):
+            return {plan.name: self._judged(plan, found) for plan in planned}
 
-    def _passes(self, planned: Sequence[PlannedSet]) -> Iterator[list[_Draw]]:
-        """All draws, the references first, in groups that memory has room for."""
-        per_pass = max(1, _PASS_BYTES // (self.rows.layout.num_values * 4))
-        draws = [
-            _Draw(f"reference snapshots {number}", partial(_recorded, self.rows, places), len(places))
-            for number, places in enumerate(torch.split(self.references.places, per_pass))
-        ]
+    def drawn_again(self, key: str, members: Sequence[int]) -> WeightSet:
+        """Some members of a draw of a set in the table, as they were scored."""
+        pool, view = self._drawn[key]
+        chosen = view.places[list(members)]
+        chosen = chosen if pool.kept is None else pool.kept[chosen]
+        # What was drawn once has used up its source of chance.
+        drawing = pool.drawing if pool.plan is None else pool.plan.make(rng_for(self.config.seed, view.pool))
+        weights = drawing.made(self.rows, self._empty(drawing.num_members), chosen)
+        return _recalibrated(self.task, weights) if self.config.recalibrate else weights
+
+    def _passes(self, planned: Sequence[PlannedSet]) -> list[_Pass]:
+        """All draws and the references, in groups that there is room for."""
+        room = max(1, _PASS_BYTES // (self.rows.layout.num_values * 4))
+        passes = [_Pass()]
+
+        def add(name: str, pool: _Pool) -> _Pass:
+            if passes[-1].pools and passes[-1].num_members + len(pool) > room:
+                passes.append(_Pass())
+            passes[-1].pools[name] = pool
+            return passes[-1]
+
+        number_of = {place: number for number, place in enumerate(self.references.places.tolist())}
+        for count, places in enumerate(self._recorded(planned, room), start=1):
+            name = f"recorded snapshots {count}"
+            drawing = recorded(places)
+            numbers = [number_of[place] for place in places.tolist() if place in number_of]
+            home = add(name, _Pool.of(drawing, drawing.keys or ()))
+            home.references[name] = torch.tensor(numbers, dtype=torch.int64)
         for plan in planned:
             for number in range(plan.num_draws):
-                key = f"{plan.name}/{number}" if number else plan.name
-                draws.append(_Draw(key, plan.make, self.config.num_members, plan.stage, plan, number == 0))
-        waiting: list[_Draw] = []
-        for draw in draws:
-            if waiting and sum(other.num_members for other in waiting) + draw.num_members > per_pass:
-                yield waiting
-                waiting = []
-            waiting.append(draw)
-        yield waiting
+                name = plan.key(number)
+                drawing = plan.make(rng_for(self.config.seed, name))
+                keys = drawing.keys or [(name, member) for member in range(drawing.num_members)]
+                having = (
+                    (each, key) for each in passes for key, pool in each.pools.items() if pool.places.keys() >= {*keys}
+                )
+                home, pool_name = next(having, None) or (add(name, _Pool.of(drawing, keys, plan)), name)
+                places = torch.tensor([home.pools[pool_name].places[key] for key in keys])
+                home.draws[name] = _Draw(plan, View(pool_name, places))
+                if plan.is_shown:
+                    self._drawn[name] = home.pools[pool_name], home.draws[name].view
+        return passes
 
-    def _pass(self, draws: list[_Draw]) -> None:
-        members: dict[str, WeightSet] = {}
-        for draw in draws:
-            with timed(self.seconds, draw.stage):
-                members[draw.key] = draw.make(rng_for(self.config.seed, draw.key))
-            self.rows.check(members[draw.key], f"the store {self.rows.store.path}")
-        sound = {draw.key: _finite(members[draw.key]) for draw in draws if draw.plan is not None}
-        members |= {
-            key: members[key].select(mask.nonzero().squeeze(1)) for key, mask in sound.items() if not mask.all()
-        }
-        scored = {key: weights for key, weights in members.items() if weights.num_members}
+    def _recorded(self, planned: Sequence[PlannedSet], room: int) -> list[Tensor]:
+        """Places of the recorded snapshots that are run together; sets of them are whole in the last, and lead it.
+
+        What holds references only is read without all other snapshots.
+        """
+        # Those of sets in the table before those that are scored only.
+        of_sets = [plan.recorded for plan in sorted(planned, key=lambda plan: not plan.is_shown)]
+        places = dict.fromkeys(place for own in of_sets if own is not None for place in own.tolist())
+        first = torch.tensor(list(places), dtype=torch.int64)
+        rest = self.references.places[~torch.isin(self.references.places, first)]
+        size = max(1, min(room, _POOL_MEMBERS))
+        num_full = max(0, -(-(len(first) + len(rest) - size) // size))
+        start = max(0, len(rest) - num_full * size)
+        return [*torch.split(rest[start:], size)[:num_full], torch.cat([first, rest[:start]])]
+
+    def _pass(self, work: _Pass, on_progress: OnProgress | None) -> dict[str, _Found]:
+        members, products = self._made(work)
+        values = {name: self.pictures.values(weights) for name, weights in members.items()} if self.pictures else {}
+        members, views, sound = self._without_lost(work, members)
         if self.config.recalibrate:
             with timed(self.seconds, "recalibrate"):
-                scored = {key: _recalibrated(self.task, weights) for key, weights in scored.items()}
+                members = {name: _recalibrated(self.task, weights) for name, weights in members.items()}
+        own = {f"reference {name}": self._reference_view(work, name) for name in work.references}
         with timed(self.seconds, "score"):
-            scores = self._score_held_out(scored)
-            for key, mask in sound.items():
-                self._drop_silent(key, mask, members, scored, scores)
-            judged = {d.key: scored[d.key] for d in draws if d.plan and d.plan.is_shown and d.key in scored}
-            shifted = self._score_elsewhere("shifted", judged, partial(measure_shifted, self.kind))
-            strange = self._score_elsewhere("out_of_distribution", judged, lambda found: found.uncertainty)
-        with timed(self.seconds, "compare"):
-            for draw in draws:
-                if draw.plan is None:
-                    self.references.add(scores[draw.key])
-                    if self.pictures is not None:
-                        self.pictures.add_references(members[draw.key])
-                    continue
-                found, mask = self._sets[draw.plan.name], sound[draw.key]
-                found.add_sound(mask)
-                if draw.key not in scored:
-                    continue
-                found.scores.append(scores[draw.key])
-                if not draw.plan.is_shown:
-                    continue
-                measured = self._measured(draw, members[draw.key], scores[draw.key], mask)
-                figures = Figures(
-                    measure(self.kind, measured),
-                    {name: found[draw.key] for name, found in shifted.items()},
-                    {name: _auroc(scores[draw.key].uncertainty, found[draw.key]) for name, found in strange.items()},
-                )
-                found.draws.append(figures)
+            scores = self._score_held_out(members, views | own, on_progress)
+            self._drop_silent(members, views, scores, sound)
+            for name, draw in work.draws.items():
+                draw.plan.check_lost(sound[name])
+            shown = {name: view for name, view in views.items() if name in work.shown}
+            shifted = self._score_elsewhere("shifted", members, shown, partial(measure_shifted, self.kind))
+            strange = self._score_elsewhere("out_of_distribution", members, shown, lambda found: found.uncertainty)
+        for name, numbers in work.references.items():
+            self.references.add(numbers, scores[f"reference {name}"])
+            if self.pictures is not None:
+                self.pictures.add_references(numbers, values[name][own[f"reference {name}"].places])
+        return {
+            name: _Found(
+                sound[name],
+                scores.get(name),
+                (products[name].cross[sound[name]], products[name].squares[sound[name]]) if name in products else None,
+                values[draw.view.pool][draw.view.places[sound[name]]] if values else None,
+                {data: found[name] for data, found in shifted.items() if name in found},
+                {data: found[name] for data, found in strange.items() if name in found},
+            )
+            for name, draw in work.draws.items()
+        }
+
+    def _without_lost(
+        self, work: _Pass, members: Mapping[str, WeightSet]
+    ) -> tuple[dict[str, WeightSet], dict[str, View], dict[str, Tensor]]:
+        """Members without NaN or Inf by pool, the views of them that are left, and which they were of each draw."""
+        left, views, sound = dict(members), {}, {}
+        # Snapshots are finite: others were left out when they were measured.
+        finite = {name: _finite(members[name]) for name, pool in work.pools.items() if pool.plan is not None}
+        for name, mask in finite.items():
+            if not mask.any():
+                del left[name]
+            elif not mask.all():
+                left[name] = self._select(members[name], mask.nonzero().squeeze(1))
+        for name, draw in work.draws.items():
+            pool, places = draw.view.pool, draw.view.places
+            sound[name] = finite[pool][places] if pool in finite else torch.ones(len(places), dtype=torch.bool)
+            if sound[name].any():
+                moved = finite[pool].cumsum(dim=0)[places[sound[name]]] - 1 if pool in finite else places
+                views[name] = View(pool, moved)
+        return left, views, sound
 
     def _drop_silent(
         self,
-        key: str,
-        sound: Tensor,
-        members: dict[str, WeightSet],
-        scored: dict[str, WeightSet],
+        members: Mapping[str, WeightSet],
+        views: dict[str, View],
         scores: dict[str, Scores],
+        sound: Mapping[str, Tensor],
     ) -> None:
-        """Take members that answered NaN out of a draw, and score those that are left anew."""
-        if key not in scored or not scores[key].is_silent.any():
-            return
-        left = (~scores[key].is_silent).nonzero().squeeze(1)
-        sound[sound.nonzero().squeeze(1)] = ~scores[key].is_silent
-        members[key], scored[key] = members[key].select(left), scored[key].select(left)
-        if len(left):
-            scores[key] = self._score_held_out({key: scored[key]})[key]
-        else:
-            del scored[key]
+        """Take members that answered NaN out of the draws, and score those that are left anew."""
+        anew: dict[str, WeightSet] = {}
+        for name, view in list(views.items()):
+            is_silent = scores[name].is_silent
+            if not is_silent.any():
+                continue
+            sound[name][sound[name].nonzero().squeeze(1)] = ~is_silent
+            del views[name], scores[name]
+            if not is_silent.all():
+                views[name] = View(view.pool, view.places[~is_silent])
+                anew[name] = self._select(members[view.pool], views[name].places)
+        if anew:
+            scores |= self._score_held_out(anew)
 
-    def _score_held_out(self, members: Mapping[str, WeightSet]) -> dict[str, Scores]:
-        scores, targets = self._score(self.task, members, seed=self.config.seed, on_progress=self._on_progress)
+    def _select(self, members: WeightSet, places: Tensor) -> WeightSet:
+        """A copy of some members, one by one: there may be no room for all of them in memory."""
+        floats = {name: tensor for name, tensor in members.member(0).items() if tensor.is_floating_point()}
+        made = self._empty(len(places))(Layout.from_tensors(floats), len(places))
+        for name, tensor in made.items():
+            for number, place in enumerate(places.tolist()):
+                tensor[number] = members[name][place]
+        return WeightSet({name: made[name] if name in made else members[name][places] for name in members})
+
+    def _empty(self, num_members: int) -> Empty:
+        """Where so many members are kept."""
+        size_bytes = num_members * self.rows.layout.num_values * 4
+        return in_memory if size_bytes <= _MEMBERS_SHARE * self.config.memory_gb * 1e9 else on_disk
+
+    def _reference_view(self, work: _Pass, name: str) -> View:
+        places = self.references.places[work.references[name]].tolist()
+        return View(name, torch.tensor([work.pools[name].places["recorded", place] for place in places]))
+
+    def _made(self, work: _Pass) -> tuple[dict[str, WeightSet], dict[str, Products]]:
+        """The pools' members, and what the sets among them have in common with the snapshots."""
+        empty, shown = self._empty(work.num_members), work.shown
+        if not shown and all(pool.plan is None for pool in work.pools.values()):
+            return {name: pool.drawing.made(self.rows, empty) for name, pool in work.pools.items()}, {}
+        members, by_block = {}, {}
+        for name, pool in work.pools.items():
+            with timed(self.seconds, pool.stage):
+                if pool.drawing.of_block is None:
+                    members[name] = pool.drawing.made(self.rows, empty, pool.kept)
+                    self.rows.check(members[name], f"the store {self.rows.store.path}")
+                else:
+                    by_block[name] = pool.drawing.of_block
+                    members[name] = WeightSet(empty(self.rows.layout, len(pool)))
+        products = {name: Products(len(draw.view.places), len(self.rows)) for name, draw in shown.items()}
+        for block in self.rows.blocks():
+            for name, of_block in by_block.items():
+                pool = work.pools[name]
+                with timed(self.seconds, pool.stage):
+                    made = of_block(block)
+                    block.of(members[name])[:] = made if pool.kept is None else made[pool.kept]
+            with timed(self.seconds, "compare"):
+                columns = {name: block.of(members[name]) for name in {d.view.pool for d in shown.values()}}
+                if self.pictures is not None:
+                    self.pictures.see(block)
+                for name, draw in shown.items():
+                    products[name].add(block, columns[draw.view.pool][draw.view.places])
+        if self.pictures is not None:
+            self.pictures.end()
+        return members, products
+
+    def _score_held_out(
+        self,
+        members: Mapping[str, WeightSet],
+        views: Mapping[str, View] | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> dict[str, Scores]:
+        if not members:
+            return {}
+        scores, targets = self._score(self.task, members, views=views, seed=self.config.seed, on_progress=on_progress)
         if self.targets is not None and not torch.equal(targets, self.targets):
             raise DataError("eval_loader", "another order in a second pass", "must not shuffle (shuffle=False)")
         self.targets = targets
         return scores
 
     def _score_elsewhere(
-        self, which: str, members: Mapping[str, WeightSet], keep: Callable[[Scores], T]
+        self, which: str, members: Mapping[str, WeightSet], views: Mapping[str, View], keep: Callable[[Scores], T]
     ) -> dict[str, dict[str, T]]:
         """What is kept of the scores on the task's further data, by the name of the data and by set."""
-        found = {}
-        for name, loader in getattr(self.task, which).items():
+        # Snapshots that are references only, or of sets that are not shown, come last in their pool.
+        used: dict[str, int] = {}
+        for view in views.values():
+            used[view.pool] = max(used.get(view.pool, 0), int(view.places.max()) + 1)
+        pools = {key: WeightSet({name: t[:num] for name, t in members[key].items()}) for key, num in used.items()}
+        found: dict[str, dict[str, T]] = {}
+        for name, loader in getattr(self.task, which).items() if pools else ():
             data = Data(loader, f"{which}[{name!r}]", has_targets=which == "shifted")
-            scores, _ = self._score(self.task, members, data, seed=self.config.seed)
+            scores, _ = self._score(self.task, pools, data, views=views, seed=self.config.seed)
             found[name] = {key: keep(of_set) for key, of_set in scores.items()}
         return found
 
-    def _measured(self, draw: _Draw, members: WeightSet, scores: Scores, sound: Tensor) -> Measured:
-        assert draw.plan is not None
-        errors, recorded = self.kind.errors(scores), draw.plan.recorded
-        recorded = None if recorded is None else recorded[sound]
-        products = self.rows.products(members)
+    def _judged(self, plan: PlannedSet, found: Mapping[str, _Found]) -> JudgedSet:
+        judged = JudgedSet(plan, self.kind)
+        for number in range(plan.num_draws):
+            of_draw = found[plan.key(number)]
+            judged.sound.append(of_draw.sound)
+            if of_draw.scores is None:
+                continue
+            if plan.is_shown:
+                judged.draws.append(self._figures(plan, of_draw, of_draw.scores, is_first=not judged.scores))
+            judged.scores.append(of_draw.scores)
+        return judged
+
+    def _figures(self, plan: PlannedSet, found: _Found, scores: Scores, *, is_first: bool) -> Figures:
+        assert found.products is not None
+        errors = self.kind.errors(scores)
+        recorded = None if plan.recorded is None else plan.recorded[found.sound]
         near = None if recorded is None else self.rows.same_block[recorded]
         measured = Measured(
             scores,
             within=self.kind.likeness.of(errors, None),
             closest=self.references.closest(errors, recorded),
-            distance=metrics.nearest_distance(self.rows.distances(products), near),
+            distance=metrics.nearest_distance(self.rows.distances(found.products), near),
             first_half=half_mask(scores.num_items, self.config.seed),
         )
-        if self.pictures is not None and draw.is_first:
-            self.pictures.add_set(self.kind, draw.plan.name, members, products[0], measured)
-        return measured
+        if self.pictures is not None and is_first:
+            assert found.values is not None
+            self.pictures.add_set(self.kind, plan.name, found.values, found.products[0], measured)
+        strange = {data: _auroc(scores.uncertainty, uncertainty) for data, uncertainty in found.strange.items()}
+        return Figures(measure(self.kind, measured), found.shifted, strange)
+
+    def _tell(self, passes: Sequence[_Pass], number: int, started: float) -> OnProgress | None:
+        """Progress of one pass as that of all, saying which members are run and how long the rest will take."""
+        tell = self._on_progress
+        if tell is None:
+            return None
+        names = [name for each in passes for name in each.pools]
+        pools_before = sum(len(each.pools) for each in passes[:number])
+        before, own, everyone = (
+            sum(each.num_members for each in some) for some in (passes[:number], passes[number : number + 1], passes)
+        )
+
+        def show(report: Progress) -> None:
+            rounds = report.total_steps / len(passes[number].pools)
+            done = (before + own * report.step / report.total_steps) / everyone
+            left = (time.monotonic() - started) * (1 / done - 1)
+            text = f"{report.text} {names.index(report.text) + 1}/{len(names)}, " if report.text else ""
+            text += f"about {left:.0f} s left" if left < 90 else f"about {left / 60:.0f} min left"
+            steps = round(rounds * pools_before) + report.step, round(rounds * len(names))
+            tell(Progress(report.stage, *steps, text=text))
+
+        return show
 
 
 def _finite(weights: WeightSet) -> Tensor:
     """Which members hold neither NaN nor Inf, (M,) bool."""
-    checks = [tensor.isfinite().flatten(1).all(dim=1).cpu() for tensor in weights.values()]
+    checks = [torch.stack([member.isfinite().all() for member in tensor]).cpu() for tensor in weights.values()]
     return torch.stack(checks).all(dim=0) if checks else torch.ones(weights.num_members, dtype=torch.bool)
-
-
-def drawn_again(
-    task: Task, plans: Mapping[str, PlannedSet], config: EvaluateConfig, name: str, members: Sequence[int]
-) -> WeightSet:
-    """Some members of the first draw of a set, as they were scored."""
-    weights = plans[name].make(rng_for(config.seed, name)).select(members)
-    return _recalibrated(task, weights) if config.recalibrate else weights
-
-
-def _recorded(rows: SnapshotRows, places: Tensor, rng: torch.Generator) -> WeightSet:
-    del rng
-    return rows.members(places)
 
 
 def _recalibrated(task: Task, weights: WeightSet) -> WeightSet:
     """The same members with BatchNorm statistics of their own, recomputed on training data."""
     assert task.train_loader is not None
     with evaluating(task) as model:
-        ensemble = DiffusionEnsemble(model, weights)
+        ensemble = DiffusionEnsemble(model, weights, copy=False)
         recalibrate_batchnorm(ensemble, task.train_loader)
         return WeightSet({name: tensor.cpu() for name, tensor in ensemble.weights.items()})
 

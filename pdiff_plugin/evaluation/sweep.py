@@ -24,16 +24,15 @@ import torch
 from pdiff_plugin.config import EvaluateConfig
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation.alignment import aligned_rows
-from pdiff_plugin.evaluation.baselines import BASELINES, GENERATED, SNAPSHOTS, rng_for
+from pdiff_plugin.evaluation.baselines import BASELINES, GENERATED, SNAPSHOTS, Drawing, rng_for
 from pdiff_plugin.evaluation.evaluate import opened
 from pdiff_plugin.evaluation.kind import NEAREST, Scores, TaskKind
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.result import format_figure, json_safe, text_table
 from pdiff_plugin.evaluation.rows import SnapshotRows
-from pdiff_plugin.evaluation.set_run import PlannedSet, SetRun
+from pdiff_plugin.evaluation.set_run import PlannedSet, SetRun, generated
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.generator.generator import WeightGenerator
-from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.progress import OnProgress
 from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -159,7 +158,7 @@ def sweep(
         if name not in BASELINES or BASELINES[name].knob is None:
             raise ConfigError("settings", name, f"must be among {', '.join(SETTINGS)}")
     config = EvaluateConfig(num_members=num_members, seed=seed)
-    rows = aligned_rows(task, opened(store, task), generator)
+    rows = aligned_rows(task, opened(store, task), generator, config.memory_gb)
     run = SetRun(task, rows, config, on_progress=on_progress)
     points: list[dict[str, Any]] = [{"set": SNAPSHOTS, "setting": None}]
     points += [{"set": GENERATED, "setting": diversity} for diversity in diversities]
@@ -230,12 +229,12 @@ def _error(one: Scores, other: Scores) -> float:
     return math.sqrt(float(over_items) + over_members)
 
 
-def _generated(generator: WeightGenerator, config: EvaluateConfig, diversity: float, rng: torch.Generator) -> WeightSet:
+def _generated(generator: WeightGenerator, config: EvaluateConfig, diversity: float, rng: torch.Generator) -> Drawing:
     del rng  # the same noise at every setting, so that the curve is smooth
-    return generator.sample(config.num_members, diversity=diversity, rng=rng_for(config.seed, GENERATED))
+    return generated(generator, config.num_members, rng_for(config.seed, GENERATED), diversity=diversity)
 
 
-def _turned(rows: SnapshotRows, config: EvaluateConfig, name: str, setting: float, rng: torch.Generator) -> WeightSet:
+def _turned(rows: SnapshotRows, config: EvaluateConfig, name: str, setting: float, rng: torch.Generator) -> Drawing:
     """A baseline with its knob turned; within single runs where there are several."""
     knob = BASELINES[name].knob
     assert knob is not None

@@ -197,7 +197,10 @@ def test_an_ensemble_of_nobody_is_refused(model):
     ("options", "text"),
     [
         ({"strategy": "fast"}, "strategy = 'fast': it must be one of auto, trunk, loop."),
-        ({"task": "ranking"}, "task = 'ranking': it must be one of classification, regression."),
+        (
+            {"task": "ranking"},
+            "task = 'ranking': it must be one of classification, multilabel, regression, gaussian-regression.",
+        ),
         ({"member_chunk": 0}, "member_chunk = 0: it must be at least 1."),
     ],
 )
@@ -217,6 +220,38 @@ def test_regression_gives_mean_and_variance(model, weights, x):
     torch.testing.assert_close(ensemble(x), outputs.mean(0))
     torch.testing.assert_close(prediction.mean, outputs.mean(0))
     torch.testing.assert_close(prediction.variance, ((outputs - outputs.mean(0)) ** 2).mean(0))
+
+
+def test_several_labels_have_the_logit_of_their_mean_probability(model, weights, x, tmp_path):
+    ensemble = DiffusionEnsemble(model, weights, task="multilabel")
+    probs = by_swapping(model, weights, x).sigmoid().mean(0)
+
+    prediction = ensemble.predict(x)
+
+    torch.testing.assert_close(ensemble(x).sigmoid(), probs)
+    torch.testing.assert_close(prediction.probabilities, probs)
+    entropy = torch.special.entr(probs) + torch.special.entr(1 - probs)
+    torch.testing.assert_close(prediction.predictive_entropy, entropy)
+    ensemble.save(tmp_path / "labels.safetensors")
+    again = DiffusionEnsemble.load(tmp_path / "labels.safetensors", model)
+    torch.testing.assert_close(again(x), ensemble(x))
+
+
+def test_gaussians_have_mean_and_variance_of_their_mixture(model, weights, x):
+    ensemble = DiffusionEnsemble(
+        model, weights, task="gaussian-regression", select=lambda out: (out[:, 0], out[:, 1].exp())
+    )
+    outputs = by_swapping(model, weights, x)
+    means, variances = outputs[..., 0], outputs[..., 1].exp()
+    second = (variances + means**2).mean(0)
+
+    mean, variance = ensemble(x)
+
+    torch.testing.assert_close(mean, means.mean(0))
+    torch.testing.assert_close(variance, second - mean**2)
+    torch.testing.assert_close(ensemble.predict(x).variance, variance)
+    with pytest.raises(ConfigError, match=r"must be a pair \(mean, variance\)"):
+        DiffusionEnsemble(model, weights, task="gaussian-regression")(x)
 
 
 def test_a_single_output_is_not_taken_for_a_certain_class(x):
@@ -333,6 +368,14 @@ def test_a_saved_ensemble_predicts_the_same_on_a_fresh_model(model, weights, x, 
     torch.testing.assert_close(loaded(x), ensemble(x))
     assert (loaded.strategy, loaded.class_axis, loaded.member_chunk) == ("trunk", -1, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["ensemble.safetensors"]
+
+
+def test_without_a_copy_the_members_are_the_tensors_given(model, weights, x):
+    shared, copied = DiffusionEnsemble(model, weights, copy=False), DiffusionEnsemble(model, weights)
+
+    assert all(shared.weights[name].data_ptr() == weights[name].data_ptr() for name in weights)
+    assert all(copied.weights[name].data_ptr() != weights[name].data_ptr() for name in weights)
+    assert torch.equal(shared(x), copied(x))
 
 
 def test_a_file_of_format_version_1_is_read():

@@ -1,4 +1,4 @@
-"""How often the verdict is wrong, on sets that are no better and on gains of known size; `pytest -m slow -s` shows it."""
+"""How often the verdict is wrong, on sets no better and on gains of known size; `pytest -m slow -s` shows it."""
 
 from __future__ import annotations
 

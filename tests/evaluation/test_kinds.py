@@ -240,7 +240,8 @@ def test_one_more_baseline_is_drawn_judged_and_swept(one_run: Run, monkeypatch: 
     more = Baseline(noise, "snapshots with much noise", look, knob=Knob("size", (0.1, 0.3), by_run=False))
     monkeypatch.setitem(BASELINES, "loud", more)
     monkeypatch.setitem(LOOKS, "loud", look)
-    weights = more.draw(SnapshotRows.measure(store), 4, torch.Generator().manual_seed(0))
+    rows = SnapshotRows.measure(store)
+    weights = more.draw(rows, 4, torch.Generator().manual_seed(0)).made(rows)
 
     result = evaluate(task, store, weights, sets=["generated", "loud"], num_members=4)
     assert [c.name for c in result.comparisons] == ["loud"]

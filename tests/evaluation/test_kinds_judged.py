@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -19,11 +20,13 @@ from torch.nn import functional as F
 import pdiff_plugin.evaluation
 from pdiff_plugin import (
     DiffusionConfig,
+    DiffusionEnsemble,
     Evaluation,
     FitConfig,
     SnapshotStore,
     Task,
     WeightGenerator,
+    WeightSet,
     evaluate,
     fit,
     sweep,
@@ -32,6 +35,7 @@ from pdiff_plugin import (
 from pdiff_plugin.ensemble.soup import greedy_soup
 from pdiff_plugin.evaluation.gate import keep_accurate
 from pdiff_plugin.evaluation.rows import evenly_spaced
+from pdiff_plugin.evaluation.scores import score_sets
 from pdiff_plugin.evaluation.search_score import EnsembleNLL
 from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
@@ -262,7 +266,8 @@ def test_the_result_is_told_saved_read_and_drawn(judged: Judged, tmp_path: Path)
     assert f"{result.kind.metric(result.kind.ensemble_loss).title} (lower is better)" in page
     assert result.kind.likeness.help in page
     drawn = {path.stem for path in (tmp_path / "report-figures").iterdir()}
-    assert {"accuracy-novelty", "paired-differences", "plane", "ensemble-size", "overlap", "densities"} <= drawn
+    assert {"accuracy-novelty", "paired-differences", "plane", "overlap", "densities"} <= drawn
+    assert f'<figure id="cost-{result.kind.loss.key}"' in page
 
 
 def test_generators_are_swept_gated_averaged_and_ranked(judged: Judged, tmp_path: Path) -> None:
@@ -313,6 +318,33 @@ def test_figures_of_the_snapshots_are_those_of_other_libraries(judged: Judged) -
     else:
         expected = pinball(torch.stack(outputs).mean(0), y).mean()
         assert found["ensemble_loss"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_the_ensemble_that_was_judged_can_be_had(judged: Judged) -> None:
+    kind, task = judged.evaluation.kind, judged.task
+    weights = judged.generator.sample(4, rng=torch.Generator().manual_seed(0))
+    scores, _ = score_sets(task, {"generated": weights})
+    assert kind.ensemble_options is not None
+    ensemble = DiffusionEnsemble(task.model, weights, **kind.ensemble_options)
+
+    class AsOne(nn.Module):
+        """The ensemble in the place of the model; the weight is there to have something to judge."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = ensemble
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.inner(*args, **kwargs)
+
+    as_one, _ = score_sets(
+        dataclasses.replace(task, model=AsOne().eval()), {"one": WeightSet({"weight": torch.zeros(1, 1)})}
+    )
+    if kind.name == "gaussian-regression":  # one Gaussian has the moments of a mixture, and not its density
+        torch.testing.assert_close(as_one["one"].score[-1], scores["generated"].score[-1], rtol=1e-4, atol=1e-5)
+    else:
+        torch.testing.assert_close(as_one["one"].loss[-1], scores["generated"].loss[-1], rtol=1e-4, atol=1e-5)
 
 
 def test_the_snippet_of_the_documentation_makes_this_task(judged: Judged) -> None:

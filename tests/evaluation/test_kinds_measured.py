@@ -23,7 +23,7 @@ from pdiff_plugin.evaluation.kind import MAX_COMPARED, Measured, Scores, TaskKin
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.positions import IGNORED, dense
 from pdiff_plugin.evaluation.scores import score_sets
-from pdiff_plugin.evaluation.verdict import ScoredSet, compare, standard_error
+from pdiff_plugin.evaluation.verdict import Differences, Nearness, ScoredSet, compare, judge, standard_error
 from pdiff_plugin.generator.weights import WeightSet
 
 Outcome = tuple[Tensor, Any]
@@ -458,3 +458,41 @@ def test_marks_of_many_targets_tell_another_order_and_another_value() -> None:
     assert (marks != others).nonzero().flatten().tolist() == [0]
     _, turned = score_sets(task_of("dense", outputs[0], y.flip(0)), {"a": weights})
     assert torch.equal(turned.flip(0), marks)
+
+
+@pytest.mark.parametrize(
+    ("name", "likeness", "reference", "is_copy"),
+    [
+        ("regression", 0.995, 0.98, False),
+        ("regression", 0.99995, 0.98, True),
+        ("regression", 0.99995, 0.99992, False),
+        ("regression", 1.0, 0.99992, True),
+        ("dense", 0.995, 0.98, True),
+    ],
+)
+def test_a_correlation_is_a_copy_later_than_errors_in_common(
+    name: str, likeness: float, reference: float, is_copy: bool
+) -> None:
+    kind, (outputs, targets) = KINDS[name], synthetic(name)
+    one, other = (
+        ScoredSet(kind, "x", [scores_of(kind, outputs[half], targets)]) for half in (slice(0, 2), slice(2, 5))
+    )
+    nearness = Nearness(1.0, 1.0, likeness=likeness, reference_likeness=reference)
+    found, _ = judge(one, {"other": other}, nearness, Differences(kind, 1, 0.1, 0.5, 0.005, 0.5, None))
+    assert (found.outcome == "copies the snapshots") == is_copy
+    if is_copy:
+        threshold = "99%" if name == "dense" else "0.9999"
+        assert f"({threshold} and more counts as a copy)" in found.sentence
+    else:
+        assert ("that tells nothing of copies" in found.sentence) == (reference > 0.9999)
+
+
+def test_too_few_errors_are_counted_in_what_the_kind_errs_on() -> None:
+    outputs = torch.full((2, 5, 2, 3, 3), 9.0)
+    outputs[:, :, 1] = 0.0
+    kind, targets = KINDS["dense"], torch.zeros(5, 3, 3).long()
+    targets[0, 0, 0] = 1
+    scored = ScoredSet(kind, "x", [scores_of(kind, outputs, targets)])
+    nearness = Nearness(1.0, 1.0, likeness=0.5, reference_likeness=0.5)
+    found, _ = judge(scored, {}, nearness, Differences(kind, 1, 0.1, 0.5, 0.005, 0.5, None))
+    assert found.sentence.startswith("Too few data to tell: members make 1.0 errors on 45 pixels; it takes 10")

@@ -145,15 +145,15 @@ def repeats(place: Place, noise: float = 0.0) -> WeightSet:
 
 
 def averages(place: Place, k: int = 16) -> WeightSet:
-    return average(place.rows, M, rng_for(5, "averages"), k=k)
+    return average(place.rows, M, rng_for(5, "averages"), k=k).made(place.rows)
 
 
 def gaussians(place: Place) -> WeightSet:
-    return gaussian(place.rows, M, rng_for(5, "gaussians"))
+    return gaussian(place.rows, M, rng_for(5, "gaussians")).made(place.rows)
 
 
 def swags(place: Place) -> WeightSet:
-    return BASELINES["swag"].draw(place.rows, M, rng_for(5, "swag"))
+    return BASELINES["swag"].draw(place.rows, M, rng_for(5, "swag")).made(place.rows)
 
 
 def independent(place: Place) -> WeightSet:
