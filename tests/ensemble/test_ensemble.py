@@ -447,7 +447,7 @@ def test_a_generator_gives_the_members(model, x):
     ensemble = ensemble_from_diffusion(model, generator, num_members=7, temperature=0.5, rng=rng, sampler="ddim")
 
     assert ensemble.members(x).shape == (7, B, C)
-    defaults = {"num_sampling_steps": None, "diversity": 1.0, "trajectory": None}
+    defaults = {"num_sampling_steps": None, "eta": 0.0, "diversity": 1.0, "trajectory": None}
     assert generator.asked == defaults | {"temperature": 0.5, "rng": rng, "sampler": "ddim"}
 
 
