@@ -22,9 +22,9 @@ Checked in this order:
 The cheap sets of 1 and 3 are averages, Gaussians and SWAG, pooled and per run, as far as they were drawn; not those
 that are snapshots plus noise. Between snapshots on a line anything is near one of them, and where all predict alike
 anything errs as they do: an average of 16 would be called a copy, and nobody copied. Half as far (as different) and not
-just nearer (more alike), since a set of the same kind drawn anew is nearer every other time. Where a cheap set's members
-share 0.99 of their errors with a snapshot, likeness tells nothing, as little as 1.0 beside 0.9997: of averages of 64 on a
-line one in seven would be called copies. Where none was drawn the snapshots alone are the measure.
+just nearer (more alike), since a set of the same kind drawn anew is nearer every other time. Where a cheap set
+reaches 0.99, likeness tells nothing, as little as 1.0 beside 0.9997: of averages of 64 on a line one in seven would be
+called copies. Where none was drawn the snapshots alone are the measure.
 
 Snapshots that hardly differ leave nothing to gain to whatever is made of them, so the sets come out alike and the
 comparison is lost before it begins. That is a finding about the recording and not about the generator. It takes nothing

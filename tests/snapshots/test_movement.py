@@ -67,7 +67,9 @@ def test_a_large_store_is_read_in_part(make_store, monkeypatch: pytest.MonkeyPat
 
 
 def test_broken_snapshots_do_not_count(make_store) -> None:
-    rows = torch.arange(40.0)[:, None] * normal(1, 40).abs().float() + 1
+    rows = (
+        1 + 0.001 * torch.arange(40.0)[:, None] * normal(1, 40).abs().float()
+    )  # short: the variances' logarithms bend
     rows[7, 3] = float("nan")
     found = movement_in(make_store(rows))
     assert found is not None
@@ -75,7 +77,9 @@ def test_broken_snapshots_do_not_count(make_store) -> None:
 
 
 def test_inspect_says_that_snapshots_hardly_differ(make_store, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = torch.arange(40.0)[:, None] * normal(1, 40).abs().float() + 1
+    rows = (
+        1 + 0.001 * torch.arange(40.0)[:, None] * normal(1, 40).abs().float()
+    )  # short: the variances' logarithms bend
     document = describe.store(make_store(rows).path)
     assert document["movement"]["line_share"] > 0.99
     describe.show_store(document)
