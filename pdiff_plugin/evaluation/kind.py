@@ -175,6 +175,15 @@ class Likeness(Quantity):
     unit: str = "items"
     help: str = "Of the items that either of two models gets wrong, the share that both do."
 
+    @property
+    def alike(self) -> float:
+        """From which mean likeness on, over pairs outside their own block, the snapshots of a run hardly differ.
+
+        With 0.98 for errors in common: 0.989 to 0.998 for converged trainings of an MLP on digits, whose snapshots gain
+        0.01 to 0.05 %; 0.947 and less for trainings that still move, which gain 0.2 to 13 %.
+        """
+        return 2 * self.copy - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskKind:

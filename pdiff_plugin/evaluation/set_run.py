@@ -136,7 +136,7 @@ def _at(places: Tensor, rng: torch.Generator) -> Drawing:
 
 @dataclass(frozen=True)
 class JudgedSet:
-    """A set that was drawn: scores and figures of each draw, and which members these are of.
+    """A set that was drawn: scores and figures of each draw, and which of its members are sound, (M,).
 
     Members with NaN or Inf, in their weights or their answers, are left out; a draw of nothing else is.
     """

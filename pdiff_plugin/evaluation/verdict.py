@@ -6,8 +6,8 @@ Checked in this order:
    its nearest one outside its own block of time, and less than half as far as members of the nearest cheap set are.
 2. "too few data to tell": members make fewer than 10 errors on average.
 3. "copies the snapshots": members err on the same items as some snapshot, error overlap 0.99 or more, and snapshots do
-   not do so among themselves, or it is 1; and members of the most alike cheap set differ from a snapshot's errors more
-   than twice as much.
+   not do so among themselves, or it is 1; and members of no cheap set reach 0.99, and of the most alike one differ from
+   a snapshot's errors more than twice as much.
 4. For each baseline, the difference in ensemble NLL on the same items, d = generated - baseline, with its standard
    error s (over items, paired, and over draws of the members). A gain counts from 1 % of its NLL.
    "worth it": against every baseline d + 2 s < 0 and the gain counts, and accuracy is not lower by more than 2 s.
@@ -22,8 +22,9 @@ Checked in this order:
 The cheap sets of 1 and 3 are averages, Gaussians and SWAG, pooled and per run, as far as they were drawn; not those
 that are snapshots plus noise. Between snapshots on a line anything is near one of them, and where all predict alike
 anything errs as they do: an average of 16 would be called a copy, and nobody copied. Half as far (as different) and not
-just nearer (more alike), since a set of the same kind drawn anew is nearer every other time. Where none was drawn the
-snapshots alone are the measure.
+just nearer (more alike), since a set of the same kind drawn anew is nearer every other time. Where a cheap set
+reaches 0.99, likeness tells nothing, as little as 1.0 beside 0.9997: of averages of 64 on a line one in seven would be
+called copies. Where none was drawn the snapshots alone are the measure.
 
 Snapshots that hardly differ leave nothing to gain to whatever is made of them, so the sets come out alike and the
 comparison is lost before it begins. That is a finding about the recording and not about the generator. It takes nothing
@@ -64,9 +65,6 @@ Outcome = Literal[
 ]
 
 COPY_RATIO = 0.5
-# Mean over pairs of snapshots of a run, outside their own block: 0.989 to 0.998 for converged trainings of an MLP on
-# digits, whose snapshots gain 0.01 to 0.05 %; 0.947 and less for trainings that still move, which gain 0.2 to 13 %.
-ALIKE = 0.98
 MIN_ERRORS = 10.0
 NUM_ERRORS_OF_MEAN = 2.0
 
@@ -284,9 +282,10 @@ class Nearness:
 
     def errs_as_snapshots(self, threshold: float) -> bool:
         """Whether errors are those of a snapshot, for the kind's likeness from which on they count as the same."""
-        if not self.likeness >= threshold or 1 - self.likeness >= COPY_RATIO * (1 - self.cheap_likeness):
+        if not self.likeness >= threshold > self.cheap_likeness:
             return False
-        return self.likeness == 1 or self.reference_likeness < threshold
+        is_more_alike = 1 - self.likeness < COPY_RATIO * (1 - self.cheap_likeness)
+        return is_more_alike and (self.likeness == 1 or self.reference_likeness < threshold)
 
 
 @dataclass(frozen=True)
@@ -314,7 +313,7 @@ class Differences:
     @property
     def are_small(self) -> bool:
         is_line = self.movement is not None and self.movement.is_line
-        return self.gain < self.needed and (self.likeness >= ALIKE or is_line)
+        return self.gain < self.needed and (self.likeness >= self.kind.likeness.alike or is_line)
 
     @property
     def text(self) -> str:
@@ -380,7 +379,7 @@ def _lies_on_snapshots(nearness: Nearness) -> Verdict | None:
     )
     numbers = {"nearest_snapshot_distance": distance, "snapshots_nearest_distance": reference_distance}
     if math.isfinite(nearness.cheap_distance):
-        text += f", and the nearest averages or Gaussians {nearness.cheap_distance:.2f}"
+        text += f", members of the nearest cheap set {nearness.cheap_distance:.2f}"
         numbers["cheap_nearest_distance"] = nearness.cheap_distance
     return Verdict("copies the snapshots", f"{text}.", numbers)
 

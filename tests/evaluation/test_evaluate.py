@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from pdiff_plugin.config import DiffusionConfig, FitConfig
 from pdiff_plugin.errors import ConfigError, LayoutMismatchError, UnusableSnapshotsError
-from pdiff_plugin.evaluation.baselines import average, rng_for
+from pdiff_plugin.evaluation.baselines import BASELINES, average, rng_for
 from pdiff_plugin.evaluation.evaluate import evaluate
 from pdiff_plugin.evaluation.kind import Scores
 from pdiff_plugin.evaluation.result import Evaluation
@@ -390,6 +391,53 @@ def test_snapshots_with_nan_are_skipped_and_counted(one_run: Run, store_of: Any)
     assert result.details["num_skipped_snapshots"] == 1
     assert result.details["num_snapshots"] == 59
     assert result.sets["gaussian"]["accuracy_mean"] > 0.5
+
+
+def test_members_with_nan_are_left_out_and_named(one_run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    task, store = one_run
+    members = average(SnapshotRows.measure(store), 24, rng_for(0, "pairs"), k=2)
+    sound = members.select(torch.tensor([i for i in range(24) if i not in (3, 11)]))
+    members["0.weight"][3, 2, 1] = float("nan")
+    members["3.bias"][11] = float("inf")
+    result = evaluate(task, store, weights=members, num_members=8, sets="core")
+    assert result.details["num_left_out"] == {"generated": 2}
+    assert result.verdict.sentence.endswith("left out: 2 of 24 of the generated members.")
+    assert "2 of 24 members of the generated members hold NaN or Inf" in caplog.text
+    alone = evaluate(task, store, weights=sound, num_members=8, sets="core")
+    assert result.sets["generated"] == alone.sets["generated"]
+
+
+def test_members_that_answer_nan_are_left_out(one_run: Run) -> None:
+    task, store = one_run
+    members = average(SnapshotRows.measure(store), 24, rng_for(0, "pairs"), k=2)
+    members["3.weight"][5] = 3e38  # finite, and infinite once summed
+    result = evaluate(task, store, weights=members, num_members=8, sets=["snapshots", "generated"])
+    assert result.details["num_left_out"] == {"generated": 1}
+    assert result.sets["generated"]["members"] == 23
+
+
+def test_more_than_a_tenth_of_broken_members_are_refused(one_run: Run) -> None:
+    task, store = one_run
+    members = pairs(store)
+    members["3.bias"][1, 0] = float("nan")
+    with pytest.raises(ConfigError, match="the generated members = '1 of 8 with NaN or Inf'"):
+        evaluate(task, store, weights=members, num_members=8)
+
+
+def test_a_baseline_with_broken_members_is_judged_by_the_others(one_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, store = one_run
+    whole = BASELINES["noise"]
+
+    def draw(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> WeightSet:
+        members = whole.draw(rows, num_members, rng)
+        members["3.bias"][:3] = float("nan")
+        return members
+
+    monkeypatch.setitem(BASELINES, "noise", dataclasses.replace(whole, draw=draw))
+    result = evaluate(task, store, weights=pairs(store), num_members=8, sets="core")
+    assert result.details["num_left_out"] == {"noise": 3}
+    assert result.sets["noise"]["members"] == 5
+    assert "3 of 8 of snapshots with 5 % noise" in result.verdict.sentence
 
 
 def test_without_generated_members_only_the_alternatives_are_judged(one_run: Run) -> None:

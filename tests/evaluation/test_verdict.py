@@ -138,6 +138,60 @@ def test_members_are_no_copies_where_all_snapshots_make_the_same_errors() -> Non
     assert verdict(*sets, overlap=1.0, reference_overlap=1.0).outcome == "copies the snapshots"
 
 
+def test_nobody_copied_where_cheap_sets_lie_as_near_or_err_as_alike() -> None:
+    sets = scored("generated", nll(0.5)), scored("averages", nll(0.5))
+    assert verdict(*sets, distance=0.1, cheap_distance=0.15).outcome == "no better than averaging"
+    assert verdict(*sets, distance=0.1, cheap_distance=0.25).outcome == "copies the snapshots"
+    for reference_overlap in (0.8, 0.999):
+        found = verdict(*sets, overlap=1.0, reference_overlap=reference_overlap, cheap_overlap=0.9997)
+        assert found.outcome == "no better than averaging"
+        assert "tells nothing of copies" in found.sentence
+    assert verdict(*sets, overlap=0.993, cheap_overlap=0.988).outcome == "no better than averaging"
+    assert verdict(*sets, overlap=0.995, cheap_overlap=0.988).outcome == "copies the snapshots"
+
+
+def test_snapshots_that_hardly_differ_are_the_reason_and_the_sentence_says_what_to_do() -> None:
+    alike = differences(gain=0.004, likeness=0.985, line_share=0.997)
+    found = verdict(scored("generated", nll(0.5)), scored("averages", nll(0.5)), snapshots=alike)
+    assert found.outcome == "snapshots hardly differ"
+    assert "their ensemble gains 0.0040 NLL on a single one (from 0.0050 on it would count)" in found.sentence
+    assert "99.7% of the movement within a run lies along one line" in found.sentence
+    assert "with a higher or a cyclic learning rate, by collect() with a high rate, or in several" in found.sentence
+    several = dataclasses.replace(alike, num_runs=4)
+    found = verdict(scored("generated", nll(0.5)), scored("averages", nll(0.5)), snapshots=several)
+    assert "within each of the 4 runs" in found.sentence
+    assert found.sentence.endswith("The runs do differ: the last snapshot of each is an ensemble.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "are_small"),
+    [
+        ({"gain": 0.0049, "likeness": 0.98}, True),
+        ({"gain": 0.0051, "likeness": 0.98}, False),
+        ({"gain": 0.0049, "likeness": 0.97}, False),
+        ({"gain": 0.0049, "likeness": 0.97, "line_share": 0.98}, True),
+        ({"gain": 0.0051, "likeness": 0.99, "line_share": 0.999}, False),
+        ({"gain": math.nan, "likeness": 0.99, "line_share": 0.999}, False),
+    ],
+)
+def test_snapshots_hardly_differ_where_their_ensemble_gains_nothing(changes: dict[str, float], are_small: bool) -> None:
+    assert differences(**changes).are_small == are_small  # type: ignore[arg-type]
+
+
+def test_snapshots_that_hardly_differ_hide_no_other_outcome() -> None:
+    alike = differences(gain=0.001, likeness=0.99, line_share=0.999)
+    averages = scored("averages", nll(0.5))
+    assert verdict(scored("generated", nll(0.4)), averages, snapshots=alike).outcome == "worth it"
+    assert verdict(scored("generated", nll(0.5)), averages, distance=0.1, snapshots=alike).outcome == (
+        "copies the snapshots"
+    )
+    few = scored("generated", nll(0.5), error_rate=0.004)
+    assert verdict(few, averages, snapshots=alike).outcome == "too few data to tell"
+    unsure = scored("generated", nll(0.49, noise=1.0, seed=1))
+    assert verdict(unsure, averages, snapshots=alike).outcome == "too few data to tell"
+    assert verdict(scored("generated", nll(0.6)), averages, snapshots=alike).outcome == "no better than averaging"
+
+
 def test_too_few_errors_tell_nothing() -> None:
     found = verdict(scored("generated", nll(0.1), error_rate=0.004), scored("averages", nll(0.5)), overlap=1.0)
     assert found.outcome == "too few data to tell"
