@@ -157,14 +157,14 @@ class EvaluationNotFoundError(PDiffError, FileNotFoundError):
 class WeightsNotKeptError(PDiffError, RuntimeError):
     """An evaluation that was read from a file has no weights."""
 
-    def __init__(self, num_passes: float) -> None:
+    def __init__(self, num_passes: str) -> None:
         super().__init__(num_passes)
         self.num_passes = num_passes
 
     def __str__(self) -> str:
         return (
             "this evaluation was read from a file, which tells what was chosen and holds no weights. `pdiff evaluate "
-            f"FIT --task MODULE:FUNCTION --save-best DIR --best-passes {self.num_passes:g}` makes them; in Python, "
+            f"FIT --task MODULE:FUNCTION --save-best DIR --best-passes {self.num_passes}` makes them; in Python, "
             "evaluate() returns a result whose best() has them."
         )
 

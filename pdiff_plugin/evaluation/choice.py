@@ -7,7 +7,7 @@ wanted, by the highest mean score); the other half, which chose nothing, tells w
 The lowest of hundreds of losses is in part luck, and few items would choose the luckiest member. So the loss of a
 member that is one of several is first drawn towards the mean of its set, by the share of the members' spread that the
 number of items alone explains. Then all that are within two standard errors of the lowest, paired over the choosing
-items, are in question, and of these the lowest is taken where each single member counts as the mean of its set: a member
+items, are in question, and of these the lowest is taken, each single member counting as the mean of its set: a member
 wins by itself only where it clearly is better than what its set, and every other set, gives on average.
 
 A single member costs one pass. Where a set of M members was measured to cost P passes, k of them cost
@@ -217,7 +217,7 @@ class Choice:
     @property
     def _made_by(self) -> Material:
         if self._material is None:
-            raise WeightsNotKeptError(self.num_passes)
+            raise WeightsNotKeptError(f"{self.budget:g}")
         return self._material
 
 
