@@ -278,4 +278,4 @@ def test_a_snapshot_is_named_by_its_run_and_step(one_run: tuple[Task, SnapshotSt
 def test_a_model_of_one_run_is_named_by_the_run(three_runs: tuple[Task, SnapshotStore]) -> None:
     task, store = three_runs
     choice = evaluate(task, store, sets=("swa",)).best()
-    assert choice.text == f"the average of all snapshots of run {store.trajectories[choice.members[0]]}"
+    assert choice.text == f"the average of all snapshots of {store.trajectories[choice.members[0]]}"
