@@ -177,12 +177,12 @@ class EvaluationNotFoundError(PDiffError, FileNotFoundError):
 class WeightsNotKeptError(PDiffError, RuntimeError):
     """An evaluation that was read from a file has no weights."""
 
-    num_passes: float
+    num_passes: str
 
     def __str__(self) -> str:
         return (
             "this evaluation was read from a file, which tells what was chosen and holds no weights. `pdiff evaluate "
-            f"FIT --task MODULE:FUNCTION --save-best DIR --best-passes {self.num_passes:g}` makes them; in Python, "
+            f"FIT --task MODULE:FUNCTION --save-best DIR --best-passes {self.num_passes}` makes them; in Python, "
             "evaluate() returns a result whose best() has them."
         )
 

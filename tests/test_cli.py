@@ -462,7 +462,7 @@ def test_evaluate_saves_the_best_and_says_how_it_is_loaded(
     told = capsys.readouterr().out
     assert "Best for one pass: " in told
     assert "Best for eight passes: " in told
-    line = next(line for line in told.splitlines() if "best.safetensors" in line)
+    line = next(line.strip() for line in told.splitlines() if "best.safetensors" in line)
     import safetensors.torch
 
     model = importlib.import_module("my_eight_items").Net()

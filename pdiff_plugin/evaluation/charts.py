@@ -184,7 +184,7 @@ def _shifted(evaluation: Evaluation) -> Iterable[Chart]:
     yield Chart(
         "shifted",
         "On shifted data",
-        f"{kind.score.text} of the whole ensembles.",
+        f"{kind.score.text[:1].upper()}{kind.score.text[1:]} of the ensembles of all members of each set.",
         _row_chart(series, labels, "score on shifted data", kind.score),
     )
 
@@ -213,33 +213,41 @@ def _xy_chart(series: Sequence[Series], label: str, quantity: Quantity) -> str:
 
 def _row_chart(series: Sequence[Series], labels: Sequence[str], label: str, quantity: Quantity) -> str:
     """Dots along one line for each label."""
-    values = [x for one in series for x, _, _ in one.points if math.isfinite(x)]
-    pad = 0.05 * max(max(values) - min(values), 1e-9)
-    longest = max(map(len, labels))
-    left = min(_LEFT + 5.0 * max(longest - 8, 0), 150.0)
-    x = _Axis(
-        min(values) - pad, max(values) + pad, left, _WIDTH - _RIGHT,
-        _ticks(min(values) - pad, max(values) + pad, quantity),
-    )  # fmt: skip
+    shown, beyond, (low, high) = _in_range(series, quantity, axis=0)
+    shown = [replace(one, points=[point for point in one.points if low <= point[0] <= high]) for one in shown]
     names = [text if len(text) <= 26 else f"{text[:25]}…" for text in labels]
+    left = _LEFT + 5.0 * max(max(map(len, names)) - 8, 0)
+    x = _Axis(low, high, left, _WIDTH - _RIGHT, _ticks(low, high, quantity))
     bottom = _TOP + 18.0 * len(labels)
     y = _Axis(-0.6, len(labels) - 0.4, _TOP, bottom, [(float(i), text) for i, text in enumerate(names)])
-    return _svg(series, x, y, label, quantity.text + (", %" if quantity.format == "%" else ""), [])
+    note = [f"off the scale: {', '.join(beyond)}"] if beyond else []
+    return _svg(shown, x, y, label, quantity.text + (", %" if quantity.format == "%" else ""), note)
 
 
-def _in_range(series: Sequence[Series], quantity: Quantity) -> tuple[list[Series], list[str], tuple[float, float]]:
+def _in_range(
+    series: Sequence[Series], quantity: Quantity, axis: int = 1
+) -> tuple[list[Series], list[str], tuple[float, float]]:
     """The series that have something near the snapshots and the generated members, the others, and the limits."""
-    near = [one for one in series if one.name in (SNAPSHOTS, GENERATED) or one.is_ring] or list(series)
-    values = [y for one in near for _, y, _ in one.points if math.isfinite(y)]
-    span = max(max(values) - min(values), 1e-9)
+    near = [one for one in series if one.name in (SNAPSHOTS, GENERATED, LAST) or one.is_ring] or list(series)
+    if axis == 1:  # the last snapshot of a run may be far from what is made of it
+        near = [one for one in near if one.name != LAST] or near
+    values = [float(point[axis]) for one in near for point in one.points if math.isfinite(float(point[axis]))]
+    span = max(max(values) - min(values), 1e-3 * abs(max(values)), 1e-9)
     low, high = min(values) - _MARGIN * span, max(values) + _MARGIN * span
+    if min(values) >= 0:
+        low = max(low, 0.0)
+    if quantity.format == "%":
+        high = min(high, 1.0 + 0.02 * span)
     shown, beyond = [], []
     for one in series:
-        if any(low <= y <= high for _, y, _ in one.points):
+        if any(low <= float(point[axis]) <= high for point in one.points):
             shown.append(one)
         else:
-            beyond.append(f"{one.name} {quantity.value(one.points[-1][1])}")
-    return shown, beyond, (max(low, 0.0) if min(values) >= 0 else low, high)
+            # A value keeps its unit where lines are broken.
+            beyond.append(
+                f"{one.name} {quantity.value(float(one.points[-1][axis]))}".replace(" %", "\N{NO-BREAK SPACE}%")
+            )
+    return shown, beyond, (low, high)
 
 
 def _ticks(low: float, high: float, quantity: Quantity) -> list[tuple[float, str]]:

@@ -6,13 +6,15 @@ wanted, by the highest mean score); the other half, which chose nothing, tells w
 
 The lowest of hundreds of losses is in part luck, and few items would choose the luckiest member. So the loss of a
 member that is one of several is first drawn towards the mean of its set, by the share of the members' spread that the
-number of items alone explains: members that do not truly differ count as their mean, those that clearly do as measured.
+number of items alone explains. Then all that are within two standard errors of the lowest, paired over the choosing
+items, are in question, and of these the lowest is taken, each single member counting as the mean of its set: a member
+wins by itself only where it clearly is better than what its set, and every other set, gives on average.
 
 A single member costs one pass. Where a set of M members was measured to cost P passes, k of them cost
 1 + (k - 1) (P - 1) / (M - 1): what members have in common is computed once, and each adds the same to it. Where nothing
 could be counted, k members cost k passes.
 
-Means within a billionth of the lowest are ties. The first of them is taken by: fewer passes; fewer members; the set's
+Values within a billionth of the lowest are ties. The first of them is taken by: fewer passes; fewer members; the set's
 place in the table, generated members last, since they need a fit; the member's number.
 
 Shapes: M members of a set, S ensemble sizes, n items, G groups of items.
@@ -21,6 +23,7 @@ Shapes: M members of a set, S ensemble sizes, n items, G groups of items.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -38,7 +41,7 @@ from pdiff_plugin.evaluation.kind import Scores, TaskKind, joining_order
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.metrics import standard_error
 from pdiff_plugin.evaluation.task import Task, evaluating
-from pdiff_plugin.evaluation.verdict import half_mask
+from pdiff_plugin.evaluation.verdict import NUM_ERRORS_OF_MEAN, half_mask
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.tensor_files import save_tensors
 
@@ -107,6 +110,7 @@ class Choice:
         score: the same of the score.
         num_items: size of that half.
         kind: of the task.
+        budget: number of passes from which on it is the choice, at least its price.
         by: what it is the best in, on the half that chose: the lowest mean loss or the highest mean score.
         beside: the last snapshot (mean over the runs) and the ensemble of all generated members on the same half, by
             the name of their set, as far as they were judged.
@@ -120,6 +124,7 @@ class Choice:
     score: float
     num_items: int
     kind: str
+    budget: float = field(default=1.0, compare=False)
     by: By = "loss"
     beside: dict[str, Beside] = field(default_factory=dict)
     _material: Material | None = field(default=None, repr=False, compare=False)
@@ -209,7 +214,7 @@ class Choice:
     @property
     def _made_by(self) -> Material:
         if self._material is None:
-            raise WeightsNotKeptError(self.num_passes)
+            raise WeightsNotKeptError(f"{self.budget:g}")
         return self._material
 
 
@@ -235,7 +240,7 @@ def frontier(
     seed: int,
     material: Material | None = None,
 ) -> list[Choice]:
-    """The choice for every budget: by rising price, each better than the one before on the half that chooses.
+    """The choice for every budget, by rising budget.
 
     First those by loss, then those by score.
 
@@ -252,10 +257,11 @@ def frontier(
     chooses = half_mask(num_items, seed)
     others, found = _others(sets), []
     for by in get_args(By):
-        for candidate in _chosen(sorted(_candidates(sets, chooses, seed, by), key=lambda candidate: candidate.order)):
+        candidates = sorted(_candidates(sets, chooses, seed, by), key=lambda candidate: candidate.order)
+        for budget, candidate in _chosen(candidates):
             choice = _scored(candidate, sets, ~chooses, others)
             text = name(candidate.set, candidate.members)
-            found.append(replace(choice, text=text, kind=kind.name, by=by, _material=material))
+            found.append(replace(choice, text=text, kind=kind.name, budget=budget, by=by, _material=material))
     return found
 
 
@@ -271,7 +277,7 @@ def best(choices: Sequence[Choice], num_passes: float, by: By = "loss") -> Choic
         raise ConfigError("choices", "none", "must be told by the evaluation; evaluate again, on four items or more")
     if by not in get_args(By):
         raise ConfigError("by", by, f"must be one of {', '.join(get_args(By))}")
-    return [c for c in choices if c.by == by and c.num_passes <= num_passes * (1 + _ROUNDING)][-1]
+    return [c for c in choices if c.by == by and c.budget <= num_passes * (1 + _ROUNDING)][-1]
 
 
 def without_luck(values: Tensor) -> Tensor:
@@ -343,7 +349,9 @@ class _Candidate:
 
     Attributes:
         place: row in the scores of the members, or of the ensembles.
-        value: mean over the half that chooses; lower is better.
+        values: of each item of the half that chooses, lower is better.
+        value: their mean, without luck.
+        expected: the same, of a single member the mean over its set.
         rank: the set's place in order of simplicity.
     """
 
@@ -351,7 +359,9 @@ class _Candidate:
     members: tuple[int, ...]
     place: int
     price: float
+    values: Tensor
     value: float
+    expected: float
     rank: int
 
     @property
@@ -365,33 +375,51 @@ class _Candidate:
         return scores.loss[self.place], scores.score[self.place].double()
 
 
-def _chosen(candidates: Sequence[_Candidate]) -> Iterator[_Candidate]:
-    """The best for every budget, from candidates in their order."""
-    last = None
+def _chosen(candidates: Sequence[_Candidate]) -> Iterator[tuple[float, _Candidate]]:
+    """The best for every budget, with the smallest budget for which it is, from candidates in their order."""
+    found: _Candidate | None = None
+    lowest: _Candidate | None = None
+    in_question: list[bool] = []
     for budget in sorted({candidate.price for candidate in candidates}):
         in_reach = [candidate for candidate in candidates if candidate.price <= budget]
-        lowest = min(candidate.value for candidate in in_reach)
-        found = next(c for c in in_reach if c.value <= lowest + _TIE * abs(lowest))
-        if found is not last:
-            yield found
-        last = found
+        now = min(in_reach, key=lambda candidate: candidate.value)
+        if now is not lowest:
+            lowest, in_question = now, [_is_in_question(candidate, now) for candidate in candidates]
+        near = [c for c, is_near in zip(candidates, in_question, strict=True) if is_near and c.price <= budget]
+        best_value = min(candidate.expected for candidate in near)
+        choice = next(c for c in near if c.expected <= best_value + _TIE * abs(best_value))
+        if choice is not found:
+            yield budget, choice
+        found = choice
+
+
+def _is_in_question(candidate: _Candidate, lowest: _Candidate) -> bool:
+    """Whether the items leave it open that a candidate is as good as the lowest."""
+    if not math.isfinite(candidate.value):
+        return candidate is lowest
+    error = standard_error(candidate.values - lowest.values)
+    return candidate.value <= lowest.value + NUM_ERRORS_OF_MEAN * error + _TIE * abs(lowest.value)
 
 
 def _candidates(sets: Mapping[str, Scores], chooses: Tensor, seed: int, by: By) -> Iterator[_Candidate]:
+    """The best single member of every set, and its ensembles."""
     simple_first = sorted(sets, key=lambda name: name == GENERATED)
     for rank, name in enumerate(simple_first):
         scores = sets[name]
-        num_members = len(scores.member_loss)
         make = partial(_Candidate, name, rank=rank)
-        members = scores.member_loss if by == "loss" else -scores.member_score.double()
-        for member, value in enumerate(without_luck(members[:, chooses]).tolist()):
-            yield make((member,), member, price(scores, 1), value)
-        order = joining_order(num_members, seed)
-        ensembles = scores.loss if by == "loss" else -scores.score.double()
-        values = ensembles[:, chooses].mean(dim=1).nan_to_num(nan=torch.inf).tolist()
-        for place, (size, value) in enumerate(zip(scores.sizes, values, strict=True)):
+        members = (scores.member_loss if by == "loss" else -scores.member_score.double())[:, chooses]
+        values = without_luck(members)
+        lowest = float(values.min())
+        member = int((values <= lowest + _TIE * abs(lowest)).long().argmax())
+        expected = float(members.mean().nan_to_num(nan=torch.inf))
+        yield make((member,), member, price(scores, 1), members[member], lowest, expected)
+        order = joining_order(len(members), seed)
+        ensembles = (scores.loss if by == "loss" else -scores.score.double())[:, chooses]
+        means = ensembles.mean(dim=1).nan_to_num(nan=torch.inf).tolist()
+        for place, size in enumerate(scores.sizes):
             if size > 1:
-                yield make(tuple(sorted(order[:size].tolist())), place, price(scores, size), value)
+                chosen = tuple(sorted(order[:size].tolist()))
+                yield make(chosen, place, price(scores, size), ensembles[place], means[place], means[place])
 
 
 def _others(sets: Mapping[str, Scores]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -280,7 +280,7 @@ def _name_of(
     if num_runs == 1:
         text = plan.text.removesuffix(" of each run")
     elif len(members) == 1:  # where members are of runs, they take these in turn
-        text = plan.text.replace("each run", f"run {rows.store.trajectories[members[0] % num_runs]}")
+        text = plan.text.replace("each run", rows.store.trajectories[members[0] % num_runs])
     else:
         text = plan.text
     if len(members) > 1:

@@ -146,9 +146,10 @@ def svg_text(figure: Figure, name: str, title: str) -> str:
 
 def _choices(evaluation: Evaluation) -> list[dict[str, Any]]:
     """The best for one pass and for eight, as the boxes at the top of the page show them."""
-    titles: dict[int, tuple[Choice, list[str]]] = {}
+    titles: dict[tuple[str, tuple[int, ...], str], tuple[Choice, list[str]]] = {}
     for budget, choice in evaluation.shown_choices():
-        titles.setdefault(id(choice), (choice, []))[1].append(choice.title(budget))
+        key = choice.set, choice.members, choice.by
+        titles.setdefault(key, (choice, []))[1].append(choice.title(budget))
     loss, score = evaluation.kind.loss, evaluation.kind.score
     return [
         {

@@ -104,6 +104,19 @@ def test_luck_among_equal_members_chooses_none_of_them() -> None:
     assert best(chosen(sets), 1).set == "swa"
 
 
+def test_a_member_that_is_hardly_the_best_gives_way_to_the_set_that_is_better_on_average() -> None:
+    rng = torch.Generator().manual_seed(1)
+    noise = torch.randn(NUM_ITEMS, generator=rng, dtype=torch.float64)
+    members = torch.stack(
+        [torch.full_like(noise, 0.6), torch.full_like(noise, 0.6), 0.45 + noise - noise[CHOOSES].mean()]
+    )
+    sets = {"swa": scores_of([0.5], []), "noise": scores_of(members, [0.7, 0.7], passes=3.0)}
+    assert best(chosen(sets), 1).set == "swa"
+    members[2] = 0.2 + noise - noise[CHOOSES].mean()
+    sets["noise"] = scores_of(members, [0.7, 0.7], passes=3.0)
+    assert (best(chosen(sets), 1).set, best(chosen(sets), 1).members) == ("noise", (2,))
+
+
 def test_members_that_truly_differ_keep_their_means() -> None:
     rng = torch.Generator().manual_seed(0)
     common = torch.randn(NUM_ITEMS, generator=rng, dtype=torch.float64)
@@ -265,4 +278,4 @@ def test_a_snapshot_is_named_by_its_run_and_step(one_run: tuple[Task, SnapshotSt
 def test_a_model_of_one_run_is_named_by_the_run(three_runs: tuple[Task, SnapshotStore]) -> None:
     task, store = three_runs
     choice = evaluate(task, store, sets=("swa",)).best()
-    assert choice.text == f"the average of all snapshots of run {store.trajectories[choice.members[0]]}"
+    assert choice.text == f"the average of all snapshots of {store.trajectories[choice.members[0]]}"

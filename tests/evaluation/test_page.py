@@ -130,8 +130,12 @@ def test_charts_of_shifted_data_hold_every_set(result: Evaluation) -> None:
     html = render_html(dataclasses.replace(result, sets=figures), [])
     found = next(iter(figures.values()))["ensemble_accuracy"]
     assert f"<title>snapshots, blurred &lt;1&gt;: accuracy {100 * found:.2f} %</title>" in html
-    for name in result.sets:
-        assert f"<title>{name}, held-out data ({result.details['num_items']} items): accuracy" in html
+    drawn = {n for n in result.sets if f"<title>{n}, held-out data ({result.details['num_items']} items): acc" in html}
+    told = re.sub(
+        "<[^>]*>", " ", html.partition('id="shifted"')[2].partition("off the scale: ")[2].partition("</svg>")[0]
+    )
+    assert {"snapshots", "generated", "last"} <= drawn
+    assert all(f"{name} " in told for name in set(result.sets) - drawn)
 
 
 def test_every_colour_is_a_variable_of_the_page_with_another_value_on_a_dark_screen(folder: Path) -> None:
