@@ -1,7 +1,7 @@
 """Record, fit, sample, swap and judge, in one script that reads top to bottom.
 
 A small network learns scikit-learn's digits; its last two BatchNorms are recorded, a generator is fitted to them, and
-an ensemble of generated members is compared with cheap alternatives from the same snapshots.
+an ensemble of generated members is compared with cheap baselines from the same snapshots.
 
     python examples/quickstart.py            # about a minute on two CPU cores
     python examples/quickstart.py --smoke    # a few seconds, figures mean nothing

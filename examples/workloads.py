@@ -1,4 +1,4 @@
-"""Fit generators to standard workloads on CIFAR-10 and compare them with the cheap alternatives.
+"""Fit generators to standard workloads on CIFAR-10 and compare them with the cheap baselines.
 
     w1   a whole network: an MLP of 66,970 parameters on grey images, one snapshot per step of its last epoch
     w2   the paper's procedure: the last two BatchNorms of a small ResNet, trained on at a high rate for 300 steps
@@ -7,7 +7,7 @@
     w6   w2's network with its last block and head trained anew eight times from one trunk
 
 For each the evaluation table is printed, then the best model for one forward pass and the best that eight passes can
-give, then the accuracy-novelty curve of the `diversity` setting beside those of the alternatives. Store, fit, table
+give, then the accuracy-novelty curve of the `diversity` setting beside those of the baselines. Store, fit, table
 (result.json), the best (best-for-1, best-for-8) and picture (curve.png) are left in a folder. A whole ResNet-18 is in
 whole_resnet.py.
 

@@ -326,7 +326,7 @@ def sweep(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Draw accuracy against novelty over a range of diversities, beside the cheap alternatives.
+    """Draw accuracy against novelty over a range of diversities, beside the cheap baselines.
 
     Args:
         out: Folder for sweep.json and sweep.png.
@@ -390,7 +390,7 @@ def evaluate(
     config: Annotated[FlagCreatePairsOff[EvaluateConfig], Inline] = EvaluateConfig(),  # noqa: B008 (frozen)
     distributed: Where = DistributedConfig(),  # noqa: B008 (frozen)
 ) -> None:
-    """Judge generated members beside the snapshots and the cheap alternatives.
+    """Judge generated members beside the snapshots and the cheap baselines.
 
     Args:
         train_with: Takes a seed and returns a trained model; with it a real deep ensemble is trained and judged, too.

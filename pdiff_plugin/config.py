@@ -516,7 +516,7 @@ class EvaluateConfig:
     num_draws: int = 1
     """Times that random sets are drawn, for errors that know the spread between draws."""
     sets: Literal["all", "core"] | tuple[str, ...] = "all"
-    """Names of the sets wanted; `core` judges fewer alternatives."""
+    """Names of the sets wanted; `core` judges fewer baselines."""
     seed: int = 0
     """Seed of every draw."""
     recalibrate: bool = False

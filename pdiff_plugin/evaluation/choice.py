@@ -42,11 +42,11 @@ from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.metrics import standard_error
 from pdiff_plugin.evaluation.task import Task, evaluating
 from pdiff_plugin.evaluation.verdict import NUM_ERRORS_OF_MEAN, half_mask
+from pdiff_plugin.generator import members as member_files
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.tensor_files import save_tensors
 
 FILE_NAME = "best.safetensors"
-MEMBER_FORMAT, MEMBER_VERSION = "pdiff-member", 1
 SHOWN_BUDGETS = (1.0, 8.0)
 """Forward passes for which every table names the choice."""
 
@@ -151,6 +151,7 @@ class Choice:
 
         Raises:
             WeightsNotKeptError: the evaluation was read from a file.
+            ConfigError: an ensemble of a task that combines members in its own way.
         """
         made, weights = self._made_by, self.weights
         path = Path(folder) / FILE_NAME
@@ -159,10 +160,16 @@ class Choice:
         if self.is_single:
             header |= {"member": str(self.members[0])}
             tensors = {name: tensor.contiguous() for name, tensor in weights.member(0).items()}
-            save_tensors(path, tensors, MEMBER_FORMAT, MEMBER_VERSION, header)
+            save_tensors(path, tensors, member_files.FORMAT, member_files.FORMAT_VERSION, header)
             return path
+        options = made.task.task_kind.ensemble_options
+        if options is None:
+            expected = (
+                "must be left out for an ensemble in a file, which cannot hold it; best(num_passes=1) is one model"
+            )
+            raise ConfigError("combine", made.task.combine, expected)
         with evaluating(made.task) as model:
-            DiffusionEnsemble(model, weights, **(made.task.task_kind.ensemble_options or {})).save(path, header)
+            DiffusionEnsemble(model, weights, **options).save(path, header)
         return path
 
     def loading(self, path: Path) -> str:
