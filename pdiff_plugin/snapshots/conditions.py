@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,22 @@ def parse_condition(given: object, where: str) -> Condition:
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise ConditionError(where, f"the name {name!r}", "names of printable text")
     return {name: _parse_value(value, name, where) for name, value in given.items()}
+
+
+def parse_value(text: str) -> Value:
+    """A value as it is typed: a number, true or false, numbers with commas between or after them, else text.
+
+    What stands in double quotes is text, whatever it looks like.
+    """
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        return text[1:-1]
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    numbers = [_number(part) for part in text.removesuffix(",").split(",")]
+    if any(number is None for number in numbers):
+        return text
+    found = [number for number in numbers if number is not None]
+    return [float(number) for number in found] if "," in text else found[0]
 
 
 def kind_of(value: Value) -> str:
@@ -185,6 +202,13 @@ def _parse_value(value: Any, name: str, where: str) -> Value:
         f"{_kind_of(value)} under {name!r}",
         "a number, text, true or false, or a list of numbers (flatten what is nested, leave out what is not a setting)",
     )
+
+
+def _number(text: str) -> int | float | None:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text) if "_" not in text else None  # Python's 1_000 is somebody's text
+    return None
 
 
 def _is_finite(value: int | float) -> bool:

@@ -14,6 +14,7 @@ from pdiff_plugin.errors import ConditionError, FormatError, StoreNotFoundError
 from pdiff_plugin.snapshots.conditions import (
     check_same_kind,
     parse_condition,
+    parse_value,
     read_condition,
     set_condition,
     set_conditions,
@@ -113,6 +114,31 @@ def test_conditions_that_do_not_fit_are_an_error_that_names_both(other: dict[str
 
 def test_whole_and_broken_numbers_are_one_type() -> None:
     check_same_kind({"a": 1}, "x", {"a": 1.5}, "y")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("45", 45),
+        ("-.5", -0.5),
+        ("1e-3", 0.001),
+        ("true", True),
+        ("False", False),
+        ("1,2.5", [1.0, 2.5]),
+        ("3,", [3.0]),
+        ("ink", "ink"),
+        ("1,ink", "1,ink"),
+        ("1_000", "1_000"),
+        (",", ","),
+        ("", ""),
+        ('"45"', "45"),
+        ('"', '"'),
+    ],
+)
+def test_a_typed_value_is_a_number_a_list_a_truth_or_text(text: str, value: object) -> None:
+    found = parse_value(text)
+    assert found == value
+    assert type(found) is type(value)
 
 
 def test_a_store_tells_the_conditions_of_the_trajectories_that_have_one(runs: Path) -> None:
