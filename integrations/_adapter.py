@@ -9,9 +9,11 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from pdiff_plugin.config import RecorderConfig
-from pdiff_plugin.errors import MissingDependencyError, NotHookableError
+from pdiff_plugin.errors import ConditionError, ConfigError, MissingDependencyError, NotHookableError
 from pdiff_plugin.recording.hooks import unwrap_optimizer
 from pdiff_plugin.recording.recorder import PDiffRecorder as Recorder
+from pdiff_plugin.recording.recorder import is_by_name
+from pdiff_plugin.snapshots.conditions import parse_condition
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,41 @@ def hookable(optimizer: Any) -> Any:
         return unwrap_optimizer(optimizer)
     except NotHookableError:
         return None
+
+
+def looked_up(
+    condition: Any, hparams: Mapping[str, Any], where: str, others: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """What a trainer has of a ``condition`` that is not a dict of the user's own; None if it is one, or none is wanted.
+
+    Args:
+        condition: of the settings: ``"hparams"`` for all of ``hparams`` that can be in a condition, or a list of names.
+        hparams: the trainer's own, by name.
+        where: these are, for errors.
+        others: also found by name, but not part of ``"hparams"``.
+
+    Raises:
+        ConfigError: another text, no hparams, or a name that is in neither.
+    """
+    if not is_by_name(condition):
+        return None
+    if isinstance(condition, str):
+        if condition != "hparams":
+            raise ConfigError("condition", condition, "must be a dict, 'hparams', or a list of names")
+        found = {name: value for name, value in hparams.items() if _is_possible(name, value)}
+        if not found:
+            raise ConfigError("condition", condition, f"needs {where}, which has none that is a number, text or list")
+        return found
+    known = {**(others or {}), **hparams}
+    missing = [name for name in condition if name not in known]
+    if missing:
+        raise ConfigError("condition", list(condition), f"names {missing[0]!r}, which {where} does not have")
+    return {name: known[name] for name in condition}
+
+
+def _is_possible(name: Any, value: Any) -> bool:
+    try:
+        parse_condition({name: value}, "")
+    except ConditionError:
+        return False
+    return True

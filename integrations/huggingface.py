@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdiff_plugin.recording.recorder import DEFAULT_FOLDER
 
-from ._adapter import Adapter, Requires, hookable
+from ._adapter import Adapter, Requires, hookable, looked_up
 
 problem: ImportError | None = None
 try:
@@ -29,6 +29,9 @@ class PDiffRecorder(Adapter, ExportableState, TrainerCallback):
 
     Snapshots go below ``args.output_dir``. A resumed training continues the recording of its checkpoint. The trainer
     has no event for an exception: what is not yet written then follows within seconds, or on ``close()``.
+
+    With ``condition="hparams"`` the condition of the run is what a hyperparameter search has chosen for its trial; a
+    list of names picks some of these, or fields of ``args``: ``condition=["learning_rate"]``.
     """
 
     requires = Requires("transformers", problem, extra="huggingface")
@@ -54,7 +57,8 @@ class PDiffRecorder(Adapter, ExportableState, TrainerCallback):
         if state.global_step:
             saved = state.stateful_callbacks.get(type(self).__name__, [])
             for one in saved if isinstance(saved, list) else [saved]:
-                if one["args"] == self.recorder.settings():
+                settings = {name: value for name, value in one["args"].items() if name != "condition"}
+                if settings == self.recorder.identity():
                     self.counters = one["attributes"]["counters"]
         num_epochs = state.num_train_epochs
         self.recorder.start(
@@ -64,6 +68,9 @@ class PDiffRecorder(Adapter, ExportableState, TrainerCallback):
             steps_per_epoch=round(state.max_steps / num_epochs) if 0 < num_epochs <= state.max_steps else None,
             default_store=Path(args.output_dir) / DEFAULT_FOLDER,
             watch=hookable(kwargs.get("optimizer")),
+            condition=looked_up(
+                self.recorder.config.condition, state.trial_params or {}, "a trial of a search (and args)", vars(args)
+            ),
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

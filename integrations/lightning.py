@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdiff_plugin.recording.recorder import DEFAULT_FOLDER
 
-from ._adapter import Adapter, Requires, hookable
+from ._adapter import Adapter, Requires, hookable, looked_up
 
 problem: ImportError | None = None
 try:
@@ -30,6 +30,9 @@ class PDiffRecorder(Adapter, Callback):
     """Records snapshots while a ``Trainer`` fits; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     With manual optimization the number of steps cannot be known, so the newest snapshots are kept.
+
+    With ``condition="hparams"`` the condition of the run is what the module has saved by ``save_hyperparameters()``, as
+    far as it is numbers, text, true or false, or lists of numbers; a list of names picks some of these.
     """
 
     requires = Requires("lightning", problem)
@@ -37,7 +40,7 @@ class PDiffRecorder(Adapter, Callback):
     @property
     def state_key(self) -> str:
         """Tells several recorders of one trainer apart in its checkpoints."""
-        return f"pdiff_plugin.PDiffRecorder{self.recorder.settings()}"
+        return f"pdiff_plugin.PDiffRecorder{self.recorder.identity()}"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total_steps, per_epoch = trainer.estimated_stepping_batches, trainer.num_training_batches
@@ -51,6 +54,7 @@ class PDiffRecorder(Adapter, Callback):
             default_store=Path(trainer.log_dir or trainer.default_root_dir) / DEFAULT_FOLDER,
             default_store_changes=bool(trainer.loggers),  # each has a folder of its own, version_0, version_1, ...
             watch=hookable(trainer.optimizers[0]) if len(trainer.optimizers) == 1 else None,
+            condition=looked_up(self.recorder.config.condition, pl_module.hparams, "hparams of the module"),
         )
 
     def on_train_batch_end(

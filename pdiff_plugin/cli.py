@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import docstring_parser
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 import pdiff_plugin as pdiff
 from pdiff_plugin import console, describe
@@ -125,6 +125,40 @@ def inspect(path: Positional[Path], *, json: Json = False) -> None:
     else:
         document, show = describe.store(path), describe.show_store
     (describe.print_json if json else show)(document)
+
+
+def condition(
+    store: Positional[Annotated[Path, arg(metavar="STORE")]],
+    *,
+    set: Annotated[
+        UseAppendAction[tuple[tuple[str, ...], ...]],
+        arg(
+            metavar="RUN NAME=VALUE ...",
+            help="A run and its whole condition: --set run-001 angle=45 style=ink user=0.5,-1. Values are numbers, "
+            "true or false, lists of numbers with commas, else text.",
+        ),
+    ] = (),
+    json: Json = False,
+) -> None:
+    """Show at which condition each run of a store was recorded, or set it.
+
+    All conditions of a store have the same names; those that are set in one command are checked together.
+
+    Args:
+        store: The snapshot store.
+    """
+    from pdiff_plugin.snapshots.conditions import parse_value, set_conditions
+
+    given: dict[str, dict[str, Any]] = {}
+    for run, *pairs in filter(None, set):
+        wrong = next((pair for pair in pairs if not pair.partition("=")[1]), None)
+        if wrong is not None or not pairs:
+            raise ConfigError("--set", wrong or run, "must be a run and NAME=VALUE pairs: --set run-001 angle=45")
+        given[run] = {name: parse_value(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+    if given:
+        set_conditions(store, given)
+    document = describe.conditions(store)
+    (describe.print_json if json else describe.show_conditions)(document)
 
 
 def import_(
@@ -437,6 +471,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "layers": layers,
     "inspect": inspect,
+    "condition": condition,
     "import": import_,
     "fit": fit,
     "tune": tune,

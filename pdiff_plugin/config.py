@@ -99,6 +99,10 @@ class RecorderConfig:
     """Of the numbers on disk; `bfloat16` is half the size."""
     save_base: bool = True
     """Also keep the whole model of the last snapshot, once."""
+    condition: Mapping[str, Any] | str | Sequence[str] | None = None
+    """The setting that this run is trained at, kept beside its snapshots: names and numbers, text, true or false, or
+    lists of numbers. All runs of a store have the same names. Under Lightning and transformers also `hparams`, or the
+    names of some."""
 
     def __post_init__(self) -> None:
         for name in ("every_n_steps", "last_epochs", "last_steps", "max_snapshots"):
@@ -110,10 +114,13 @@ class RecorderConfig:
             raise ConfigError("freeze_rest", True, "needs to know where the window begins: leave keep_newest out")
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON; of a function as ``layers`` only its name."""
+        """The fields as plain JSON; of a function as ``layers`` only its name, ``condition`` if there is one."""
         layers = self.layers
         plain = layers_name(layers) if callable(layers) else layers if isinstance(layers, str) else list(layers)
-        return {**vars(self), "layers": plain}
+        fields = {**vars(self), "layers": plain}
+        if self.condition is None:
+            del fields["condition"]  # trainers tell recorders apart by these, in checkpoints of earlier releases too
+        return fields
 
 
 @dataclass(frozen=True, kw_only=True)

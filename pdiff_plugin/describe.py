@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ def store(path: Path) -> dict[str, Any]:
                 "last_step": int(steps[-1]),
                 "base": "yes" if header else "no",
                 "rest_drift": f"{float(drift):.2%}" if drift else "-",
+                "condition": opened.conditions.get(name),
             }
         )
     found = movement_in(opened)
@@ -58,11 +60,13 @@ def show_store(document: dict[str, Any]) -> None:
     """Print what :func:`store` tells."""
     from pdiff_plugin.snapshots.movement import Movement
 
+    conditions = [t["condition"] for t in document["trajectories"]]
+    names = _names_in(conditions)
     rows = [
-        [t["id"], str(t["snapshots"]), f"{t['first_step']}..{t['last_step']}", t["base"], t["rest_drift"]]
-        for t in document["trajectories"]
+        [t["id"], str(t["snapshots"]), f"{t['first_step']}..{t['last_step']}", t["base"], t["rest_drift"], *values]
+        for t, values in zip(document["trajectories"], _values_of(conditions, names), strict=True)
     ]
-    headers = ["trajectory", "snapshots", "steps", "base", "drift of the rest"]
+    headers = ["trajectory", "snapshots", "steps", "base", "drift of the rest", *names]
     title = f"store {document['store']}: {document['num_snapshots']} snapshots"
     note = _tensors(document)
     found = Movement(**document["movement"]) if document["movement"] else None
@@ -71,6 +75,26 @@ def show_store(document: dict[str, Any]) -> None:
     console.table(title, headers, rows, note=note)
     if found and found.warning:
         console.say(f"! {found.warning}")
+    for problem in document["problems"]:
+        console.say(f"! {problem}")
+
+
+def conditions(path: Path) -> dict[str, Any]:
+    """At which condition each trajectory of a store was recorded, null for those without one, as plain JSON."""
+    from pdiff_plugin.snapshots.store import SnapshotStore
+
+    opened = SnapshotStore.open(path)
+    found = {name: opened.conditions.get(name) for name in opened.trajectories}
+    return {"store": str(path), "conditions": found, "problems": opened.problems}
+
+
+def show_conditions(document: dict[str, Any]) -> None:
+    """Print what :func:`conditions` tells."""
+    found = document["conditions"]
+    names = _names_in(found.values())
+    rows = [[run, *values] for run, values in zip(found, _values_of(found.values(), names), strict=True)]
+    note = "" if names else f"No run has a condition: pdiff condition {document['store']} --set RUN NAME=VALUE ..."
+    console.table(f"conditions in {document['store']}", ["trajectory", *names], rows, note=note)
     for problem in document["problems"]:
         console.say(f"! {problem}")
 
@@ -143,6 +167,24 @@ def show_evaluation(result: Evaluation, *budgets: float) -> None:
     """Print the table of an evaluation, its verdict and the best choices: for one pass, eight, and any ``budgets``."""
     console.table(result.title, *result.table(), note=result.footnote, lead=result.lead)
     console.say("\n".join(["", result.verdict.sentence, "", *result.told_choices(*budgets)]).rstrip())
+
+
+def _names_in(conditions: Iterable[dict[str, Any] | None]) -> list[str]:
+    return list(dict.fromkeys(name for condition in conditions for name in condition or {}))
+
+
+def _values_of(conditions: Iterable[dict[str, Any] | None], names: Sequence[str]) -> list[list[str]]:
+    """Cells of a row for each condition."""
+    known = [condition or {} for condition in conditions]
+    return [[_value(values[name]) if name in values else "-" for name in names] for values in known]
+
+
+def _value(value: Any) -> str:
+    """A value of a condition, whole but for long lists: a figure that is rounded is another setting."""
+    if isinstance(value, list):
+        shown = ",".join(map(str, value[:6]))
+        return f"{shown},... ({len(value)})" if len(value) > 6 else shown
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _tensors(document: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ survives the pickle trip home from a worker process.
     ├── FormatError               (ValueError)         a file that is not what it should be
     ├── FormatVersionError        (ValueError)         written by a newer release
     ├── CheckpointError           (ValueError)         a checkpoint that cannot be imported
+    ├── ConditionError            (ValueError)         a run's condition that is none, or unlike those of other runs
     ├── TrajectoryExistsError     (FileExistsError)    recording would add to somebody's finished run
     ├── UnusableSnapshotsError    (ValueError)         empty, too few, constant, or too many non-finite rows
     ├── FitExistsError            (FileExistsError)    the output folder holds another fit
@@ -42,6 +43,7 @@ __all__ = [
     "ClusterTooSmallError",
     "ClusterUnreachableError",
     "ConcurrentUseError",
+    "ConditionError",
     "ConfigError",
     "DataError",
     "EvaluationNotFoundError",
@@ -225,6 +227,21 @@ class CheckpointError(PDiffError, ValueError):
 
     def __str__(self) -> str:
         return f"{self.path} cannot be imported: {self.reason}. {self.advice}"
+
+
+@dataclass(eq=False)
+class ConditionError(PDiffError, ValueError):
+    """The condition of a run is none, or does not fit those of other runs."""
+
+    where: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        return (
+            f"condition of {self.where}: found {self.found}, expected {self.expected}. Give all runs of a store the "
+            "same names, and values of one type under each; `pdiff condition STORE` shows and sets those recorded."
+        )
 
 
 @dataclass(eq=False)

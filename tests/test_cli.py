@@ -21,6 +21,8 @@ from torch import nn
 from pdiff_plugin import FitConfig, SnapshotStore, __version__, cli
 from pdiff_plugin.cli import main
 from pdiff_plugin.config import ConvConfig, SubspaceConfig
+from pdiff_plugin.snapshots.conditions import set_condition
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 TASK = """
 import torch
@@ -128,6 +130,62 @@ def test_inspect_shows_what_a_fit_measured(fitted: Path, capsys: pytest.CaptureF
 def test_debug_adds_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path), "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_conditions_are_set_and_shown(walk_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opened = SnapshotStore.open(walk_store)
+    for _ in range(2):
+        TrajectoryWriter(walk_store, opened.layout).write_chunk(opened.rows(), opened.steps.tolist())
+    assert main(["condition", str(walk_store)]) == 0
+    assert "No run has a condition" in capsys.readouterr().out
+
+    first = ["--set", "run-001", "angle=45", "style=ink", "user=0.5,-1", "on=true"]
+    second = ["--set", "run-002", "angle=-1e-3", 'style="7"', "user=1,2", "on=False"]
+    assert main(["condition", str(walk_store), *first, *second]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"trajectory +angle +style +user +on", text)
+    assert re.search(r"run-001 +45 +ink +0\.5,-1\.0 +true", text)
+    assert re.search(r"run-002 +-0\.001 +7 +1\.0,2\.0 +false", text)
+    assert re.search(r"run-003 +- +- +- +-", text)
+
+    assert main(["condition", str(walk_store), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["conditions"]["run-001"] == {"angle": 45, "style": "ink", "user": [0.5, -1.0], "on": True}
+    assert document["conditions"]["run-003"] is None
+    assert SnapshotStore.open(walk_store).conditions["run-002"]["style"] == "7"
+
+
+def test_inspect_shows_conditions_as_columns_where_there_are_some(
+    walk_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(walk_store)]) == 0
+    before = capsys.readouterr().out
+    set_condition(walk_store, "run-001", {"angle": 45.0, "user": list(range(8))})
+    assert main(["inspect", str(walk_store)]) == 0
+    text = capsys.readouterr().out
+    assert "angle" not in before
+    assert re.search(r"drift of the rest +angle +user", text)
+    assert re.search(r"run-001 .* 45\.0 +0\.0,1\.0,2\.0,3\.0,4\.0,5\.0,\.\.\. \(8\)", text)
+    assert main(["inspect", str(walk_store), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trajectories"][0]["condition"]["angle"] == 45.0
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["run-001"], "must be a run and NAME=VALUE pairs"),
+        (["run-001", "angle"], "--set = 'angle'"),
+        (["run-7", "angle=1"], "found no such trajectory"),
+        (["run-001", "angle=nan"], "expected a finite number"),
+        (["run-001", "=1"], "names of printable text"),
+    ],
+)
+def test_a_condition_that_cannot_be_set_says_why(
+    walk_store: Path, capsys: pytest.CaptureFixture[str], given: list[str], text: str
+) -> None:
+    assert main(["condition", str(walk_store), "--set", *given]) == 1
+    assert text in error_text(capsys)
+    assert SnapshotStore.open(walk_store).conditions == {}
 
 
 def test_import_makes_a_store_of_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import atexit
 import os
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,7 @@ from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.recording.hooks import StepHook, unwrap_optimizer
 from pdiff_plugin.recording.session import Outcome, Session, world_size
 from pdiff_plugin.recording.window import Window
+from pdiff_plugin.snapshots.conditions import parse_condition
 from pdiff_plugin.snapshots.remote import is_remote
 
 DEFAULT_FOLDER = "pdiff-snapshots"
@@ -41,6 +43,7 @@ class PDiffRecorder:
 
     Raises:
         ConfigError: a setting that cannot work.
+        ConditionError: a ``condition`` that is none.
     """
 
     def __init__(
@@ -53,6 +56,10 @@ class PDiffRecorder:
             raise ConfigError("store", store, "must be a folder of this machine; copy it to the bucket after the run")
         self.store = None if store is None else os.fspath(store)
         self.config = configured(RecorderConfig, config, changes)
+        condition = self.config.condition
+        if condition is not None and not is_by_name(condition):
+            # Plain values, which a checkpoint can hold, whatever becomes of the user's own.
+            self.config = replace(self.config, condition=parse_condition(condition, "this run"))
         self._outcome = Outcome()
         self._session: Session | None = None
         self._hook: StepHook | None = None
@@ -96,6 +103,7 @@ class PDiffRecorder:
             SelectionError: ``layers`` picks nothing that is trained.
             NotHookableError: ``optimizer`` has no step hooks.
             LayoutMismatchError: the store holds snapshots of other tensors.
+            ConditionError: ``condition`` does not fit those of the other runs in the store.
             UnsupportedTensorError: the model is sharded, and not by ``fully_shard``.
         """
         given = optimizer if isinstance(optimizer, Sequence) else [optimizer] if optimizer is not None else []
@@ -126,6 +134,7 @@ class PDiffRecorder:
         default_store: str | os.PathLike[str] = DEFAULT_FOLDER,
         default_store_changes: bool = False,
         watch: Any = None,
+        condition: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin a run that :meth:`observe` or :meth:`step` will follow. For trainer adapters; see :meth:`attach`.
 
@@ -134,8 +143,18 @@ class PDiffRecorder:
                 ``version_N``); it then goes on in the store of its checkpoint.
             watch: the optimizer, if torch's; :meth:`observe` then records nothing unless it has taken a step (not in
                 the middle of gradient accumulation, not a step that the gradient scaler skipped).
+            condition: what the trainer has under the names that ``condition`` of the settings asks for.
         """
         self.close()
+        config = self.config
+        if is_by_name(config.condition):
+            if condition is None:
+                raise ConfigError(
+                    "condition",
+                    config.condition,
+                    "must be a dict of names to values here: only Lightning and transformers have values to look up",
+                )
+            config = replace(config, condition=parse_condition(condition, "this run"))
         window = Window.plan(self.config, total_steps, steps_per_epoch)
         if self.config.freeze_rest and total_steps is None:
             raise ConfigError("freeze_rest", True, "needs to know where the window begins: pass total_steps")
@@ -147,7 +166,7 @@ class PDiffRecorder:
         if restored_store is not None and not Path(restored_store).is_dir():
             restored_store = None  # the checkpoint was moved to another machine
         store = Path(self.store or restored_store or default_store)
-        self._session = Session(model, self.config, window, store, steps_per_epoch=steps_per_epoch, averaged=averaged)
+        self._session = Session(model, config, window, store, steps_per_epoch=steps_per_epoch, averaged=averaged)
         self._outcome = self._session.outcome
         if self._is_restored:
             self._session.restore(self._state)
@@ -210,6 +229,12 @@ class PDiffRecorder:
         """The constructor's arguments as plain JSON; of a function as ``layers`` only its name."""
         return {"store": self.store, **self.config.to_json()}
 
+    def identity(self) -> dict[str, Any]:
+        """The settings without ``condition``, by which a checkpoint knows its recorder again: one that goes on with
+        another condition is to be told so, not taken for a stranger.
+        """
+        return {name: value for name, value in self.settings().items() if name != "condition"}
+
     def __enter__(self) -> PDiffRecorder:
         return self
 
@@ -231,6 +256,13 @@ class PDiffRecorder:
             self._took_step, self._found_inf = True, found_inf.clone()
         else:
             self._took_step = not found_inf.item()
+
+
+def is_by_name(condition: Any) -> bool:
+    """Whether values are to be looked up in the trainer: ``"hparams"``, or a list of names."""
+    return isinstance(condition, str) or (
+        isinstance(condition, list | tuple) and all(isinstance(name, str) for name in condition)
+    )
 
 
 def _close_at_exit(recorder: weakref.ref[PDiffRecorder]) -> None:

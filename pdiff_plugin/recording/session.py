@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from pdiff_plugin.config import RecorderConfig
-from pdiff_plugin.errors import FormatError, FormatVersionError, StoreNotFoundError, TrajectoryExistsError
+from pdiff_plugin.errors import (
+    ConditionError,
+    FormatError,
+    FormatVersionError,
+    StoreNotFoundError,
+    TrajectoryExistsError,
+)
 from pdiff_plugin.modules.names import named_tensors, unwrap, wrapped_names
 from pdiff_plugin.recording.rest import FrozenRest, RestDrift, rest_names
 from pdiff_plugin.recording.selection import Selection, select
@@ -22,6 +28,14 @@ from pdiff_plugin.recording.window import Window
 from pdiff_plugin.recording.writer import BackgroundWriter, RowInfo
 from pdiff_plugin.snapshots.base import read_base_header
 from pdiff_plugin.snapshots.chunks import read_chunks
+from pdiff_plugin.snapshots.conditions import (
+    Condition,
+    check_fits,
+    check_same_kind,
+    folder_of,
+    read_conditions,
+    write_condition,
+)
 from pdiff_plugin.snapshots.layout import DTYPES, LAYOUT_NAME, Layout, read_layout
 from pdiff_plugin.snapshots.shards import (
     check_sharding,
@@ -63,6 +77,7 @@ class Session:
     Raises:
         SelectionError: ``layers`` picks nothing that is trained.
         LayoutMismatchError: the store holds snapshots of other tensors.
+        ConditionError: the condition does not fit those of the other runs in the store.
         UnsupportedTensorError: the model is sharded, and not by ``fully_shard``.
     """
 
@@ -79,6 +94,7 @@ class Session:
         self.model, self.config, self.window, self.store = unwrap(model), config, window, store
         self.steps_per_epoch, self.averaged = steps_per_epoch, averaged
         self.outcome = Outcome()
+        self._condition: Condition | None = dict(config.condition) if isinstance(config.condition, Mapping) else None
         self.is_writer = _rank() == 0
         self.step, self.trajectory = 0, config.trajectory
         # Ranks of a sharded model all write and must agree on a name: this is found before any of them has written.
@@ -98,8 +114,9 @@ class Session:
         self._writer: BackgroundWriter | None = None
         self._is_measured = False
         check_sharding(self.model)
-        # Wrong `layers` or a store of other tensors must not surface at the end of a long training.
+        # Wrong `layers`, a store of other tensors or conditions must not surface at the end of a long training.
         self._check_store(self.selection().layout)
+        self._check_condition()
         self._freeze_in_window()
 
     def selection(self) -> Selection:
@@ -124,6 +141,7 @@ class Session:
         self.step, self.trajectory = int(counters["step"]), counters["trajectory"]
         self._resume_step = self.step
         self._leave_other_runs_alone(counters.get("store"))
+        self._check_condition()
         self._num_observed = self.num_recorded = 0
         self._layout, self._is_measured = None, False
         self._freeze_in_window()
@@ -217,11 +235,14 @@ class Session:
             layout = self._resolve()
             dtype = DTYPES[self.config.dtype]
             folder, trajectory, resume_step, shapes = self._folder, self.trajectory, self._resume_step, self._shapes
+            store, condition = self.store, self._condition if _rank() == 0 else None
 
             def open_trajectory() -> TrajectoryWriter:
                 opened = TrajectoryWriter(folder, layout, dtype, trajectory, resume_step)
                 if shapes is not None:
                     write_shapes(folder, shapes)
+                if condition is not None:
+                    write_condition(folder_of(store, opened.trajectory), condition)
                 return opened
 
             self._writer = BackgroundWriter(
@@ -311,6 +332,21 @@ class Session:
             raise StoreNotFoundError(str(self.store), "it is a file")
         if (self.store / LAYOUT_NAME).is_file():
             read_layout(self.store)[0].check_same(layout, f"the store {self.store}")
+
+    def _check_condition(self) -> None:
+        """Raise :class:`ConditionError` where the condition is not that of the run that goes on, or is unlike those of
+        the other runs. What cannot be read is left to whoever opens the store.
+        """
+        if self._condition is None:
+            return
+        others, _ = read_conditions(self.store)
+        own = others.pop(self.trajectory, None) if self.trajectory is not None else None
+        if own is not None and self._resume_step is not None:
+            name = f"{self.trajectory}, which goes on"
+            check_same_kind(self._condition, "this run", own, name)
+            if own != self._condition:
+                raise ConditionError("this run", str(self._condition), f"{own}, that of {name}")
+        check_fits(self._condition, "this run", others)
 
     def _check_trajectory(self) -> None:
         # Other ranks come here when rank 0 may have written its first chunk.

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pdiff_plugin.errors import StoreNotFoundError
+from pdiff_plugin.snapshots.conditions import FILE_NAME as CONDITION_NAME
 from pdiff_plugin.snapshots.files import TEMP_MARK
 from pdiff_plugin.snapshots.layout import LAYOUT_NAME
 from pdiff_plugin.snapshots.shards import SHAPES_NAME, read_worlds
@@ -38,7 +39,7 @@ def is_remote(path: object) -> bool:
 
 
 def copy_store(url: str, folder: Path, share: Callable[[int], slice] | None = None) -> Path:
-    """Copy a store from a bucket: headers, steps, and the wanted columns of every chunk.
+    """Copy a store from a bucket: headers, steps, conditions, and the wanted columns of every chunk.
 
     Args:
         url: of the store.
@@ -57,7 +58,8 @@ def copy_store(url: str, folder: Path, share: Callable[[int], slice] | None = No
     layouts = [name for name in (LAYOUT_NAME, f"shards/*/{LAYOUT_NAME}") for name in fs.glob(f"{root}/{name}")]
     if not layouts:
         raise StoreNotFoundError(url, f"it has no {LAYOUT_NAME}")
-    for remote in [*layouts, *fs.glob(f"{root}/shards/*/{SHAPES_NAME}")]:
+    small = [f"shards/*/{SHAPES_NAME}", f"trajectories/*/{CONDITION_NAME}"]
+    for remote in [*layouts, *(path for pattern in small for path in fs.glob(f"{root}/{pattern}"))]:
         local = folder / PurePosixPath(str(remote)).relative_to(root)
         local.parent.mkdir(parents=True, exist_ok=True)
         local.write_bytes(fs.cat_file(str(remote)))

@@ -3,6 +3,7 @@
     STORE/layout.json                                  names, shapes, dtypes, kinds; written once by the first writer
     STORE/trajectories/<id>/chunk-000001.safetensors   see chunks.py
     STORE/trajectories/<id>/base.safetensors           see base.py (optional)
+    STORE/trajectories/<id>/condition.json             see conditions.py (optional)
     STORE/shards/                                      parts that the ranks of a sharded model wrote, see shards.py
 
 Every file appears by an atomic rename; names that do not match are ignored. Nothing is pickled.
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from pdiff_plugin.errors import FormatError, FormatVersionError, StoreNotFoundError
 from pdiff_plugin.snapshots.chunks import Chunk
+from pdiff_plugin.snapshots.conditions import read_conditions
 from pdiff_plugin.snapshots.shards import JoinedChunk, World, read_trajectory, read_worlds
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,8 @@ class SnapshotStore:
         layout: the tensors of a row.
         row_dtype: dtype of the rows on disk.
         trajectories: ids, in the order of the rows.
-        problems: one sentence per file that could not be read; its rows are left out.
+        conditions: trajectory -> names -> values of the setting that it was recorded at, of those that have one.
+        problems: one sentence per file that could not be read; what it holds is left out.
     """
 
     def __init__(self, path: Path, worlds: Sequence[World]) -> None:
@@ -58,6 +61,9 @@ class SnapshotStore:
                 self._base_headers[name] = self._find_base(name)[1]
             except (FormatError, FormatVersionError) as error:
                 self.problems.append(f"{error} The whole model of {name} is left out.")
+        conditions, problems = read_conditions(path)
+        self.conditions = {name: conditions[name] for name in self.trajectories if name in conditions}
+        self.problems += problems
         for problem in self.problems:
             logger.warning(problem)
 

@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pdiff_plugin import DiffusionConfig, FitConfig, Layout, SubspaceConfig, WeightGenerator, fit
+from pdiff_plugin import DiffusionConfig, FitConfig, Layout, SnapshotStore, SubspaceConfig, WeightGenerator, fit
 from pdiff_plugin.errors import FitExistsError, FormatVersionError, StoreNotFoundError, UnusableSnapshotsError
 from pdiff_plugin.fitting import statistics_stage
 from pdiff_plugin.fitting.statistics_stage import nonfinite_names
+from pdiff_plugin.snapshots.conditions import set_condition
 from pdiff_plugin.snapshots.layout import TensorSpec
 from pdiff_plugin.snapshots.split import Split
 
@@ -53,6 +54,24 @@ def test_a_fit_leaves_a_generator_and_its_history(make_store, tmp_path):
     assert document["report"] == generator.report
     assert {"statistics", "autoencoder", "diffusion", "report"} <= document["seconds"].keys()
     assert generator.sample(3)["head.weight"].shape == (3, 3, 8)
+
+
+def test_a_fit_ignores_conditions(make_store, tmp_path):
+    store = make_store(trajectories=2)
+    without = fit(store, QUICK, out=tmp_path / "without")
+    set_condition(store.path, "run-001", {"angle": 1.0})
+    set_condition(store.path, "run-002", {"angle": 2.0})
+    found = SnapshotStore.open(store.path)
+    assert found.conditions == {"run-001": {"angle": 1.0}, "run-002": {"angle": 2.0}}
+
+    fitted = fit(found, QUICK, out=tmp_path / "with")
+
+    expected, tensors = (load_file(tmp_path / name / "generator.safetensors") for name in ("without", "with"))
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+    assert fitted.report == without.report
+    # A condition that is set after a fit does not make its snapshots other ones.
+    assert fit(found, QUICK, out=tmp_path / "without").report == without.report
 
 
 def test_a_bfloat16_basis_halves_the_file_and_survives_it(make_store, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pdiff_plugin import DiffusionConfig, FitConfig, SnapshotStore, fit
+from pdiff_plugin.errors import ConditionError, ConfigError
 from pdiff_plugin.snapshots import files
 
 # The trainers' own warnings about themselves, each by its text.
@@ -122,6 +123,31 @@ def test_a_full_disk_leaves_training_untouched(driver, toolbox, tmp_path, monkey
         "[Errno 28] No space left on device"
     ]
     assert_recorded(tmp_path / "with", job.history, [2, 3, 4, 5])
+
+
+def test_the_condition_ends_up_in_the_store(driver, toolbox, tmp_path):
+    condition = {"angle": 45.0, "style": "ink", "on": True, "user": torch.tensor([0.5, 1.0])}
+    job = toolbox.Job(tmp_path, settings={"condition": condition})
+    driver.train(job)
+    store = assert_recorded(tmp_path, job.history, [6, 7, 8, 9, 10])
+    assert store.conditions == {"run-001": {"angle": 45.0, "style": "ink", "on": True, "user": [0.5, 1.0]}}
+
+
+@pytest.mark.parametrize("condition", ["hparams", ["lr"]])
+def test_names_that_a_trainer_cannot_look_up_are_refused_before_training(driver, toolbox, tmp_path, condition):
+    job = toolbox.Job(tmp_path, settings={"condition": condition})
+    with pytest.raises(ConfigError, match=r"condition = .*(must be a dict|hparams of the module|trial of a search)"):
+        driver.train(job)
+    assert job.history == []
+
+
+def test_a_training_that_is_resumed_at_another_condition_is_refused(driver, toolbox, tmp_path):
+    settings = {"last_steps": 7, "condition": {"angle": 45.0}}
+    with pytest.raises(ValueError, match="raised in training"):
+        driver.train(toolbox.Job(tmp_path, settings=settings, save=True, fail_at=7))
+    again = {**settings, "condition": {"angle": 90.0}}
+    with pytest.raises(ConditionError, match=r"found {'angle': 90.0}, expected {'angle': 45.0}, that of run-001"):
+        driver.train(toolbox.Job(tmp_path, settings=again, resume=True))
 
 
 def test_a_generator_can_be_fitted_to_the_store(driver, toolbox, tmp_path):

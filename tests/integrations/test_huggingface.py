@@ -6,6 +6,7 @@ from torch import nn
 
 from pdiff_plugin import PDiffRecorder as CoreRecorder
 from pdiff_plugin import SnapshotStore, import_checkpoints
+from pdiff_plugin.errors import ConfigError
 
 transformers = pytest.importorskip("transformers")
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
@@ -168,3 +169,34 @@ def test_the_checkpoints_of_the_same_run_give_the_same_rows(tmp_path):
     assert imported.steps.tolist() == recorded.steps.tolist() == [1, 2, 3, 4]
     assert imported.epochs == recorded.epochs
     assert torch.equal(imported.rows(), recorded.rows())
+
+
+class Trial(TrainerCallback):
+    """What a hyperparameter search leaves in the state of its trial's trainer."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.trial_params = {"learning_rate": 0.5, "nested": {"a": 1}, "style": "ink"}
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "condition", "expected"),
+    [
+        ([Trial()], "hparams", {"learning_rate": 0.5, "style": "ink"}),
+        ([Trial()], ["style", "seed", "learning_rate"], {"style": "ink", "seed": 7, "learning_rate": 0.5}),
+        ([], ["seed", "learning_rate"], {"seed": 7, "learning_rate": 0.25}),
+        ([], {"mine": 1}, {"mine": 1}),
+    ],
+)
+def test_the_condition_may_be_that_of_a_trial_or_of_the_arguments(tmp_path, callbacks, condition, expected):
+    recorder = PDiffRecorder(condition=condition)
+    train(tiny_bert(), tmp_path, [*callbacks, recorder], seed=7, learning_rate=0.25)
+    assert SnapshotStore.open(tmp_path / "pdiff-snapshots").conditions == {"run-001": expected}
+
+
+@pytest.mark.parametrize(
+    ("condition", "text"),
+    [("hparams", "needs a trial of a search"), (["angle"], "names 'angle', which a trial of a search")],
+)
+def test_a_condition_that_the_trainer_does_not_have_is_refused(tmp_path, condition, text):
+    with pytest.raises(ConfigError, match=text):
+        train(tiny_bert(), tmp_path, [PDiffRecorder(condition=condition)])

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from pdiff_plugin import PDiffRecorder as CoreRecorder
 from pdiff_plugin import SnapshotStore, import_checkpoints
+from pdiff_plugin.errors import ConditionError, ConfigError
 
 lightning = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
@@ -192,3 +194,48 @@ def test_the_checkpoints_of_the_same_run_give_the_same_rows(toolbox, tmp_path):
     assert imported.layout == recorded.layout
     assert imported.steps.tolist() == recorded.steps.tolist() == [1, 2, 3, 4, 5]
     assert torch.equal(imported.rows(), recorded.rows())
+
+
+class Saving(Module):
+    def __init__(self, toolbox, angle, style="ink", extra=None):
+        super().__init__(toolbox)
+        self.save_hyperparameters(ignore=["toolbox"])
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        ("hparams", {"angle": 45.0, "style": "ink"}),
+        (["angle"], {"angle": 45.0}),
+        ({"mine": 1}, {"mine": 1}),
+    ],
+)
+def test_the_condition_may_be_the_hparams_of_the_module_or_some_of_them(toolbox, tmp_path, condition, expected):
+    module = Saving(toolbox, 45.0, extra={"nested": 1})
+    recorder = PDiffRecorder(condition=condition)
+    store = fit(module, toolbox.Job(tmp_path).batches(), tmp_path, recorder, max_epochs=1)
+    assert store.conditions == {"run-001": expected}
+
+
+def test_a_ready_recorder_may_ask_for_the_hparams_too(toolbox, tmp_path):
+    recorder = PDiffRecorder(recorder=CoreRecorder(tmp_path / "pdiff-snapshots", condition="hparams"))
+    store = fit(Saving(toolbox, 45.0), toolbox.Job(tmp_path).batches(), tmp_path, recorder, max_epochs=1)
+    assert store.conditions == {"run-001": {"angle": 45.0, "style": "ink"}}
+
+
+@pytest.mark.parametrize(
+    ("make", "condition", "error", "text"),
+    [
+        (Module, "hparams", ConfigError, "needs hparams of the module"),
+        (lambda toolbox: Saving(toolbox, 1.0), ["angle", "tilt"], ConfigError, "names 'tilt', which hparams of the"),
+        (lambda toolbox: Saving(toolbox, 1.0), ["extra"], ConditionError, "found a NoneType under 'extra'"),
+        (lambda toolbox: Saving(toolbox, 1.0), "angle", ConfigError, "must be a dict, 'hparams', or a list of names"),
+    ],
+)
+def test_a_condition_that_the_module_does_not_have_is_refused(toolbox, tmp_path, make, condition, error, text):
+    with pytest.raises(error, match=text):
+        fit(make(toolbox), toolbox.Job(tmp_path).batches(), tmp_path, PDiffRecorder(condition=condition), max_epochs=1)
+
+
+def test_the_key_in_a_checkpoint_does_not_change_with_the_condition():
+    assert PDiffRecorder(condition={"a": 1}).state_key == PDiffRecorder().state_key

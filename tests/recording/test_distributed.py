@@ -38,7 +38,8 @@ if kind == "fsdp":
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-recorder = PDiffRecorder(store, layers=layers, last_steps=6)
+condition = json.loads(os.environ.get("CONDITION", "null"))
+recorder = PDiffRecorder(store, layers=layers, last_steps=6, condition=condition)
 rng = torch.Generator().manual_seed(1)
 with recorder.attach(model, optimizer, total_steps=8):
     for step in range(int(num_steps)):
@@ -103,6 +104,19 @@ def test_ddp_records_on_rank_0_what_one_process_records(single, tmp_path):
     store = SnapshotStore.open(run("ddp", tmp_path / "store", tmp_path))
     assert store.trajectories == ["run-001"]
     assert_same(store, single)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_condition_of_a_distributed_run_is_in_the_store_once(single, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("CONDITION", '{"angle": 45.0}')
+    store = SnapshotStore.open(run(kind, tmp_path / "store", tmp_path))
+    assert_same(store, single)
+    assert store.conditions == {"run-001": {"angle": 45.0}}
+    assert len(list((tmp_path / "store").glob("**/condition.json"))) == 1
+    monkeypatch.setenv("CONDITION", '{"tilt": 45.0}')
+    for status, errors in try_to_run(kind, tmp_path / "store", tmp_path):
+        assert status == 1
+        assert "condition of this run: found 'angle' in run-001 alone" in errors
 
 
 def test_shards_of_fsdp2_are_joined_to_what_one_process_records(single, tmp_path):
