@@ -37,6 +37,7 @@ def test_the_formats_are_found() -> None:
     assert constants().keys() >= {
         "pdiff-snapshots",
         "pdiff-shard",
+        "pdiff-condition",
         "pdiff-generator",
         "pdiff-fit",
         "pdiff-fit-checkpoint",

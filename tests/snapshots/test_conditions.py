@@ -81,6 +81,11 @@ def test_a_condition_survives_the_way_through_its_file(tmp_path: Path) -> None:
     assert [type(value) for value in found.values()] == [float, str, int, bool, list]
 
 
+def test_a_condition_of_version_1_is_read() -> None:
+    expected = {"angle": 45.5, "number": 3, "on": True, "style": "ink", "user": [0.5, -1.0]}
+    assert read_condition(DATA / "condition-v1") == expected
+
+
 def test_a_folder_without_the_file_has_no_condition(tmp_path: Path) -> None:
     assert read_condition(tmp_path) is None
 
