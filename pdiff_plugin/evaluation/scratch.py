@@ -5,20 +5,15 @@ Shapes: M members, K latent width, ``*shape`` one tensor's own shape.
 
 from __future__ import annotations
 
-import logging
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
-from pdiff_plugin.snapshots.files import TEMP_MARK
 from pdiff_plugin.snapshots.layout import DTYPES, Layout
-
-logger = logging.getLogger(__name__)
+from pdiff_plugin.snapshots.mapped import mapped
 
 # Room for the tensors of M members, name -> (M, *shape), not yet filled.
 Empty = Callable[[Layout, int], dict[str, Tensor]]
@@ -34,7 +29,12 @@ def in_memory(layout: Layout, num_members: int) -> dict[str, Tensor]:
 
 def on_disk(layout: Layout, num_members: int) -> dict[str, Tensor]:
     """As mapped files, which the system may drop from memory; they are gone with the tensors."""
-    return {spec.name: _mapped((num_members, *spec.shape), DTYPES[spec.dtype]) for spec in layout}
+    return {
+        spec.name: mapped(
+            (num_members, *spec.shape), DTYPES[spec.dtype], "members", least_bytes=_MAPPED_BYTES, folder=None
+        )
+        for spec in layout
+    }
 
 
 def decoded(generator: WeightGenerator, latents: Tensor, empty: Empty) -> WeightSet:
@@ -44,24 +44,3 @@ def decoded(generator: WeightGenerator, latents: Tensor, empty: Empty) -> Weight
         start = generator.layout.slices[name].start
         tensors[name].view(len(latents), -1)[:, columns.start - start : columns.stop - start] = values
     return WeightSet(tensors)
-
-
-def _mapped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    size_bytes = torch.Size(shape).numel() * dtype.itemsize
-    if size_bytes < _MAPPED_BYTES or os.name != "posix":
-        return torch.empty(*shape, dtype=dtype)
-    try:
-        # Unlinked at once: the mapping keeps it alive, and nothing is left behind by a kill.
-        with tempfile.NamedTemporaryFile(prefix=f"{TEMP_MARK}members-", dir=_folder()) as file:
-            if hasattr(os, "posix_fallocate"):  # else a full disk would show as a SIGBUS in the middle of the pass
-                os.posix_fallocate(file.fileno(), 0, size_bytes)
-            return torch.from_file(file.name, shared=True, size=size_bytes // dtype.itemsize, dtype=dtype).view(*shape)
-    except OSError as error:
-        logger.warning("no room on disk for %.1f GB of members (%s): kept in memory", size_bytes / 1e9, error)
-        return torch.empty(*shape, dtype=dtype)
-
-
-def _folder() -> str:
-    """The folder for temporary files; ``/var/tmp`` instead of ``/tmp``, which is memory on many systems."""
-    folder = tempfile.gettempdir()
-    return "/var/tmp" if folder == "/tmp" and os.access("/var/tmp", os.W_OK | os.X_OK) else folder

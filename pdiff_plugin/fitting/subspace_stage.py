@@ -8,9 +8,6 @@ Shapes: N snapshots, n of them for training, D values in a row, K latent width, 
 
 from __future__ import annotations
 
-import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import cast
 
@@ -21,12 +18,10 @@ from pdiff_plugin.config import FitConfig, SubspaceConfig
 from pdiff_plugin.fitting.runtime import Runtime
 from pdiff_plugin.generator.autoencoder import Encoded
 from pdiff_plugin.generator.subspace import SubspaceAutoencoder
-from pdiff_plugin.snapshots.files import TEMP_MARK
 from pdiff_plugin.snapshots.layout import DTYPES
+from pdiff_plugin.snapshots.mapped import mapped
 from pdiff_plugin.snapshots.split import Split
 from pdiff_plugin.snapshots.statistics import Statistics, column_blocks, indicator, transform
-
-logger = logging.getLogger(__name__)
 
 # Eigenvalues below this share of the largest are noise of the accumulation.
 _NOISE_SHARE = 1e-10
@@ -150,21 +145,4 @@ def _fix_signs(directions: Tensor) -> Tensor:
 
 def _empty_basis(K: int, D: int, dtype: torch.dtype, scratch: Path | None) -> Tensor:
     """(K, D); from _MAPPED_BYTES on in a file of ``scratch`` that is gone with the tensor, if there is room for it."""
-    size_bytes = K * D * dtype.itemsize
-    if size_bytes < _MAPPED_BYTES or os.name != "posix":
-        return torch.empty(K, D, dtype=dtype)
-    try:
-        # Unlinked at once: the mapping keeps it alive, and nothing is left behind by a kill.
-        with tempfile.NamedTemporaryFile(prefix=f"{TEMP_MARK}basis-", dir=scratch or _disk_folder()) as file:
-            if hasattr(os, "posix_fallocate"):  # else a full disk would show as a SIGBUS in the middle of the pass
-                os.posix_fallocate(file.fileno(), 0, size_bytes)
-            return torch.from_file(file.name, shared=True, size=K * D, dtype=dtype).view(K, D)
-    except OSError as error:
-        logger.warning("no room on disk for %.1f GB of basis (%s): it is kept in memory", size_bytes / 1e9, error)
-        return torch.empty(K, D, dtype=dtype)
-
-
-def _disk_folder() -> str:
-    """The folder for temporary files; ``/var/tmp`` instead of ``/tmp``, which is memory on many systems."""
-    folder = tempfile.gettempdir()
-    return "/var/tmp" if folder == "/tmp" and os.access("/var/tmp", os.W_OK | os.X_OK) else folder
+    return mapped((K, D), dtype, "basis", least_bytes=_MAPPED_BYTES, folder=scratch)
