@@ -534,8 +534,8 @@ class EvaluateConfig:
     """Bound on the memory for snapshots and members, in GB, beside the model and a batch's outputs. What is larger is
     kept in mapped files meanwhile: 2 GiB of members, or one set, in the folder for temporary files."""
     quick: bool = False
-    """An answer for about a tenth of the forward passes, with wider errors: at most 8 members, one draw, the `core` sets
-    in place of `all`, and 15 snapshots to compare errors with instead of 100."""
+    """An answer for about a tenth of the forward passes, with wider errors: at most 8 members, one draw, the `core`
+    sets in place of `all`, and 15 snapshots to compare errors with instead of 100."""
 
     def __post_init__(self) -> None:
         for name in ("num_members", "num_draws", "num_retrained"):

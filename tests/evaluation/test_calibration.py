@@ -108,7 +108,7 @@ def test_a_true_gain_is_found_as_often_as_its_standard_error_promises(by: str, n
     none, some = mean_gains(0.0, 0.1).T
     # The gain is next to linear in so small an advantage.
     advantage = num_errors * float(none.std()) / (float((some - none).mean()) / 0.1)
-    nearness, apart = Nearness(1.0, 1.0, 1.0, 0.5, 0.5, 0.5), Differences(CLASSIFICATION, 1, 0.1, 0.5, 0.5, None)
+    nearness, apart = Nearness(1.0, 1.0, 1.0, 0.5, 0.5, 0.5), Differences(CLASSIFICATION, 1, 0.1, 0.5, 0.005, 0.5, None)
     outcomes: Counter[str] = Counter()
     for _ in range(num_trials):
         mine, other = pair(advantage)
