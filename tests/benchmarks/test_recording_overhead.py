@@ -42,7 +42,7 @@ def test_recorder(benchmark, case, tmp_path):
     model, rounds = case
     recorder = PDiffRecorder(tmp_path, layers="all", save_base=False).attach(model)
     recorder.step()
-    writer = recorder._run._writer
+    writer = recorder._session._writer
 
     def training_goes_on():
         # As in a real loop, whose steps take longer than writing; the disk is busy all the same.

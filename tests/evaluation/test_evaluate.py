@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from pdiff_plugin.config import DiffusionConfig, FitConfig
 from pdiff_plugin.errors import ConfigError, LayoutMismatchError, UnusableSnapshotsError
-from pdiff_plugin.evaluation.baselines import BASELINES, average, rng_for
+from pdiff_plugin.evaluation.baselines import BASELINES, Drawing, average, rng_for
 from pdiff_plugin.evaluation.evaluate import evaluate
 from pdiff_plugin.evaluation.kind import Scores
 from pdiff_plugin.evaluation.result import Evaluation
@@ -395,7 +395,8 @@ def test_snapshots_with_nan_are_skipped_and_counted(one_run: Run, store_of: Any)
 
 def test_members_with_nan_are_left_out_and_named(one_run: Run, caplog: pytest.LogCaptureFixture) -> None:
     task, store = one_run
-    members = average(SnapshotRows.measure(store), 24, rng_for(0, "pairs"), k=2)
+    rows = SnapshotRows.measure(store)
+    members = average(rows, 24, rng_for(0, "pairs"), k=2).made(rows)
     sound = members.select(torch.tensor([i for i in range(24) if i not in (3, 11)]))
     members["0.weight"][3, 2, 1] = float("nan")
     members["3.bias"][11] = float("inf")
@@ -409,7 +410,8 @@ def test_members_with_nan_are_left_out_and_named(one_run: Run, caplog: pytest.Lo
 
 def test_members_that_answer_nan_are_left_out(one_run: Run) -> None:
     task, store = one_run
-    members = average(SnapshotRows.measure(store), 24, rng_for(0, "pairs"), k=2)
+    rows = SnapshotRows.measure(store)
+    members = average(rows, 24, rng_for(0, "pairs"), k=2).made(rows)
     members["3.weight"][5] = 3e38  # finite, and infinite once summed
     result = evaluate(task, store, weights=members, num_members=8, sets=["snapshots", "generated"])
     assert result.details["num_left_out"] == {"generated": 1}
@@ -428,10 +430,10 @@ def test_a_baseline_with_broken_members_is_judged_by_the_others(one_run: Run, mo
     task, store = one_run
     whole = BASELINES["noise"]
 
-    def draw(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> WeightSet:
-        members = whole.draw(rows, num_members, rng)
+    def draw(rows: SnapshotRows, num_members: int, rng: torch.Generator) -> Drawing:
+        members = whole.draw(rows, num_members, rng).made(rows)
         members["3.bias"][:3] = float("nan")
-        return members
+        return Drawing(num_members=num_members, whole=lambda empty: members)
 
     monkeypatch.setitem(BASELINES, "noise", dataclasses.replace(whole, draw=draw))
     result = evaluate(task, store, weights=pairs(store), num_members=8, sets="core")
@@ -440,7 +442,7 @@ def test_a_baseline_with_broken_members_is_judged_by_the_others(one_run: Run, mo
     assert "3 of 8 of snapshots with 5 % noise" in result.verdict.sentence
 
 
-def test_without_generated_members_only_the_alternatives_are_judged(one_run: Run) -> None:
+def test_without_generated_members_only_the_baselines_are_judged(one_run: Run) -> None:
     result = evaluate(*one_run, num_members=4, sets="core")
     assert "generated" not in result.sets
     assert result.verdict.outcome == "nothing generated"
