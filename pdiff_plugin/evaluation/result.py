@@ -20,7 +20,7 @@ from pdiff_plugin.evaluation.choice import SHOWN_BUDGETS, By, Choice, best
 from pdiff_plugin.evaluation.kind import Metric, TaskKind
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.verdict import Comparison, Verdict
-from pdiff_plugin.snapshots.files import read_json, write_json
+from pdiff_plugin.snapshots.files import json_safe, read_json, write_json
 from pdiff_plugin.snapshots.tensor_files import load_tensors, save_tensors
 
 FORMAT = "pdiff-evaluation"
@@ -218,11 +218,3 @@ def _cells(figures: Mapping[str, Any], told: Sequence[Metric]) -> list[str]:
 def _kind_of(details: Mapping[str, Any]) -> TaskKind:
     # The first evaluations were of classifications, and did not say so.
     return KINDS[details.get("kind", "classification")]
-
-
-def json_safe(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: json_safe(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

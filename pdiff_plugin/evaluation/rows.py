@@ -28,11 +28,11 @@ from pdiff_plugin.snapshots.layout import DTYPES, Layout
 from pdiff_plugin.snapshots.split import BLOCK_SHARE
 from pdiff_plugin.snapshots.statistics import (
     LOG_SUFFIX,
-    NonFiniteRowsError,
     Statistics,
     column_blocks,
     measure,
     transform,
+    without_nonfinite,
 )
 from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -60,10 +60,12 @@ class _Kept:
     def read(self, lo: int, hi: int) -> Tensor:
         return self.source(lo, hi, indices=self.indices) if self.values is None else self.values[:, lo:hi]
 
-    def without(self, rows: list[int]) -> _Kept:
-        keep = torch.ones(len(self.indices), dtype=torch.bool)
-        keep[rows] = False
-        return _Kept(self.source, self.indices[keep], None if self.values is None else self.values[keep])
+    def of(self, indices: Tensor) -> _Kept:
+        """Those at ``indices`` of the store, which are among them."""
+        if len(indices) == len(self.indices):
+            return self
+        values = None if self.values is None else self.values[torch.isin(self.indices, indices)]
+        return _Kept(self.source, indices, values)
 
 
 class SnapshotRows:
@@ -111,29 +113,31 @@ class SnapshotRows:
         keep = len(store) * store.layout.num_values * element <= min(_KEEP_BYTES, memory_gb * 1e9 / 2)
         kept = _Kept(read, torch.arange(len(store)), read() if keep else None)
         block_values = int(min(BLOCK_VALUES, max(64, memory_gb * 1e9 / 4 / (_BLOCK_COPIES * 8 * len(store)))))
-        statistics = None
-        while statistics is None:
-            try:
-                everything = torch.arange(len(kept.indices))
-                statistics = measure(kept.read, store.layout, block_values=block_values, train_rows=everything)
-            except NonFiniteRowsError as error:
-                kept = kept.without(error.rows)
-                if len(kept.indices) < 2:
-                    raise UnusableSnapshotsError(
-                        str(store.path),
-                        f"{len(store) - len(kept.indices)} of {len(store)} snapshots with NaN or Inf",
-                        "at least 2 without",
-                        "The recorded training diverged. Lower its learning rate and record again.",
-                    ) from error
-                logger.warning("%d snapshots hold NaN or Inf and are left out", len(error.rows))
+
+        def attempt(indices: Tensor) -> tuple[_Kept, Statistics]:
+            mine = kept.of(indices)
+            everything = torch.arange(len(indices))
+            return mine, measure(mine.read, store.layout, block_values=block_values, train_rows=everything)
+
+        def on_dropped(left: Tensor, lost: Tensor) -> None:
+            if len(left) < 2:
+                raise UnusableSnapshotsError(
+                    str(store.path),
+                    f"{len(store) - len(left)} of {len(store)} snapshots with NaN or Inf",
+                    "at least 2 without",
+                    "The recorded training diverged. Lower its learning rate and record again.",
+                )
+            logger.warning("%d snapshots hold NaN or Inf and are left out", len(lost))
+
+        usable, statistics = without_nonfinite(len(store), attempt, on_dropped)
         if not float(statistics.gram.diagonal().mean()) > 0:
             raise UnusableSnapshotsError(
                 str(store.path),
-                f"{len(kept.indices)} snapshots that are all equal",
+                f"{len(usable.indices)} snapshots that are all equal",
                 "weights that move",
                 "Record while the chosen layers train, with a learning rate above 0.",
             )
-        return cls(store, read, kept, statistics, block_values)
+        return cls(store, read, usable, statistics, block_values)
 
     def __len__(self) -> int:
         return len(self.indices)

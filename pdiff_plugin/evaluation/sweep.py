@@ -28,12 +28,13 @@ from pdiff_plugin.evaluation.baselines import BASELINES, GENERATED, SNAPSHOTS, D
 from pdiff_plugin.evaluation.evaluate import opened
 from pdiff_plugin.evaluation.kind import NEAREST, Scores, TaskKind
 from pdiff_plugin.evaluation.kinds import KINDS
-from pdiff_plugin.evaluation.result import format_figure, json_safe, text_table
+from pdiff_plugin.evaluation.result import format_figure, text_table
 from pdiff_plugin.evaluation.rows import SnapshotRows
 from pdiff_plugin.evaluation.set_run import PlannedSet, SetRun, generated
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress
+from pdiff_plugin.snapshots.files import json_safe
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 DIVERSITIES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)

@@ -75,7 +75,7 @@ def judge(folder: Path, **options: object) -> dict[str, object]:
     store, generator = SnapshotStore.open(folder / "store"), WeightGenerator.load(folder / "fit")
     model = new_model()
     model.load_state_dict(store.base() or {})
-    task = Task(model, loader(torch.load(folder / "test.pt"), 500))
+    task = Task(model, loader(torch.load(folder / "test.pt", weights_only=True), 500))
     with PeakMemory() as memory:
         wall, cpu = time.perf_counter(), time.process_time()
         result = evaluate(task, store, generator, **options)
