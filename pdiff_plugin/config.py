@@ -28,6 +28,7 @@ Standardise = Literal["tensor", "coordinate"]
 Network = Literal["residual", "conv"]
 LrSchedule = Literal["constant", "cosine"]
 Align = Literal["none", "rebasin"]
+Centre = Literal["auto", "mean", "nearest", "neighbours", "ridge", "gp", "network"]
 Layers = str | Sequence[str] | Callable[[str, "Tensor"], bool]
 
 C = TypeVar("C")
@@ -406,11 +407,36 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConditionConfig:
+    """What a fit makes of the conditions that runs were recorded at. Without conditions in the store it has no say."""
+
+    use: bool = True
+    """Learn weights as a function of the condition. Without it runs are only numbered."""
+    kinds: tuple[str, ...] = ()
+    """What the values of a name are, where the values do not tell: `NAME:log`, `NAME:cyclic=PERIOD` for those that come
+    round, `NAME:category` for numbers that are names. Else numbers are `number`, lists `vector`, and all else
+    `category`."""
+    centre: Centre = "auto"
+    """What is expected at a condition, about which the diffusion then works: one of the regressions, `mean` for a
+    diffusion that learns all of it, or `auto` for the best at conditions held out."""
+    hold_out: tuple[str, ...] = ()
+    """Runs that the fit never sees: their names, or `NAME=VALUE,VALUE` for all at one of these values."""
+    heldout_fraction: float = 0.2
+    """Share of the conditions that the centre is chosen and the training is stopped on. The generator is then trained
+    once more on all of them."""
+
+    def __post_init__(self) -> None:
+        _check_choice("centre", self.centre, Centre)
+        _check("heldout_fraction", self.heldout_fraction, 0.0, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """How a generator is fitted to a snapshot store."""
 
     autoencoder: AutoencoderConfig = field(default_factory=SubspaceConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
     align: Align = "none"
     """`rebasin` reads later trajectories with their hidden units in the order of the first (weight matching). For plain
     stacks of linear layers and convolutions, recorded whole; `pdiff_plugin.check_alignment` tells whether a model is
@@ -456,6 +482,7 @@ class FitConfig:
                 **document,
                 "autoencoder": AUTOENCODER_CONFIGS[kind](**autoencoder),
                 "diffusion": DiffusionConfig(**plain(document["diffusion"])),
+                "condition": ConditionConfig(**plain(document.get("condition", {}))),
             }
         )
 
@@ -502,6 +529,8 @@ class SamplingConfig:
     top of `temperature`. With a sampler that was not measured it is a temperature itself."""
     trajectory: str | None = None
     """Make members of this run only; all runs in equal numbers unless given."""
+    extrapolate: bool = False
+    """Make members for a condition outside the recorded range too, where nothing was learned."""
 
     def __post_init__(self) -> None:
         if self.sampler is not None:

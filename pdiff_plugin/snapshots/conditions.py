@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,46 @@ def check_fits(condition: Condition, where: str, others: Mapping[str, Condition]
         check_same_kind(condition, where, other, name)
 
 
+def matching(conditions: Mapping[str, Condition], wanted: Sequence[str], where: str) -> list[str]:
+    """Trajectories that are named, each by its own name or with others as ``NAME=VALUE,VALUE``.
+
+    Args:
+        conditions: trajectory -> condition.
+        wanted: what a user asks for.
+        where: of the request, for errors.
+
+    Returns:
+        In the order of ``conditions``.
+
+    Raises:
+        ConditionError: no such trajectory, name or value.
+    """
+    found: set[str] = set()
+    for text in wanted:
+        name, is_pair, values = text.partition("=")
+        if text in conditions:
+            found.add(text)
+            continue
+        if not is_pair:
+            raise ConditionError(where, f"no run {text!r}", f"one of {_some(conditions)}, or NAME=VALUE,VALUE")
+        for one in values.split(","):
+            value = parse_value(one)
+            mine = {run for run, condition in conditions.items() if condition.get(name) in (value, one)}
+            if not mine:
+                known = sorted({str(condition[name]) for condition in conditions.values() if name in condition})
+                there = (
+                    f"recorded values: {_some(known)}" if known else f"names: {_some(next(iter(conditions.values())))}"
+                )
+                raise ConditionError(where, f"no run with {name}={one}", there)
+            found |= mine
+    return [run for run in conditions if run in found]
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
 def folder_of(store: Path, trajectory: str) -> Path:
     """Where the condition of a trajectory is kept."""
     return store / "trajectories" / trajectory
@@ -173,8 +213,7 @@ def set_conditions(store: str | os.PathLike[str], conditions: Mapping[str, Mappi
     parsed: dict[str, Condition] = {}
     for name, condition in conditions.items():
         if name not in known:
-            some = [*sorted(known)[:10], *(["..."] if len(known) > 10 else [])]
-            raise ConditionError(repr(name), "no such trajectory", f"one of those in {store}: {', '.join(some)}")
+            raise ConditionError(repr(name), "no such trajectory", f"one of those in {store}: {_some(sorted(known))}")
         parsed[name] = parse_condition(condition, name)
     others = {name: condition for name, condition in read_conditions(store)[0].items() if name not in parsed}
     for name, condition in parsed.items():

@@ -13,6 +13,7 @@ Shapes: N snapshots in the store, D values in a row.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,26 @@ class SnapshotStore:
         if not worlds:
             raise StoreNotFoundError(str(path), "it has no layout.json")
         return cls(path, worlds)
+
+    def only(self, trajectories: Sequence[str]) -> SnapshotStore:
+        """The same store as if it held these trajectories alone, in its own order.
+
+        Raises:
+            KeyError: it has none of such a name.
+        """
+        for name in trajectories:
+            if name not in self.trajectories:
+                raise KeyError(name)
+        kept = [name for name in self.trajectories if name in set(trajectories)]
+        places = {self.trajectories.index(name): number for number, name in enumerate(kept)}
+        part = copy.copy(self)
+        for name in ("steps", "trajectory_index", "_chunk_starts", "epochs", "metrics"):
+            part.__dict__.pop(name, None)  # computed from the chunks when asked for
+        part.trajectories = kept
+        part._chunks = [(places[number], chunk) for number, chunk in self._chunks if number in places]
+        part._base_headers = {name: header for name, header in self._base_headers.items() if name in kept}
+        part.conditions = {name: condition for name, condition in self.conditions.items() if name in kept}
+        return part
 
     def __len__(self) -> int:
         return len(self.steps)
