@@ -175,16 +175,10 @@ def _names_in(conditions: Iterable[dict[str, Any] | None]) -> list[str]:
 
 def _values_of(conditions: Iterable[dict[str, Any] | None], names: Sequence[str]) -> list[list[str]]:
     """Cells of a row for each condition."""
+    from pdiff_plugin.snapshots.conditions import value_text
+
     known = [condition or {} for condition in conditions]
-    return [[_value(values[name]) if name in values else "-" for name in names] for values in known]
-
-
-def _value(value: Any) -> str:
-    """A value of a condition, whole but for long lists: a figure that is rounded is another setting."""
-    if isinstance(value, list):
-        shown = ",".join(map(str, value[:6]))
-        return f"{shown},... ({len(value)})" if len(value) > 6 else shown
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return [[value_text(values[name]) if name in values else "-" for name in names] for values in known]
 
 
 def _tensors(document: dict[str, Any]) -> str:

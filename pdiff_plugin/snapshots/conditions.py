@@ -78,6 +78,19 @@ def kind_of(value: Value) -> str:
     return f"a list of {len(value)} numbers" if isinstance(value, list) else "a number"
 
 
+def value_text(value: Value) -> str:
+    """A value for people, whole but for long lists: a figure that is rounded is another setting."""
+    if isinstance(value, list):
+        shown = ",".join(map(str, value[:6]))
+        return f"{shown},... ({len(value)})" if len(value) > 6 else shown
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def condition_text(condition: Condition) -> str:
+    """A condition in one line, as it is typed: ``angle=45 style=ink``."""
+    return " ".join(f"{name}={value_text(value)}" for name, value in condition.items())
+
+
 def check_same_kind(condition: Condition, where: str, other: Condition, other_where: str) -> None:
     """Check that two conditions have the same names, and values of the same types and lengths under them.
 
