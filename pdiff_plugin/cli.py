@@ -112,14 +112,19 @@ def layers(
     (describe.print_json if json else describe.show_layers)(document)
 
 
-def inspect(path: Positional[Path], *, json: Json = False) -> None:
+def inspect(path: Positional[Path], *, picture: Path | None = None, json: Json = False) -> None:
     """Show what is in a snapshot store, or in a fitted generator.
 
     Args:
         path: A store, a generator file or the folder of a fit.
+        picture: PNG file to draw the conditions of a store into, where one or two numbers among them vary.
     """
     from pdiff_plugin.generator.generator_file import FILE_NAME
 
+    if picture is not None:
+        from pdiff_plugin.evaluation.condition_map import save_picture
+
+        save_picture(list(pdiff.SnapshotStore.open(path).conditions.values()), picture)
     if path.suffix == ".safetensors" or (path / FILE_NAME).is_file():
         document, show = describe.generator(str(path), pdiff.WeightGenerator.load(path)), describe.show_generator
     else:

@@ -23,7 +23,7 @@ from pdiff_plugin.snapshots.conditions import (
     Condition,
     check_fits,
     check_same_kind,
-    condition_text,
+    describe_condition,
     parse_condition,
     read_conditions,
 )
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def text(self) -> str:
-        return condition_text(self.condition)
+        return describe_condition(self.condition)
 
 
 def plan_sweep(
@@ -184,8 +184,8 @@ def _is_complete(store: Path, trajectory: str, steps: list[int], condition: Cond
         raise ConfigError(
             "num_snapshots",
             config.num_snapshots,
-            f"would record steps {expected[0]} to {expected[-1]}, but {trajectory} ({condition_text(condition)}) holds "
-            f"{len(steps)} snapshots of steps {steps[0]} to {steps[-1]}: give the settings that it was recorded with, "
-            "or choose another `trajectory` or store",
+            f"would record steps {expected[0]} to {expected[-1]}, but {trajectory} ({describe_condition(condition)}) "
+            f"holds {len(steps)} snapshots of steps {steps[0]} to {steps[-1]}: give the settings that it was recorded "
+            "with, or choose another `trajectory` or store",
         )
     return len(steps) == len(expected)

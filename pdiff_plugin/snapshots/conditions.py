@@ -78,17 +78,17 @@ def kind_of(value: Value) -> str:
     return f"a list of {len(value)} numbers" if isinstance(value, list) else "a number"
 
 
-def value_text(value: Value) -> str:
-    """A value for people, whole but for long lists: a figure that is rounded is another setting."""
-    if isinstance(value, list):
-        shown = ",".join(map(str, value[:6]))
-        return f"{shown},... ({len(value)})" if len(value) > 6 else shown
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def describe_condition(condition: Mapping[str, Value]) -> str:
+    """A condition in a line, as it is typed: ``angle=45.0 style=ink``; of long lists the first three numbers."""
 
+    def text(value: Value) -> str:
+        if isinstance(value, list):
+            return ",".join(f"{number:g}" for number in value[:3]) + (",..." if len(value) > 3 else "")
+        return (
+            str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+        )
 
-def condition_text(condition: Condition) -> str:
-    """A condition in one line, as it is typed: ``angle=45 style=ink``."""
-    return " ".join(f"{name}={value_text(value)}" for name, value in condition.items())
+    return " ".join(f"{name}={text(value)}" for name, value in condition.items())
 
 
 def check_same_kind(condition: Condition, where: str, other: Condition, other_where: str) -> None:
