@@ -586,7 +586,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConditionsConfig:
+class EvaluateConditionsConfig:
     """What is judged over conditions, and what training may take."""
 
     num_members: int = EvaluateConfig.num_members

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pdiff_plugin.errors import EvaluationNotFoundError, FormatError
 from pdiff_plugin.evaluation.condition_rows import GENERATED, TRAINED, spec_of
-from pdiff_plugin.evaluation.condition_verdict import BEST_CHEAP, ConditionVerdict, Series
+from pdiff_plugin.evaluation.condition_statistics import Series
+from pdiff_plugin.evaluation.condition_verdict import BEST_CHEAP, ConditionVerdict
 from pdiff_plugin.evaluation.kind import TaskKind
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.metrics import standard_error
@@ -212,8 +213,7 @@ class ConditionEvaluation:
                 f"{_share(found.score, found.score_error)} of the {kind.score.text}"
             )
         text = f"Recovery of what training there gains on the average of all: {'; '.join(parts)}."
-        if verdict.headroom is not None:
-            text += f" Headroom, span ceiling minus best cheap: {verdict.headroom.text(kind)}."
+        text += f" Headroom, span ceiling minus best cheap: {verdict.headroom.text(kind)}."
         spreads = [place.seed_spread for place in self.places if place.group == group and place.seed_spread]
         if spreads:
             noise = [math.sqrt(sum(one[i] ** 2 for one in spreads) / len(spreads)) for i in (0, 1)]

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from pdiff_plugin.config import ConditionsConfig
+from pdiff_plugin.config import EvaluateConditionsConfig
 from pdiff_plugin.evaluation.baselines import Look, rng_for
 from pdiff_plugin.evaluation.condition_places import Place, key_of
 from pdiff_plugin.evaluation.condition_task import MakeRow, Train
@@ -69,14 +69,16 @@ ROWS = {
     GENERATED_AVERAGE: RowSpec("the average of generated members", "generated", Look("#D55E00", "s", (0, (4, 2)))),
     SHUFFLED: RowSpec("members generated for another condition", "control", Look("#777777", "X", (0, (1, 1)))),
     "nearest": RowSpec("the nearest condition", "cheap", Look("#56B4E9", "v")),
-    "neighbours": RowSpec("the nearest conditions by inverse distance", "cheap", Look("#0072B2", "^", (0, (4, 1, 1, 1)))),
+    "neighbours": RowSpec("the mean of the nearest conditions", "cheap", Look("#0072B2", "^", (0, (4, 1, 1, 1)))),
     "ridge": RowSpec("ridge regression", "cheap", Look("#009E73", "D", (0, (4, 2)))),
     "gp": RowSpec("a Gaussian process", "cheap", Look("#009E73", "P")),
     NETWORK: RowSpec("a small network's regression", "cheap", Look("#CC79A7", "d")),
     AVERAGE: RowSpec("the average of all conditions", "cheap", Look("#0072B2", "s", (0, (1, 1)))),
     CEILING: RowSpec("the condition's own weights in the span of the others", "ceiling", Look("#E69F00", "h", "-.")),
     BASE: RowSpec("the model as the task has it", "other", Look("#7F6000", "<", (0, (1, 3)))),
-    BASE_BN: RowSpec("that model with its BatchNorm statistics recomputed there", "other", Look("#7F6000", ">", (0, (6, 2)))),
+    BASE_BN: RowSpec(
+        "the model with its BatchNorm statistics recomputed there", "other", Look("#7F6000", ">", (0, (6, 2)))
+    ),
     JOINT: RowSpec("one joint model for all conditions", "other", Look("#7F6000", "8", "-.")),
 }  # fmt: skip
 """Every row, in the order of the table; those of a user and a few steps of training come after them."""
@@ -131,7 +133,7 @@ class RowMaker:
         generator: WeightGenerator,
         recorded: Recorded,
         places: Sequence[Place],
-        config: ConditionsConfig,
+        config: EvaluateConditionsConfig,
         train: Train | None,
         extra: Mapping[str, MakeRow],
     ) -> None:

@@ -7,7 +7,6 @@ Shapes: R conditions that were fitted, D values in a row, K latent width, F feat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,7 +106,7 @@ class Recorded:
             least_bytes=_MAPPED_BYTES,
             folder=None,
         )
-        conditions = []
+        conditions: list[Condition] = []
         for runs in groups:
             usable = [places for places in (usable_snapshots(store, run) for run in runs) if len(places)]
             if usable:
@@ -137,9 +136,8 @@ class Recorded:
 
 def encoded(generator: WeightGenerator, means: Tensor) -> Tensor:
     """Latents (R, K) of rows (R, D) whose running variances are logarithms."""
-    return torch.cat(
-        [generator.autoencoder.encode(_plain(rows, generator.layout)) for rows in means.split(ROWS_AT_A_TIME)]
-    )
+    parts = torch.split(means, ROWS_AT_A_TIME)
+    return torch.cat([generator.autoencoder.encode(_plain(rows, generator.layout)) for rows in parts])
 
 
 def _plain(rows: Tensor, layout: Layout) -> Tensor:
@@ -148,8 +146,3 @@ def _plain(rows: Tensor, layout: Layout) -> Tensor:
         place = layout.slices[spec.name]
         out[:, place] = inverse_transform(out[:, place], spec.name)
     return out
-
-
-def settings_text(settings: Sequence[tuple[str, float]]) -> str:
-    """``length 0.5, noise 0.03``."""
-    return ", ".join(f"{name} {value:g}" for name, value in settings)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from pdiff_plugin._version import __version__
-from pdiff_plugin.config import ConditionsConfig, configured
+from pdiff_plugin.config import EvaluateConditionsConfig, configured
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.evaluation.condition_places import HELD_OUT, Place, places_of, runs_to_judge
 from pdiff_plugin.evaluation.condition_result import ConditionEvaluation, JudgedCondition, RowFigures, series_of
-from pdiff_plugin.evaluation.condition_rows import TRAINED, Made, RowMaker
+from pdiff_plugin.evaluation.condition_rows import GENERATED, TRAINED, Made, RowMaker
 from pdiff_plugin.evaluation.condition_task import MakeRow, MakeTask, Train, check_function, task_at
 from pdiff_plugin.evaluation.condition_verdict import ConditionVerdict, judge_conditions
 from pdiff_plugin.evaluation.condition_weights import Recorded
@@ -39,7 +39,7 @@ def evaluate_conditions(
     task: MakeTask,
     store: SnapshotStore | str | os.PathLike[str],
     generator: WeightGenerator,
-    config: ConditionsConfig | None = None,
+    config: EvaluateConditionsConfig | None = None,
     *,
     conditions: Sequence[str] = (HELD_OUT,),
     train: Train | None = None,
@@ -56,8 +56,8 @@ def evaluate_conditions(
         task: takes names of the condition, any of them or ``**condition``, and returns the task there:
             ``def task(angle): return Task(model, loader(angle))``. Its model is the one to start from.
         store: what was recorded, at held-out conditions too.
-        generator: fitted with conditions. Where it was fitted on all of those wanted, or on some of them, another one is
-            fitted in its place, with the same settings and without them.
+        generator: fitted with conditions. Where it was fitted on some of those wanted, another one is fitted in its
+            place, with the same settings and without them.
         config: number of members, seed, steps of training.
         conditions: ``("held-out",)`` for all that the generator was not fitted on (a quarter of the conditions where
             there are none), or trajectories by name or as ``NAME=VALUE,VALUE``.
@@ -74,7 +74,7 @@ def evaluate_conditions(
         ConditionError: no such run or value; too few conditions.
         LayoutMismatchError: the model does not fit the store; the first tensor is named.
     """
-    config = configured(ConditionsConfig, config, changes)
+    config = configured(EvaluateConditionsConfig, config, changes)
     store = store if isinstance(store, SnapshotStore) else SnapshotStore.open(store)
     _check(store, generator)
     names = list(next(iter(store.conditions.values())))
@@ -169,10 +169,8 @@ def _refitted(
     on_progress: OnProgress | None,
 ) -> WeightGenerator:
     """Another generator, fitted with the same settings to all but ``runs``."""
-    fitted = [run for run in store.trajectories if run in set(generator.trajectories) | set(runs)]
     left_out = [run for run in store.trajectories if run not in generator.trajectories or run in set(runs)]
     condition = replace(generator.config.condition, hold_out=tuple(left_out))
-    del fitted
     scratch = tempfile.TemporaryDirectory(prefix="pdiff-refit-") if folder is None else nullcontext(str(folder))
     with scratch as out:
         # In a folder, so that its basis lies in a file; the mapping outlives the name.
@@ -188,6 +186,12 @@ def _judged(place: Place, task: Task, rows: Any, seed: int) -> JudgedCondition:
     for (name, run), one in made.items():
         if one.weights is not None:
             scores = scored[f"{name}/{run}"]
+            if name == GENERATED and bool(scores.is_silent.any()):
+                raise ConfigError(
+                    "generator",
+                    f"{int(scores.is_silent.sum())} of {len(scores.is_silent)} members at {_text(place)}",
+                    "answers with NaN or Inf there: fit again, or judge at other conditions",
+                )
         else:
             assert one.task is not None
             scores = _as_it_is(one.task, seed)
