@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from pdiff_plugin.evaluation.condition_result import ConditionEvaluation, JudgedCondition
+from pdiff_plugin.evaluation.condition_findings import ConditionFindings, JudgedCondition
 from pdiff_plugin.evaluation.condition_rows import GENERATED, TRAINED, spec_of
 from pdiff_plugin.evaluation.condition_verdict import BEST_CHEAP
 from pdiff_plugin.evaluation.kind import Quantity
@@ -35,7 +35,7 @@ _IN_RANGE = ("trained", "generated", "cheap")
 _DPI = 200
 
 
-def condition_pictures(evaluation: ConditionEvaluation) -> list[Picture]:
+def condition_pictures(evaluation: ConditionFindings) -> list[Picture]:
     """All pictures, in the order of the report.
 
     Raises:
@@ -64,7 +64,7 @@ def condition_pictures(evaluation: ConditionEvaluation) -> list[Picture]:
     return found
 
 
-def save_picture(evaluation: ConditionEvaluation, path: Path) -> None:
+def save_picture(evaluation: ConditionFindings, path: Path) -> None:
     """Draw the score against the condition as PNG.
 
     Raises:
@@ -76,7 +76,7 @@ def save_picture(evaluation: ConditionEvaluation, path: Path) -> None:
         figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
 
 
-def _caption(evaluation: ConditionEvaluation) -> str:
+def _caption(evaluation: ConditionFindings) -> str:
     names = _numbers_of(evaluation)
     if len(names) == 2:
         return "Held-out conditions by colour; small crosses are the conditions that the generator was fitted on."
@@ -85,7 +85,7 @@ def _caption(evaluation: ConditionEvaluation) -> str:
     return "Ensembles at held-out conditions, in the order of what training there gives."
 
 
-def _numbers_of(evaluation: ConditionEvaluation) -> list[str]:
+def _numbers_of(evaluation: ConditionFindings) -> list[str]:
     """Names of the conditions where all of them are single numbers, one or two; else none."""
     names = list(evaluation.places[0].condition)
     values = [value for place in evaluation.places for value in place.condition.values()]
@@ -93,7 +93,7 @@ def _numbers_of(evaluation: ConditionEvaluation) -> list[str]:
     return names if are_numbers and len(names) <= 2 else []
 
 
-def _against_condition(evaluation: ConditionEvaluation, of: Of) -> Figure:
+def _against_condition(evaluation: ConditionFindings, of: Of) -> Figure:
     names, quantity = _numbers_of(evaluation), _quantities(evaluation)[of]
     if len(names) == 2:
         return _maps(evaluation, of, names)
@@ -131,7 +131,7 @@ def _against_condition(evaluation: ConditionEvaluation, of: Of) -> Figure:
     return figure
 
 
-def _maps(evaluation: ConditionEvaluation, of: Of, names: Sequence[str]) -> Figure:
+def _maps(evaluation: ConditionFindings, of: Of, names: Sequence[str]) -> Figure:
     """What training there gives, generated members, and their difference to training and to the best cheap row."""
     from matplotlib.figure import Figure
 
@@ -167,7 +167,7 @@ def _maps(evaluation: ConditionEvaluation, of: Of, names: Sequence[str]) -> Figu
     return figure
 
 
-def _differences(evaluation: ConditionEvaluation, group: str) -> Figure:
+def _differences(evaluation: ConditionFindings, group: str) -> Figure:
     quantity = evaluation.kind.loss
     found = [one for one in evaluation.verdicts[group].differences if one.name not in _LEFT_OUT]
     figure, axes = _figure(0.9 + 0.24 * len(found))
@@ -198,7 +198,7 @@ def _differences(evaluation: ConditionEvaluation, group: str) -> Figure:
     return figure
 
 
-def _shown(evaluation: ConditionEvaluation) -> list[str]:
+def _shown(evaluation: ConditionFindings) -> list[str]:
     return [name for name in evaluation.row_names if spec_of(name).role in _ROLES and name not in _LEFT_OUT]
 
 
@@ -209,7 +209,7 @@ def _limit(axes: Axes, shown: Sequence[Array]) -> None:
     axes.set_ylim(float(values.min()) - 0.12 * span, float(values.max()) + 0.12 * span)
 
 
-def _quantities(evaluation: ConditionEvaluation) -> dict[Of, Quantity]:
+def _quantities(evaluation: ConditionFindings) -> dict[Of, Quantity]:
     return {"score": evaluation.kind.score, "loss": evaluation.kind.loss}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -192,7 +193,7 @@ class RowMaker:
         if (partner := self.partners[number]) is not None:
             yield SHUFFLED, Made(self._sampled(number, partner), seconds=seconds)
         for row, weights in self.mixtures.items():
-            mixed, seconds = _clocked(lambda own=weights: self.recorded.mixed(own[number : number + 1]))
+            mixed, seconds = _clocked(partial(self.recorded.mixed, weights[number : number + 1]))
             yield row, Made(mixed, seconds=seconds)
         decoded, seconds = _clocked(lambda: self.generator.decode(self.expected[number : number + 1]))
         yield NETWORK, Made(decoded, seconds=seconds)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +15,10 @@ import torch
 
 from pdiff_plugin._version import __version__
 from pdiff_plugin.config import EvaluateConditionsConfig, configured
-from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.errors import ConfigError, FitExistsError
+from pdiff_plugin.evaluation.condition_findings import JudgedCondition, RowFigures, series_of
 from pdiff_plugin.evaluation.condition_places import HELD_OUT, Place, places_of, runs_to_judge
-from pdiff_plugin.evaluation.condition_result import ConditionEvaluation, JudgedCondition, RowFigures, series_of
+from pdiff_plugin.evaluation.condition_result import ConditionEvaluation
 from pdiff_plugin.evaluation.condition_rows import GENERATED, TRAINED, Made, RowMaker
 from pdiff_plugin.evaluation.condition_task import MakeRow, MakeTask, Train, check_function, task_at
 from pdiff_plugin.evaluation.condition_verdict import ConditionVerdict, judge_conditions
@@ -64,7 +63,8 @@ def evaluate_conditions(
         train: trains the recorded layers of a model in place: (model, conditions, number of steps). With it a joint
             model and a few steps of training from several starts are among the rows.
         extra: further rows by name: condition -> weights, or a :class:`Task` whose own model is judged as it is.
-        refit_in: folder for the generator that is fitted without the judged conditions; a scratch folder unless given.
+        refit_in: folder for the generator that is fitted without the judged conditions, kept in memory unless given; what
+            was fitted there before is replaced.
         on_progress: told the number of conditions done.
         **changes: single fields of ``config``.
 
@@ -171,10 +171,11 @@ def _refitted(
     """Another generator, fitted with the same settings to all but ``runs``."""
     left_out = [run for run in store.trajectories if run not in generator.trajectories or run in set(runs)]
     condition = replace(generator.config.condition, hold_out=tuple(left_out))
-    scratch = tempfile.TemporaryDirectory(prefix="pdiff-refit-") if folder is None else nullcontext(str(folder))
-    with scratch as out:
-        # In a folder, so that its basis lies in a file; the mapping outlives the name.
-        return fit(store, replace(generator.config, condition=condition), out=out, on_progress=on_progress)
+    config = replace(generator.config, condition=condition)
+    try:
+        return fit(store, config, out=folder, on_progress=on_progress)
+    except FitExistsError:  # of other held-out runs, in a folder that is ours
+        return fit(store, config, out=folder, fresh=True, on_progress=on_progress)
 
 
 def _judged(place: Place, task: Task, rows: Any, seed: int) -> JudgedCondition:
