@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,8 +63,8 @@ def evaluate_conditions(
         train: trains the recorded layers of a model in place: (model, conditions, number of steps). With it a joint
             model and a few steps of training from several starts are among the rows.
         extra: further rows by name: condition -> weights, or a :class:`Task` whose own model is judged as it is.
-        refit_in: folder for the generator that is fitted without the judged conditions, kept in memory unless given; what
-            was fitted there before is replaced.
+        refit_in: folder for the generator that is fitted without the judged conditions, kept in memory unless given;
+            what was fitted there before is replaced.
         on_progress: told the number of conditions done.
         **changes: single fields of ``config``.
 
@@ -120,25 +120,32 @@ def evaluate_conditions(
         fitted=recorded.conditions,
         notes=notes,
         details={
-            "settings": {row: dict(settings) for row, settings in maker.settings.items() if settings},
             "seconds": seconds,
-            "seconds_once": maker.seconds_once,
             "train_seconds": cost,
-            "seed": config.seed,
-            "num_members": config.num_members,
             "joint_steps": config.joint_steps if train is not None else None,
-            "num_values": store.layout.num_values,
-            "num_fitted_runs": len(generator.trajectories),
             "refitted": is_refit,
-            "provenance": {
-                "store": str(store.path),
-                "layout_digest": store.layout.digest,
-                "pdiff_plugin": __version__,
-                "torch": torch.__version__,
-            },
-            "generator": {"report": generator.report, "provenance": generator.provenance},
+            **_details(maker),
         },
     )
+
+
+def _details(maker: RowMaker) -> dict[str, Any]:
+    store, generator = maker.store, maker.generator
+    return {
+        "num_members": maker.config.num_members,
+        "seed": maker.config.seed,
+        "num_values": store.layout.num_values,
+        "num_fitted_runs": len(generator.trajectories),
+        "settings": {row: dict(settings) for row, settings in maker.settings.items() if settings},
+        "seconds_once": maker.seconds_once,
+        "provenance": {
+            "store": str(store.path),
+            "layout_digest": store.layout.digest,
+            "pdiff_plugin": __version__,
+            "torch": torch.__version__,
+        },
+        "generator": {"report": generator.report, "provenance": generator.provenance},
+    }
 
 
 def _check(store: SnapshotStore, generator: WeightGenerator) -> None:
@@ -178,25 +185,28 @@ def _refitted(
         return fit(store, config, out=folder, fresh=True, on_progress=on_progress)
 
 
-def _judged(place: Place, task: Task, rows: Any, seed: int) -> JudgedCondition:
+def _judged(place: Place, task: Task, rows: Iterable[tuple[str, Made]], seed: int) -> JudgedCondition:
     """Make and score all rows at one condition."""
-    made: dict[tuple[str, int], Made] = {(name, one.run): one for name, one in rows}
-    sets = {f"{name}/{run}": one.weights for (name, run), one in made.items() if one.weights is not None}
-    scored, _ = score_sets(task, sets, seed=seed)
-    found: dict[str, list[RowFigures]] = {}
-    for (name, run), one in made.items():
+    made: dict[tuple[str, int], float] = {}
+    sets: dict[str, WeightSet] = {}
+    scored: dict[str, Scores] = {}
+    for name, one in rows:
+        made[name, one.run] = one.seconds
         if one.weights is not None:
-            scores = scored[f"{name}/{run}"]
-            if name == GENERATED and bool(scores.is_silent.any()):
-                raise ConfigError(
-                    "generator",
-                    f"{int(scores.is_silent.sum())} of {len(scores.is_silent)} members at {_text(place)}",
-                    "answers with NaN or Inf there: fit again, or judge at other conditions",
-                )
-        else:
+            sets[f"{name}/{one.run}"] = one.weights
+        else:  # at once: a model for each row of a condition would not fit in memory together
             assert one.task is not None
-            scores = _as_it_is(one.task, seed)
-        found.setdefault(name, []).append(_figures(scores, one.seconds))
+            scored[f"{name}/{one.run}"] = _as_it_is(one.task, seed)
+    scored |= score_sets(task, sets, seed=seed)[0]
+    silent = scored[f"{GENERATED}/0"].is_silent
+    if bool(silent.any()):
+        found_at = f"{int(silent.sum())} of {len(silent)} members at {_text(place)}"
+        raise ConfigError(
+            "generator", found_at, "answers with NaN or Inf there: fit again, or judge at other conditions"
+        )
+    found: dict[str, list[RowFigures]] = {}
+    for (name, run), seconds in made.items():
+        found.setdefault(name, []).append(_figures(scored[f"{name}/{run}"], seconds))
     several = found[TRAINED]
     spread = None
     if len(several) > 1:
