@@ -148,14 +148,13 @@ def condition(
     Args:
         store: The snapshot store.
     """
-    from pdiff_plugin.snapshots.conditions import parse_value, set_conditions
+    from pdiff_plugin.snapshots.conditions import read_pairs, set_conditions
 
     given: dict[str, dict[str, Any]] = {}
     for run, *pairs in filter(None, set):
-        wrong = next((pair for pair in pairs if not pair.partition("=")[1]), None)
-        if wrong is not None or not pairs:
-            raise ConfigError("--set", wrong or run, "must be a run and NAME=VALUE pairs: --set run-001 angle=45")
-        given[run] = {name: parse_value(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+        if not pairs:
+            raise ConfigError("--set", run, "must be a run and NAME=VALUE pairs: --set run-001 angle=45")
+        given[run] = read_pairs(pairs, "--set")
     if given:
         set_conditions(store, given)
     document = describe.conditions(store)
@@ -301,6 +300,30 @@ class Gate:
             raise ConfigError("--keep-above", self.keep_above, error.expected) from error
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class For:
+    """What members are made for."""
+
+    condition: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE")] = ()
+    """Of a generator that was fitted on runs with conditions: make members for this condition, as in
+    `--condition angle=50 style=ink user=0.5,-1`, or `user=@vector.npy` for a long list. Names left out take the values
+    of recorded conditions in turn."""
+    conditions: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Make members for many conditions: a file with one JSON mapping of names to values a line. Each gets a folder of
+    its own, condition-0000 and so on."""
+
+    def folders(self, out: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+        """Where members go, and the condition that they are made for."""
+        from pdiff_plugin.snapshots.conditions import read_condition_lines, read_pairs
+
+        if self.conditions is None:
+            return [(out, read_pairs(self.condition, "--condition") if self.condition else None)]
+        if self.condition:
+            raise ConfigError("--conditions", str(self.conditions), "must be given without --condition")
+        found = read_condition_lines(self.conditions)
+        return [(out / f"condition-{number:04d}", condition) for number, condition in enumerate(found)]
+
+
 def generate(
     generator: FitPath,
     *,
@@ -309,6 +332,7 @@ def generate(
     seed: Seed = 0,
     overwrite: Switch = False,
     json: Json = False,
+    made_for: Annotated[For, Inline] = For(),
     sampling: Annotated[SamplingConfig, Inline] = SamplingConfig(),  # noqa: B008 (frozen)
     gate: Annotated[Gate, Inline] = Gate(),
     distributed: Where = DistributedConfig(),  # noqa: B008 (frozen)
@@ -324,30 +348,36 @@ def generate(
     gate.check()
     from pdiff_plugin.generator.members import write_members
 
+    folders = made_for.folders(out)
+    for _, condition in folders:  # before anything is written
+        fitted.conditions_of_members(1, condition, extrapolate=sampling.extrapolate)
     write = None
     if _runs_on_ray(distributed):
         from pdiff_plugin.cluster.members import write_members_on_workers
 
         write = partial(write_members_on_workers, generator=generator, distributed=distributed)
+    paths: list[Path] = []
     with console.progress() as on_progress:
-        paths = write_members(
-            fitted,
-            out,
-            sampling,
-            num_members=num_members,
-            seed=seed,
-            overwrite=overwrite,
-            keep=gate.keep if gate.keep_above is not None else None,
-            write=write,
-            on_progress=on_progress,
-        )
-    num_dropped = num_members - len(paths)
+        for folder, condition in folders:
+            paths += write_members(
+                fitted,
+                folder,
+                sampling,
+                condition=condition,
+                num_members=num_members,
+                seed=seed,
+                overwrite=overwrite,
+                keep=gate.keep if gate.keep_above is not None else None,
+                write=write,
+                on_progress=on_progress,
+            )
+    num_dropped = num_members * len(folders) - len(paths)
     if json:
         files = [str(path) for path in paths]
         describe.print_json({"members": files, "num_values": fitted.layout.num_values, "num_dropped": num_dropped})
         return
     if num_dropped:
-        console.say(f"{num_dropped} of {num_members} members dropped: accuracy below {gate.keep_above}")
+        console.say(f"{num_dropped} of {num_members * len(folders)} members dropped: accuracy below {gate.keep_above}")
     console.say(f"{len(paths)} members of {fitted.layout.num_values:,} values each in {out}")
 
 
@@ -660,6 +690,9 @@ def _present_spelling(args: list[str]) -> list[str]:
         kept = [a for a in args[1:] if a not in ("--sweep", "--overwrite")]
         is_counted = any(a.startswith(("--num-members", "--num_members")) for a in kept)
         return ["sweep", *kept, *([] if is_counted else ["--num-members", "16"])]
+    if args[:1] == ["fit"]:  # short for the flags of a config in the config
+        short = {"--condition": "--condition.kinds", "--hold-out": "--condition.hold-out"}
+        return [short.get(a, a) for a in args]
     if args[:1] == ["evaluate"] and any(a.partition("=")[0] == "--retrain" for a in args):
         console.tell("DeprecationWarning: `pdiff evaluate --retrain` will be removed; use --num-retrained.")
         return [a.replace("--retrain", "--num-retrained") if a.startswith("--retrain") else a for a in args]
