@@ -29,6 +29,7 @@ from pdiff_plugin.config import (
     AutoencoderName,
     DiffusionConfig,
     DistributedConfig,
+    EvaluateConditionsConfig,
     EvaluateConfig,
     FitConfig,
     RecorderConfig,
@@ -36,7 +37,7 @@ from pdiff_plugin.config import (
     TuneConfig,
 )
 from pdiff_plugin.errors import ConfigError, MissingDependencyError, PDiffError, StoreNotFoundError
-from pdiff_plugin.user_code import find_function, load_model, made_by
+from pdiff_plugin.user_code import find_function, function_named, load_model, made_by
 
 Inline = arg(name="")  # a config's fields become flags without its own name in front
 Switch = FlagCreatePairsOff[bool]  # off unless given, so that it needs no --no-...
@@ -473,6 +474,75 @@ class SaveBest:
         return f"\nSaved {choice.text}. Load it with\n  {choice.loading(path)}"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OverConditions:
+    """Judging at conditions that were never fitted."""
+
+    conditions: Annotated[tuple[str, ...], arg(metavar="held-out|RUN|NAME=VALUE,VALUE")] = ()
+    """Judge at conditions: `held-out` for all that the generator was not fitted on (a quarter of those recorded where
+    there are none), runs, or values as angle=45,135; where it was fitted on some of them it is fitted again without.
+    The function of --task then takes names of the condition: `def task(angle): ...`."""
+    train: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """Trains the recorded layers of a model in place, (model, conditions, num_steps), for a joint model and a few steps
+    of training at the condition; with --conditions."""
+    extra: Annotated[tuple[str, ...], arg(metavar="NAME=MODULE:FUNCTION")] = ()
+    """Further rows: a function of the condition (a dictionary) that returns weights, or a Task whose own model is
+    judged as it is; with --conditions."""
+    joint_steps: int = EvaluateConditionsConfig.joint_steps
+    """Steps of the joint model; 0 makes none."""
+    fine_tune_steps: tuple[int, ...] = EvaluateConditionsConfig.fine_tune_steps
+    """Steps of training at the condition, from the average, the nearest and the generated weights."""
+    train_seconds: float | None = EvaluateConditionsConfig.train_seconds
+    """What training at one condition costs, in seconds, for the sentence; with --train it is estimated."""
+
+    def check(self, config: EvaluateConfig, **others: Any) -> None:
+        """Raise :class:`ConfigError` for flags that do not go together."""
+        if not self.conditions:
+            for name in (field.name for field in dataclasses.fields(self)):
+                if getattr(self, name) != getattr(OverConditions, name):
+                    raise ConfigError(_flag(name), getattr(self, name), "must be given together with --conditions")
+            return
+        changed = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        changed = {name: value for name, value in changed.items() if value != getattr(EvaluateConfig, name)}
+        for name, value in {**changed, **{key: value for key, value in others.items() if value}}.items():
+            if name not in ("num_members", "seed"):
+                raise ConfigError(_flag(name), value, "does not go with --conditions; leave it out")
+
+    def judge(
+        self,
+        task: str,
+        store: pdiff.SnapshotStore,
+        fitted: pdiff.WeightGenerator,
+        folder: Path,
+        config: EvaluateConfig,
+    ) -> pdiff.ConditionEvaluation:
+        """Judge over the conditions, with the members and the seed of ``config``."""
+        wrong = next((text for text in self.extra if not text.partition("=")[2]), None)
+        if wrong is not None:
+            raise ConfigError("--extra", wrong, "must be NAME=MODULE:FUNCTION")
+        pairs = (text.partition("=") for text in self.extra)
+        with console.progress() as on_progress:
+            return pdiff.evaluate_conditions(
+                function_named("--task", task),
+                store,
+                fitted,
+                conditions=self.conditions,
+                train=find_function("--train", self.train, "model", "conditions", "num_steps") if self.train else None,
+                extra={name: find_function("--extra", function, "condition") for name, _, function in pairs},
+                refit_in=folder / "refit",
+                on_progress=on_progress,
+                num_members=config.num_members,
+                seed=config.seed,
+                joint_steps=self.joint_steps,
+                fine_tune_steps=self.fine_tune_steps,
+                train_seconds=self.train_seconds,
+            )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def evaluate(
     generator: FitPath,
     *,
@@ -482,10 +552,12 @@ def evaluate(
     out: Path | None = None,
     json: Json = False,
     best: Annotated[SaveBest, Inline] = SaveBest(),
+    over: Annotated[OverConditions, Inline] = OverConditions(),
     config: Annotated[FlagCreatePairsOff[EvaluateConfig], Inline] = EvaluateConfig(),  # noqa: B008 (frozen)
     distributed: Where = DistributedConfig(),  # noqa: B008 (frozen)
 ) -> None:
-    """Judge generated members beside the snapshots and the cheap baselines.
+    """Judge generated members beside the snapshots and the cheap baselines, or with --conditions at conditions that
+    were never fitted.
 
     Args:
         train_with: Takes a seed and returns a trained model; with it a real deep ensemble is trained and judged, too.
@@ -496,12 +568,16 @@ def evaluate(
             "--num-retrained", config.num_retrained, "must be given together with --train-with package.module:function"
         )
     best.check()
+    over.check(config, train_with=train_with, save_best=best.save_best, num_workers=_runs_on_ray(distributed))
     fitted = pdiff.WeightGenerator.load(generator)
+    if over.conditions:
+        _evaluate_over(over, task, _store_of(fitted, store), fitted, out or _beside(generator), config, json)
+        return
     judged = made_by("--task", task, pdiff.Task)
     train = find_function("--train-with", train_with, "seed") if train_with else None
     snapshots = _store_of(fitted, store)
     # Before the scoring, which may take hours: a folder that cannot be made is told at once.
-    folder = out or (generator if generator.is_dir() else generator.parent) / "evaluation"
+    folder = out or _beside(generator)
     for made in (folder, best.save_best or folder):
         made.mkdir(parents=True, exist_ok=True)
     with console.progress() as on_progress, _scorer(distributed) as options:
@@ -518,14 +594,47 @@ def evaluate(
     console.say(f"Pictures: pdiff report {folder}")
 
 
+def _beside(generator: Path) -> Path:
+    """Where the result of an evaluation goes unless told."""
+    return (generator if generator.is_dir() else generator.parent) / "evaluation"
+
+
+def _evaluate_over(
+    over: OverConditions,
+    task: str,
+    store: pdiff.SnapshotStore,
+    generator: pdiff.WeightGenerator,
+    folder: Path,
+    config: EvaluateConfig,
+    json: bool,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    result = over.judge(task, store, generator, folder, config)
+    path = result.save(folder)
+    if json:
+        describe.print_json(result.to_json())
+        return
+    describe.show_condition_evaluation(result)
+    console.say(f"\nWrote {path}. Pictures: pdiff report {folder}")
+
+
 def report(evaluation: Positional[Annotated[Path, arg(metavar="EVALUATION")]], *, out: Path | None = None) -> None:
-    """Draw a saved evaluation as one self-contained HTML page and PNG pictures.
+    """Draw a saved evaluation as one self-contained HTML page and PNG pictures; one over conditions as another page.
 
     Args:
         evaluation: Folder that `pdiff evaluate` or `pdiff demo` wrote.
         out: Folder for report.html and the pictures; that of the evaluation unless given.
     """
-    console.say(f"Wrote {pdiff.write_report(evaluation, out)}")
+    from pdiff_plugin.evaluation.condition_page import write_condition_report
+    from pdiff_plugin.evaluation.condition_result import JSON_NAME
+    from pdiff_plugin.evaluation.result import JSON_NAME as EVALUATION_NAME
+
+    is_over = evaluation.name == JSON_NAME or (evaluation / JSON_NAME).is_file()
+    if is_over:
+        folder = out or (evaluation if evaluation.is_dir() else evaluation.parent)
+        console.say(f"Wrote {write_condition_report(pdiff.ConditionEvaluation.load(evaluation), folder)}")
+    if not is_over or (evaluation / EVALUATION_NAME).is_file():
+        console.say(f"Wrote {pdiff.write_report(evaluation, out)}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -543,7 +652,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 _CONFIGS = (
     *(FitConfig, *AUTOENCODER_CONFIGS.values(), DiffusionConfig, TuneConfig),
-    *(SamplingConfig, Gate, SaveBest, EvaluateConfig, DistributedConfig),
+    *(SamplingConfig, Gate, SaveBest, OverConditions, EvaluateConfig, DistributedConfig),
 )
 _PRESETS: dict[str, Callable[[], FitConfig]] = {"default": FitConfig, "paper": FitConfig.paper}
 

@@ -595,6 +595,33 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateConditionsConfig:
+    """What is judged over conditions, and what training may take."""
+
+    num_members: int = EvaluateConfig.num_members
+    """Members of the generated ensembles, and snapshots at most of those that were recorded there."""
+    seed: int = 0
+    """Seed of every draw."""
+    joint_steps: int = 1000
+    """Steps of one joint model, trained on all fitted conditions mixed, where a training function is given; 0 makes
+    none."""
+    fine_tune_steps: tuple[int, ...] = (10, 50)
+    """Steps of training at the condition itself, from the average, the nearest and the generated weights, where a
+    training function is given."""
+    train_seconds: float | None = None
+    """What training at one condition costs, in seconds, for the sentence. Unless given, it is taken from the training
+    function's pace and the steps that were recorded."""
+
+    def __post_init__(self) -> None:
+        _check("num_members", self.num_members, 1)
+        _check("joint_steps", self.joint_steps, 0)
+        for steps in self.fine_tune_steps:
+            _check("fine_tune_steps", steps, 1)
+        if self.train_seconds is not None:
+            _check("train_seconds", self.train_seconds, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
     """Where work is done: in this process, on several workers of this machine, or on a Ray cluster."""
 
