@@ -223,8 +223,8 @@ class ConditionJudge:
     """Measures a denoiser at held-out conditions, with noise and times that are fixed once.
 
     Called with a denoiser it returns ``heldout_loss`` (of the diffusion), ``heldout_error`` (of single samples against
-    the mean of the snapshots), ``heldout_error_of_mean`` (of the mean of samples), and NaN for ``novelty``, which has no
-    meaning where nothing was recorded. Without held-out conditions all are NaN.
+    the mean of the snapshots), ``heldout_error_of_mean`` (of the mean of samples), and NaN for ``novelty``, which means
+    nothing where nothing was recorded. Without held-out conditions all are NaN.
 
     Training stops on the error of single samples. The mean of samples is best earlier, while they are still spread so
     widely that each by itself is a bad model.
