@@ -1,6 +1,6 @@
 """What a fit on conditions says of its result, and where conditions are too few, or say nothing.
 
-Shapes: N snapshots, R runs, D values in a row.
+Shapes: N snapshots, R runs or different conditions, D values in a row.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import logging
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
 
 from pdiff_plugin.fitting.condition_stage import Cloud, FittedCondition
 from pdiff_plugin.generator.autoencoder import Encoded
@@ -20,6 +22,7 @@ from pdiff_plugin.snapshots.split import Split
 logger = logging.getLogger(__name__)
 
 _DIGITS = 6
+_JITTER = 1e-9
 # The mean of R independent starts is 1/sqrt(R) as long as each of them; of one start it is about as long.
 _FEW_TIMES_CHANCE = 1.5
 _MIN_RUNS = 8
@@ -27,17 +30,23 @@ _MAX_COLUMNS = 65536
 
 
 def measure_conditions(
-    generator: WeightGenerator, encoded: Encoded, split: Split, cloud: Cloud, fitted: FittedCondition
+    generator: WeightGenerator,
+    encoded: Encoded,
+    split: Split,
+    gram: Tensor,
+    cloud: Cloud,
+    fitted: FittedCondition,
 ) -> dict[str, Any]:
     """The report of a fit on conditions, with a warning where they cannot be learned from.
 
     ``condition`` holds ``heldout_error`` (of the mean of samples at conditions held out, in latents, as a share of the
     average's), the same of every centre alone and of each diffusion that was tried, the chosen ``centre``, the
-    ``ceiling`` (share of what a condition's mean differs from the average that lies in the span of the others: no
-    generator made of these runs reaches further), and ``explained`` (share that regressions predict, leaving each
+    ``ceiling`` (share of what a condition's mean differs from the others' that lies in their span: no generator made of
+    these runs comes nearer, by weights), and ``explained`` (share that regressions predict, leaving each
     condition out in turn) beside the most that conditions shuffled at random reach.
     """
     found = {name: json_safe(value, _DIGITS) for name, value in fitted.report.items()}
+    found["ceiling"] = json_safe(ceiling(gram, cloud.place), _DIGITS)
     report = {
         "fidelity": encoded.fidelity,
         "fidelity_is_ok": encoded.fidelity >= generator.config.autoencoder.min_fidelity,
@@ -57,6 +66,30 @@ def measure_conditions(
             "that all begin from one trained model."
         )
     return report
+
+
+def ceiling(gram: Tensor, place: Tensor) -> float:
+    """Share of the squared distance of a condition's mean to the mean of the others that lies in their affine span.
+
+    Each condition is left out in turn, by one inverse: with A the Gram matrix of the means, bordered by ones, the
+    squared distance of mean i to the affine span of the others is 1 / (A⁻¹)_ii.
+
+    Args:
+        gram: inner products of the snapshots, (N, N) float64.
+        place: condition of each, (N,).
+    """
+    member = one_hot(place).double()
+    means = member / member.sum(dim=0)
+    inner = means.T @ gram @ means  # (R, R)
+    R = len(inner)
+    centred = inner - inner.mean(dim=0) - inner.mean(dim=1, keepdim=True) + inner.mean()
+    total = centred.diagonal().sum() * (R / (R - 1)) ** 2
+    bordered = torch.ones(R + 1, R + 1, dtype=torch.float64)
+    # A little on the diagonal: where there are more conditions than directions, the others span everything.
+    bordered[:R, :R] = centred + _JITTER * centred.diagonal().mean() * torch.eye(R, dtype=torch.float64)
+    bordered[R, R] = 0.0
+    lost = (1.0 / torch.linalg.inv(bordered).diagonal()[:R]).clamp_min(0.0).sum()
+    return float(1.0 - lost / total.clamp_min(1e-300))
 
 
 def _warn_of_few_values(generator: WeightGenerator) -> None:

@@ -163,7 +163,7 @@ def train_condition_diffusion(
     frames = condition_frames(centre, cloud.latents, cloud.features[cloud.place])
     denoiser, history = _train(frames, cloud, None, config, runtime, "diffusion", on_history, num_steps)
     report |= {"centre": kind, "centre_settings": dict(centre.settings), "diffusion_steps": int(history[-1]["step"])}
-    report |= {"ceiling": _ceiling(cloud), **_explained(cloud, config.seed)}
+    report |= _explained(cloud, config.seed)
     return FittedCondition(frames, denoiser, history, report)
 
 
@@ -297,23 +297,6 @@ class ConditionJudge:
             "heldout_error_of_mean": self.fold.error(found.mean(dim=0)),
             "novelty": nan,
         }
-
-
-def _ceiling(cloud: Cloud) -> float:
-    """Share of what a condition's mean differs from the average that lies in the span of the other conditions.
-
-    No generator made of the recorded runs reaches further. Each condition is left out in turn.
-    """
-    means = cloud.means.double()
-    lost, total = 0.0, 0.0
-    for number in range(len(means)):
-        others = torch.cat([means[:number], means[number + 1 :]])
-        own = means[number] - others.mean(dim=0)
-        basis = torch.linalg.svd(others - others.mean(dim=0), full_matrices=False)
-        directions = basis.Vh[1e-6 * basis.S[0] < basis.S]
-        total += float(own.square().sum())
-        lost += float((own - directions.T @ (directions @ own)).square().sum())
-    return round(1.0 - lost / max(total, 1e-30), 4)
 
 
 def _explained(cloud: Cloud, seed: int) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def run_stages(store: SnapshotStore, config: FitConfig, folder: FitFolder, runti
     )
     with folder.timed("report"):
         if isinstance(fitted, FittedCondition):
-            generator.report = measure_conditions(generator, encoded, split, cloud, fitted)
+            generator.report = measure_conditions(generator, encoded, split, statistics.gram, cloud, fitted)
         else:
             local = fitted.frames.to_local(encoded.latents, Condition(split.trajectory))
             generator.report = measure_generator(generator, encoded, local, split, fitted.history)

@@ -15,6 +15,7 @@ import pdiff_plugin as pdiff
 from pdiff_plugin.config import ConditionConfig, FitConfig
 from pdiff_plugin.errors import ConditionError, ConfigError, UnknownConditionError, UnusableSnapshotsError
 from pdiff_plugin.fitting.centre_stage import fit_centre, spread_choice
+from pdiff_plugin.fitting.condition_measures import ceiling
 from pdiff_plugin.fitting.condition_stage import Cloud
 from pdiff_plugin.generator.centres import CENTRES
 from pdiff_plugin.snapshots.conditions import Value, set_conditions
@@ -338,3 +339,19 @@ def test_the_network_is_stopped_where_it_still_says_something_of_other_condition
     new = torch.randn(500, 2, generator=rng)
     error = (fit_centre("network", features, means)(new) - new @ truth).square().mean()
     assert error < 0.15 * (new @ truth).square().mean()
+
+
+def test_the_ceiling_is_what_projecting_on_the_others_leaves() -> None:
+    rng = torch.Generator().manual_seed(0)
+    points = torch.randn(6, 20, generator=rng, dtype=torch.float64)
+    rows, place = points.repeat_interleave(2, dim=0), torch.arange(6).repeat_interleave(2)
+    lost = total = 0.0
+    for number in range(6):
+        others = torch.cat([points[:number], points[number + 1 :]])
+        own, spread = points[number] - others.mean(dim=0), others - others.mean(dim=0)
+        left = own - spread.T @ torch.linalg.lstsq(spread.T, own).solution
+        lost, total = lost + float(left.square().sum()), total + float(own.square().sum())
+
+    assert ceiling(rows @ rows.T, place) == pytest.approx(1 - lost / total, abs=1e-6)
+    flat = torch.randn(6, 3, generator=rng, dtype=torch.float64)
+    assert ceiling(flat @ flat.T, torch.arange(6)) == pytest.approx(1.0, abs=1e-6)
