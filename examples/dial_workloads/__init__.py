@@ -7,6 +7,7 @@ from .codes import Codes
 from .domains import Domains
 from .lora import Lora
 from .sweep import Sweep as Sweep
+from .sweep import Variant as Variant
 from .tradeoff import Tradeoff
 from .trial import Trial
 

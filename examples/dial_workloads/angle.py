@@ -66,7 +66,7 @@ class Angle(Sweep):
     def altered(self, x: Tensor, condition: Condition, rng: torch.Generator) -> Tensor:
         return rotated(x, condition["angle"]).flatten(1)
 
-    def extra(self, generator: WeightGenerator) -> dict[str, ExtraRow]:
+    def extra(self, variant: Variant, generator: WeightGenerator) -> dict[str, ExtraRow]:
         """Turn the image back, and give it to the weights that were recorded upright."""
         return {"input turned back": self.turned_back}
 

@@ -27,7 +27,14 @@ class Codes(Sweep):
 
     name = "codes"
     recipe = Recipe(
-        num_steps=300, batch_size=256, lr=3e-3, final_lr=3e-4, last_steps=50, every_n_steps=10, joint_steps=3000
+        num_steps=300,
+        batch_size=256,
+        lr=3e-3,
+        final_lr=3e-4,
+        last_steps=50,
+        every_n_steps=10,
+        joint_steps=0,
+        fine_tune_steps=(),
     )
 
     def __init__(self, folder: Any, train: Split, test: Split, seed: int, smoke: bool = False) -> None:
@@ -101,7 +108,7 @@ class Codes(Sweep):
         x, y = self.test_split
         return Task(base, loader((x, torch.tensor(condition["code"])[y].long()), 1000), name=self.name)
 
-    def extra(self, generator: WeightGenerator) -> dict[str, ExtraRow]:
+    def extra(self, variant: Variant, generator: WeightGenerator) -> dict[str, ExtraRow]:
         """A vote of the nearest fitted codes, and one head of ten classes whose probabilities are summed."""
         store = SnapshotStore.open(self.store).only(generator.trajectories)
         codes = torch.tensor([store.conditions[run]["code"] for run in store.trajectories])

@@ -31,7 +31,9 @@ class Domains(ResNetSweep):
 
     name = "domains"
     num_unlabelled = NUM_UNLABELLED
-    recipe = Recipe(num_steps=40, batch_size=128, lr=1e-2, final_lr=5e-4, last_steps=5, joint_steps=1200)
+    recipe = Recipe(
+        num_steps=40, batch_size=128, lr=1e-2, final_lr=5e-4, last_steps=5, joint_steps=1200, fine_tune_steps=()
+    )
 
     @cached_property
     def sizes(self) -> tuple[int, int, int]:

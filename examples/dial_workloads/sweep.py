@@ -42,6 +42,8 @@ class Recipe:
     every_n_steps: int = 1
     joint_steps: int
     """Steps of the joint model, which sees all fitted conditions mixed."""
+    fine_tune_steps: tuple[int, ...] = (10, 50)
+    """Steps of training at a new condition, where labels could be had there."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Sweep:
         self.test_split = test[0][: self.num_tests], test[1][: self.num_tests]
         if smoke:
             brief = {"num_steps": 10, "batch_size": 16, "last_steps": 4, "every_n_steps": 1, "joint_steps": 10}
+            brief["fine_tune_steps"] = self.recipe.fine_tune_steps[:1]
             self.recipe = replace(self.recipe, **brief)
         self._base: nn.Module | None = None
 
@@ -133,7 +136,7 @@ class Sweep:
             unlabelled = loader(own, 64)
         return Task(self.base(), loader((x, self.test_split[1]), 500), unlabelled, name=self.name)
 
-    def extra(self, generator: WeightGenerator) -> dict[str, ExtraRow]:
+    def extra(self, variant: Variant, generator: WeightGenerator) -> dict[str, ExtraRow]:
         """Rows beside the usual ones."""
         return {}
 

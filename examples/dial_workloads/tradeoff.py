@@ -68,7 +68,7 @@ class Tradeoff(Sweep):
         x = torch.where(is_noisy[:, None, None, None], noisy(x, NOISE, rng), x).flatten(1)
         return Task(self.base(), loader((x, y), 500), name=self.name)
 
-    def extra(self, generator: WeightGenerator) -> dict[str, ExtraRow]:
+    def extra(self, variant: Variant, generator: WeightGenerator) -> dict[str, ExtraRow]:
         """The line between the averages of the two ends."""
         store = SnapshotStore.open(self.store)
         ends = []
