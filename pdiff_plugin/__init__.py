@@ -22,6 +22,7 @@ if _TYPE_CHECKING:
     from pdiff_plugin.config import ConvConfig as ConvConfig
     from pdiff_plugin.config import Cycle as Cycle
     from pdiff_plugin.config import DiffusionConfig as DiffusionConfig
+    from pdiff_plugin.config import EvaluateConditionsConfig as EvaluateConditionsConfig
     from pdiff_plugin.config import EvaluateConfig as EvaluateConfig
     from pdiff_plugin.config import FitConfig as FitConfig
     from pdiff_plugin.config import Perturb as Perturb
@@ -38,6 +39,8 @@ if _TYPE_CHECKING:
     from pdiff_plugin.errors import PDiffError as PDiffError
     from pdiff_plugin.evaluation.alignment import check_alignment as check_alignment
     from pdiff_plugin.evaluation.choice import Choice as Choice
+    from pdiff_plugin.evaluation.condition_result import ConditionEvaluation as ConditionEvaluation
+    from pdiff_plugin.evaluation.conditions import evaluate_conditions as evaluate_conditions
     from pdiff_plugin.evaluation.evaluate import evaluate as evaluate
     from pdiff_plugin.evaluation.page import write_report as write_report
     from pdiff_plugin.evaluation.result import Evaluation as Evaluation
@@ -57,11 +60,13 @@ if _TYPE_CHECKING:
 
 _HOME = {
     "Choice": "evaluation.choice",
+    "ConditionEvaluation": "evaluation.condition_result",
     "CollectConfig": "config",
     "ConvConfig": "config",
     "Cycle": "config",
     "DiffusionConfig": "config",
     "DiffusionEnsemble": "ensemble.ensemble",
+    "EvaluateConditionsConfig": "config",
     "EvaluateConfig": "config",
     "Evaluation": "evaluation.result",
     "FitConfig": "config",
@@ -83,6 +88,7 @@ _HOME = {
     "collect": "recording.collect",
     "ensemble_from_diffusion": "ensemble.ensemble",
     "evaluate": "evaluation.evaluate",
+    "evaluate_conditions": "evaluation.conditions",
     "fit": "fitting.fit",
     "greedy_soup": "ensemble.soup",
     "import_checkpoints": "recording.checkpoints",
@@ -127,6 +133,9 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "EvaluateConfig",
     "Evaluation",
     "Choice",
+    "evaluate_conditions",
+    "EvaluateConditionsConfig",
+    "ConditionEvaluation",
     "sweep",
     "Sweep",
     "write_report",

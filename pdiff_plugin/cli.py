@@ -29,6 +29,7 @@ from pdiff_plugin.config import (
     AutoencoderName,
     DiffusionConfig,
     DistributedConfig,
+    EvaluateConditionsConfig,
     EvaluateConfig,
     FitConfig,
     RecorderConfig,
@@ -36,7 +37,7 @@ from pdiff_plugin.config import (
     TuneConfig,
 )
 from pdiff_plugin.errors import ConfigError, MissingDependencyError, PDiffError, StoreNotFoundError
-from pdiff_plugin.user_code import find_function, load_model, made_by
+from pdiff_plugin.user_code import find_function, function_named, load_model, made_by
 
 Inline = arg(name="")  # a config's fields become flags without its own name in front
 Switch = FlagCreatePairsOff[bool]  # off unless given, so that it needs no --no-...
@@ -147,14 +148,13 @@ def condition(
     Args:
         store: The snapshot store.
     """
-    from pdiff_plugin.snapshots.conditions import parse_value, set_conditions
+    from pdiff_plugin.snapshots.conditions import read_pairs, set_conditions
 
     given: dict[str, dict[str, Any]] = {}
     for run, *pairs in filter(None, set):
-        wrong = next((pair for pair in pairs if not pair.partition("=")[1]), None)
-        if wrong is not None or not pairs:
-            raise ConfigError("--set", wrong or run, "must be a run and NAME=VALUE pairs: --set run-001 angle=45")
-        given[run] = {name: parse_value(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+        if not pairs:
+            raise ConfigError("--set", run, "must be a run and NAME=VALUE pairs: --set run-001 angle=45")
+        given[run] = read_pairs(pairs, "--set")
     if given:
         set_conditions(store, given)
     document = describe.conditions(store)
@@ -300,6 +300,30 @@ class Gate:
             raise ConfigError("--keep-above", self.keep_above, error.expected) from error
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class For:
+    """What members are made for."""
+
+    condition: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE")] = ()
+    """Of a generator that was fitted on runs with conditions: make members for this condition, as in
+    `--condition angle=50 style=ink user=0.5,-1`, or `user=@vector.npy` for a long list. Names left out take the values
+    of recorded conditions in turn."""
+    conditions: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Make members for many conditions: a file with one JSON mapping of names to values a line. Each gets a folder of
+    its own, condition-0000 and so on."""
+
+    def folders(self, out: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+        """Where members go, and the condition that they are made for."""
+        from pdiff_plugin.snapshots.conditions import read_condition_lines, read_pairs
+
+        if self.conditions is None:
+            return [(out, read_pairs(self.condition, "--condition") if self.condition else None)]
+        if self.condition:
+            raise ConfigError("--conditions", str(self.conditions), "must be given without --condition")
+        found = read_condition_lines(self.conditions)
+        return [(out / f"condition-{number:04d}", condition) for number, condition in enumerate(found)]
+
+
 def generate(
     generator: FitPath,
     *,
@@ -308,6 +332,7 @@ def generate(
     seed: Seed = 0,
     overwrite: Switch = False,
     json: Json = False,
+    made_for: Annotated[For, Inline] = For(),
     sampling: Annotated[SamplingConfig, Inline] = SamplingConfig(),  # noqa: B008 (frozen)
     gate: Annotated[Gate, Inline] = Gate(),
     distributed: Where = DistributedConfig(),  # noqa: B008 (frozen)
@@ -323,30 +348,36 @@ def generate(
     gate.check()
     from pdiff_plugin.generator.members import write_members
 
+    folders = made_for.folders(out)
+    for _, condition in folders:  # before anything is written
+        fitted.conditions_of_members(1, condition, extrapolate=sampling.extrapolate)
     write = None
     if _runs_on_ray(distributed):
         from pdiff_plugin.cluster.members import write_members_on_workers
 
         write = partial(write_members_on_workers, generator=generator, distributed=distributed)
+    paths: list[Path] = []
     with console.progress() as on_progress:
-        paths = write_members(
-            fitted,
-            out,
-            sampling,
-            num_members=num_members,
-            seed=seed,
-            overwrite=overwrite,
-            keep=gate.keep if gate.keep_above is not None else None,
-            write=write,
-            on_progress=on_progress,
-        )
-    num_dropped = num_members - len(paths)
+        for folder, condition in folders:
+            paths += write_members(
+                fitted,
+                folder,
+                sampling,
+                condition=condition,
+                num_members=num_members,
+                seed=seed,
+                overwrite=overwrite,
+                keep=gate.keep if gate.keep_above is not None else None,
+                write=write,
+                on_progress=on_progress,
+            )
+    num_dropped = num_members * len(folders) - len(paths)
     if json:
         files = [str(path) for path in paths]
         describe.print_json({"members": files, "num_values": fitted.layout.num_values, "num_dropped": num_dropped})
         return
     if num_dropped:
-        console.say(f"{num_dropped} of {num_members} members dropped: accuracy below {gate.keep_above}")
+        console.say(f"{num_dropped} of {num_members * len(folders)} members dropped: accuracy below {gate.keep_above}")
     console.say(f"{len(paths)} members of {fitted.layout.num_values:,} values each in {out}")
 
 
@@ -412,6 +443,75 @@ class SaveBest:
         return f"\nSaved {choice.text}. Load it with\n  {choice.loading(path)}"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OverConditions:
+    """Judging at conditions that were never fitted."""
+
+    conditions: Annotated[tuple[str, ...], arg(metavar="held-out|RUN|NAME=VALUE,VALUE")] = ()
+    """Judge at conditions: `held-out` for all that the generator was not fitted on (a quarter of those recorded where
+    there are none), runs, or values as angle=45,135; where it was fitted on some of them it is fitted again without.
+    The function of --task then takes names of the condition: `def task(angle): ...`."""
+    train: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """Trains the recorded layers of a model in place, (model, conditions, num_steps), for a joint model and a few steps
+    of training at the condition; with --conditions."""
+    extra: Annotated[tuple[str, ...], arg(metavar="NAME=MODULE:FUNCTION")] = ()
+    """Further rows: a function of the condition (a dictionary) that returns weights, or a Task whose own model is
+    judged as it is; with --conditions."""
+    joint_steps: int = EvaluateConditionsConfig.joint_steps
+    """Steps of the joint model; 0 makes none."""
+    fine_tune_steps: tuple[int, ...] = EvaluateConditionsConfig.fine_tune_steps
+    """Steps of training at the condition, from the average, the nearest and the generated weights."""
+    train_seconds: float | None = EvaluateConditionsConfig.train_seconds
+    """What training at one condition costs, in seconds, for the sentence; with --train it is estimated."""
+
+    def check(self, config: EvaluateConfig, **others: Any) -> None:
+        """Raise :class:`ConfigError` for flags that do not go together."""
+        if not self.conditions:
+            for name in (field.name for field in dataclasses.fields(self)):
+                if getattr(self, name) != getattr(OverConditions, name):
+                    raise ConfigError(_flag(name), getattr(self, name), "must be given together with --conditions")
+            return
+        changed = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        changed = {name: value for name, value in changed.items() if value != getattr(EvaluateConfig, name)}
+        for name, value in {**changed, **{key: value for key, value in others.items() if value}}.items():
+            if name not in ("num_members", "seed"):
+                raise ConfigError(_flag(name), value, "does not go with --conditions; leave it out")
+
+    def judge(
+        self,
+        task: str,
+        store: pdiff.SnapshotStore,
+        fitted: pdiff.WeightGenerator,
+        folder: Path,
+        config: EvaluateConfig,
+    ) -> pdiff.ConditionEvaluation:
+        """Judge over the conditions, with the members and the seed of ``config``."""
+        wrong = next((text for text in self.extra if not text.partition("=")[2]), None)
+        if wrong is not None:
+            raise ConfigError("--extra", wrong, "must be NAME=MODULE:FUNCTION")
+        pairs = (text.partition("=") for text in self.extra)
+        with console.progress() as on_progress:
+            return pdiff.evaluate_conditions(
+                function_named("--task", task),
+                store,
+                fitted,
+                conditions=self.conditions,
+                train=find_function("--train", self.train, "model", "conditions", "num_steps") if self.train else None,
+                extra={name: find_function("--extra", function, "condition") for name, _, function in pairs},
+                refit_in=folder / "refit",
+                on_progress=on_progress,
+                num_members=config.num_members,
+                seed=config.seed,
+                joint_steps=self.joint_steps,
+                fine_tune_steps=self.fine_tune_steps,
+                train_seconds=self.train_seconds,
+            )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def evaluate(
     generator: FitPath,
     *,
@@ -421,10 +521,12 @@ def evaluate(
     out: Path | None = None,
     json: Json = False,
     best: Annotated[SaveBest, Inline] = SaveBest(),
+    over: Annotated[OverConditions, Inline] = OverConditions(),
     config: Annotated[FlagCreatePairsOff[EvaluateConfig], Inline] = EvaluateConfig(),  # noqa: B008 (frozen)
     distributed: Where = DistributedConfig(),  # noqa: B008 (frozen)
 ) -> None:
-    """Judge generated members beside the snapshots and the cheap baselines.
+    """Judge generated members beside the snapshots and the cheap baselines, or with --conditions at conditions that
+    were never fitted.
 
     Args:
         train_with: Takes a seed and returns a trained model; with it a real deep ensemble is trained and judged, too.
@@ -435,12 +537,16 @@ def evaluate(
             "--num-retrained", config.num_retrained, "must be given together with --train-with package.module:function"
         )
     best.check()
+    over.check(config, train_with=train_with, save_best=best.save_best, num_workers=_runs_on_ray(distributed))
     fitted = pdiff.WeightGenerator.load(generator)
+    if over.conditions:
+        _evaluate_over(over, task, _store_of(fitted, store), fitted, out or _beside(generator), config, json)
+        return
     judged = made_by("--task", task, pdiff.Task)
     train = find_function("--train-with", train_with, "seed") if train_with else None
     snapshots = _store_of(fitted, store)
     # Before the scoring, which may take hours: a folder that cannot be made is told at once.
-    folder = out or (generator if generator.is_dir() else generator.parent) / "evaluation"
+    folder = out or _beside(generator)
     for made in (folder, best.save_best or folder):
         made.mkdir(parents=True, exist_ok=True)
     with console.progress() as on_progress, _scorer(distributed) as options:
@@ -457,14 +563,47 @@ def evaluate(
     console.say(f"Pictures: pdiff report {folder}")
 
 
+def _beside(generator: Path) -> Path:
+    """Where the result of an evaluation goes unless told."""
+    return (generator if generator.is_dir() else generator.parent) / "evaluation"
+
+
+def _evaluate_over(
+    over: OverConditions,
+    task: str,
+    store: pdiff.SnapshotStore,
+    generator: pdiff.WeightGenerator,
+    folder: Path,
+    config: EvaluateConfig,
+    json: bool,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    result = over.judge(task, store, generator, folder, config)
+    path = result.save(folder)
+    if json:
+        describe.print_json(result.to_json())
+        return
+    describe.show_condition_evaluation(result)
+    console.say(f"\nWrote {path}. Pictures: pdiff report {folder}")
+
+
 def report(evaluation: Positional[Annotated[Path, arg(metavar="EVALUATION")]], *, out: Path | None = None) -> None:
-    """Draw a saved evaluation as one self-contained HTML page and PNG pictures.
+    """Draw a saved evaluation as one self-contained HTML page and PNG pictures; one over conditions as another page.
 
     Args:
         evaluation: Folder that `pdiff evaluate` or `pdiff demo` wrote.
         out: Folder for report.html and the pictures; that of the evaluation unless given.
     """
-    console.say(f"Wrote {pdiff.write_report(evaluation, out)}")
+    from pdiff_plugin.evaluation.condition_page import write_condition_report
+    from pdiff_plugin.evaluation.condition_result import JSON_NAME
+    from pdiff_plugin.evaluation.result import JSON_NAME as EVALUATION_NAME
+
+    is_over = evaluation.name == JSON_NAME or (evaluation / JSON_NAME).is_file()
+    if is_over:
+        folder = out or (evaluation if evaluation.is_dir() else evaluation.parent)
+        console.say(f"Wrote {write_condition_report(pdiff.ConditionEvaluation.load(evaluation), folder)}")
+    if not is_over or (evaluation / EVALUATION_NAME).is_file():
+        console.say(f"Wrote {pdiff.write_report(evaluation, out)}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -482,7 +621,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 _CONFIGS = (
     *(FitConfig, *AUTOENCODER_CONFIGS.values(), DiffusionConfig, TuneConfig),
-    *(SamplingConfig, Gate, SaveBest, EvaluateConfig, DistributedConfig),
+    *(SamplingConfig, Gate, SaveBest, OverConditions, EvaluateConfig, DistributedConfig),
 )
 _PRESETS: dict[str, Callable[[], FitConfig]] = {"default": FitConfig, "paper": FitConfig.paper}
 
@@ -551,6 +690,9 @@ def _present_spelling(args: list[str]) -> list[str]:
         kept = [a for a in args[1:] if a not in ("--sweep", "--overwrite")]
         is_counted = any(a.startswith(("--num-members", "--num_members")) for a in kept)
         return ["sweep", *kept, *([] if is_counted else ["--num-members", "16"])]
+    if args[:1] == ["fit"]:  # short for the flags of a config in the config
+        short = {"--condition": "--condition.kinds", "--hold-out": "--condition.hold-out"}
+        return [short.get(a, a) for a in args]
     if args[:1] == ["evaluate"] and any(a.partition("=")[0] == "--retrain" for a in args):
         console.tell("DeprecationWarning: `pdiff evaluate --retrain` will be removed; use --num-retrained.")
         return [a.replace("--retrain", "--num-retrained") if a.startswith("--retrain") else a for a in args]

@@ -415,12 +415,13 @@ class ConditionConfig:
     kinds: tuple[str, ...] = ()
     """What the values of a name are, where the values do not tell: `NAME:log`, `NAME:cyclic=PERIOD` for those that come
     round, `NAME:category` for numbers that are names. Else numbers are `number`, lists `vector`, and all else
-    `category`."""
+    `category`. Short: `--condition angle:cyclic=360`."""
     centre: Centre = "auto"
     """What is expected at a condition, about which the diffusion then works: one of the regressions, `mean` for a
     diffusion that learns all of it, or `auto` for the best at conditions held out."""
     hold_out: tuple[str, ...] = ()
-    """Runs that the fit never sees: their names, or `NAME=VALUE,VALUE` for all at one of these values."""
+    """Runs that the fit never sees: their names, or `NAME=VALUE,VALUE` for all at one of these values. Short:
+    `--hold-out angle=45,135`."""
     heldout_fraction: float = 0.2
     """Share of the conditions that the centre is chosen and the training is stopped on. The generator is then trained
     once more on all of them."""
@@ -428,6 +429,14 @@ class ConditionConfig:
     def __post_init__(self) -> None:
         _check_choice("centre", self.centre, Centre)
         _check("heldout_fraction", self.heldout_fraction, 0.0, 0.5)
+        for text in self.kinds:
+            if not all(text.partition(":")):
+                raise ConfigError("kinds", text, "must be NAME:KIND, as in angle:cyclic=360 or lr:log")
+
+    @property
+    def kind_of(self) -> dict[str, str]:
+        """Name -> kind, of the names whose kind was given."""
+        return {name: kind for name, _, kind in (text.rpartition(":") for text in self.kinds)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -583,6 +592,33 @@ class EvaluateConfig:
             return self
         sets = "core" if self.sets == "all" else self.sets
         return replace(self, num_members=min(self.num_members, 8), num_draws=1, sets=sets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConditionsConfig:
+    """What is judged over conditions, and what training may take."""
+
+    num_members: int = EvaluateConfig.num_members
+    """Members of the generated ensembles, and snapshots at most of those that were recorded there."""
+    seed: int = 0
+    """Seed of every draw."""
+    joint_steps: int = 1000
+    """Steps of one joint model, trained on all fitted conditions mixed, where a training function is given; 0 makes
+    none."""
+    fine_tune_steps: tuple[int, ...] = (10, 50)
+    """Steps of training at the condition itself, from the average, the nearest and the generated weights, where a
+    training function is given."""
+    train_seconds: float | None = None
+    """What training at one condition costs, in seconds, for the sentence. Unless given, it is taken from the training
+    function's pace and the steps that were recorded."""
+
+    def __post_init__(self) -> None:
+        _check("num_members", self.num_members, 1)
+        _check("joint_steps", self.joint_steps, 0)
+        for steps in self.fine_tune_steps:
+            _check("fine_tune_steps", steps, 1)
+        if self.train_seconds is not None:
+            _check("train_seconds", self.train_seconds, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

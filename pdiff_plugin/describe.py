@@ -12,6 +12,7 @@ from pdiff_plugin import console
 if TYPE_CHECKING:
     from torch import nn
 
+    from pdiff_plugin.evaluation.condition_result import ConditionEvaluation
     from pdiff_plugin.evaluation.result import Evaluation
     from pdiff_plugin.generator.generator import WeightGenerator
 
@@ -167,6 +168,17 @@ def show_evaluation(result: Evaluation, *budgets: float) -> None:
     """Print the table of an evaluation, its verdict and the best choices: for one pass, eight, and any ``budgets``."""
     console.table(result.title, *result.table(), note=result.footnote, lead=result.lead)
     console.say("\n".join(["", result.verdict.sentence, "", *result.told_choices(*budgets)]).rstrip())
+
+
+def show_condition_evaluation(result: ConditionEvaluation) -> None:
+    """Print the tables of an evaluation over conditions, its headline, what was left out, and its sentence."""
+    for group in result.verdicts:
+        num = result.verdicts[group].num_conditions
+        title = f"{result.task}: {num} condition{'' if num == 1 else 's'} {group} what was fitted"
+        headers, rows = result.table(group)
+        console.table(title, headers, rows, note=result.footnote, lead=headers[2:4])
+        console.say(result.recovery_text(group))
+    console.say("\n".join(["", *result.notes, result.sentence]))
 
 
 def _names_in(conditions: Iterable[dict[str, Any] | None]) -> list[str]:

@@ -17,6 +17,7 @@ survives the pickle trip home from a worker process.
     ├── FormatVersionError        (ValueError)         written by a newer release
     ├── CheckpointError           (ValueError)         a checkpoint that cannot be imported
     ├── ConditionError            (ValueError)         a run's condition that is none, or unlike those of other runs
+    │   └── UnknownConditionError                      members for a condition that could not have been recorded
     ├── TrajectoryExistsError     (FileExistsError)    recording would add to somebody's finished run
     ├── UnusableSnapshotsError    (ValueError)         empty, too few, constant, or too many non-finite rows
     ├── FitExistsError            (FileExistsError)    the output folder holds another fit
@@ -61,6 +62,7 @@ __all__ = [
     "StoreNotFoundError",
     "TrainingModeError",
     "TrajectoryExistsError",
+    "UnknownConditionError",
     "UnsupportedTensorError",
     "UnusableSnapshotsError",
     "WeightsNotKeptError",
@@ -241,6 +243,16 @@ class ConditionError(PDiffError, ValueError):
         return (
             f"condition of {self.where}: found {self.found}, expected {self.expected}. Give all runs of a store the "
             "same names, and values of one type under each; `pdiff condition STORE` shows and sets those recorded."
+        )
+
+
+@dataclass(eq=False)
+class UnknownConditionError(ConditionError):
+    """Members are asked for at a condition that could not have been recorded, or outside the recorded range."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.where}: found {self.found}, expected {self.expected}. `pdiff inspect FIT` shows what was recorded."
         )
 
 

@@ -51,6 +51,15 @@ def find_function(flag: str, text: str, *arguments: str) -> Callable[..., Any]:
     return _checked(flag, text, _named(flag, text), arguments, "a function")
 
 
+def function_named(flag: str, text: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names, whatever it takes."""
+    named = _named(flag, text)
+    if not callable(named):
+        raise ConfigError(flag, text, f"must name a function, not an object of type {type(named).__name__}")
+    function: Callable[..., Any] = named
+    return function
+
+
 def _named(flag: str, text: str) -> Any:
     module_name, _, name = text.partition(":")
     if "/" in module_name or os.sep in module_name or module_name.endswith(".py"):

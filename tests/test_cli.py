@@ -174,10 +174,10 @@ def test_inspect_shows_conditions_as_columns_where_there_are_some(
     ("given", "text"),
     [
         (["run-001"], "must be a run and NAME=VALUE pairs"),
-        (["run-001", "angle"], "--set = 'angle'"),
+        (["run-001", "angle"], "found 'angle', expected NAME=VALUE"),
         (["run-7", "angle=1"], "found no such trajectory"),
         (["run-001", "angle=nan"], "expected a finite number"),
-        (["run-001", "=1"], "names of printable text"),
+        (["run-001", "=1"], "found '=1', expected NAME=VALUE"),
     ],
 )
 def test_a_condition_that_cannot_be_set_says_why(

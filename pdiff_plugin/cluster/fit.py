@@ -35,7 +35,7 @@ from pdiff_plugin.config import DistributedConfig, FitConfig
 from pdiff_plugin.errors import ConfigError, PDiffError, WorkersFailedError
 from pdiff_plugin.fitting.folder import FitFolder, local_folder
 from pdiff_plugin.fitting.ranks import check_num_ranks, fit_on_ranks, opened_store, whole_path
-from pdiff_plugin.fitting.statistics_stage import check_num_snapshots
+from pdiff_plugin.fitting.statistics_stage import part_to_fit
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.snapshots.fingerprint import first_columns
@@ -94,7 +94,7 @@ def fit_distributed(
         # Of a store in a bucket the driver needs all but the rows.
         if not isinstance(store, SnapshotStore):
             store = stack.enter_context(opened_store(job.store, first_columns))
-        check_num_snapshots(store)
+        store = part_to_fit(store, config)
         with local_folder(job.out) as path:
             is_finished = FitFolder.open(store, config, path, fresh=fresh, source=job.store).is_finished
         if not is_finished:

@@ -40,7 +40,7 @@ from pdiff_plugin.config import DistributedConfig, FitConfig, TuneConfig
 from pdiff_plugin.errors import ConfigError, FitExistsError, PDiffError, WorkersFailedError
 from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX, Runtime
-from pdiff_plugin.fitting.statistics_stage import check_num_snapshots, measure_store
+from pdiff_plugin.fitting.statistics_stage import measure_store, part_to_fit
 from pdiff_plugin.generator.alignment import reader
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.generator_file import FILE_NAME
@@ -128,7 +128,7 @@ def tune(
     """
     base, search = base or FitConfig(), search or TuneConfig()
     store = store if isinstance(store, SnapshotStore) else SnapshotStore.open(store)
-    check_num_snapshots(store)
+    store = part_to_fit(store, base)
     folder = Path(out).resolve()
     document = _open(store, base, search, folder, score, fresh=fresh)
     if document["status"] == "finished":

@@ -298,6 +298,7 @@ def ensemble_from_diffusion(
     generator: WeightGenerator | str | os.PathLike[str],
     *,
     num_members: int = 32,
+    condition: Mapping[str, Any] | None = None,
     sampling: SamplingConfig | None = None,
     rng: torch.Generator | None = None,
     ensemble_options: Mapping[str, Any] | None = None,
@@ -309,6 +310,7 @@ def ensemble_from_diffusion(
         model: the model whose snapshots were recorded, in eval mode.
         generator: a :class:`WeightGenerator`, or the path of its file or of the folder that ``pdiff fit`` wrote.
         num_members: M.
+        condition: what they are made for, as in ``condition={"angle": 50}``.
         sampling: how they are drawn.
         rng: source of the draws.
         ensemble_options: further arguments of :class:`DiffusionEnsemble`.
@@ -316,6 +318,7 @@ def ensemble_from_diffusion(
 
     Raises:
         ConfigError: an option of sampling out of range.
+        ConditionError: a condition that could not have been recorded, or outside the recorded range.
         LayoutMismatchError: the generator belongs to another model; the first differing tensor is named.
         TrainingModeError: the model is in train mode.
     """
@@ -327,7 +330,7 @@ def ensemble_from_diffusion(
     # Before the draw, which may take a while.
     generator.layout.check_model(model)
     check_eval(unwrap(model))
-    weights = generator.sample(num_members, rng=rng, **vars(sampling))
+    weights = generator.sample(num_members, sampling, condition=condition, rng=rng)
     return DiffusionEnsemble(model, weights, **(ensemble_options or {}))
 
 

@@ -148,7 +148,7 @@ def _noisy(rows: SnapshotRows, places: Tensor, rng: torch.Generator, size: float
             values = transform(part.float(), name)
             sigma = size * values.std(dim=1, keepdim=True, unbiased=False)
             values = torch.randn(values.shape, generator=rng).mul_(sigma).add_(values)
-            part.copy_(_to_dtype(inverse_transform(values, name), name, tensor.dtype))
+            part.copy_(to_dtype(inverse_transform(values, name), name, tensor.dtype))
     return members
 
 
@@ -378,7 +378,7 @@ def _mixed(mixture: Tensor) -> Drawing:
     """Means of snapshots, from their weights in each member, (M, N) float64."""
     return Drawing(
         num_members=len(mixture),
-        of_block=lambda block: _to_dtype(mixture @ block.doubles, block.name, block.dtype),
+        of_block=lambda block: to_dtype(mixture @ block.doubles, block.name, block.dtype),
         keys=[("mixed", row.numpy().tobytes()) for row in mixture],
     )
 
@@ -387,12 +387,13 @@ def _drawn(num_members: int, draw: Callable[[Block], Tensor]) -> Drawing:
     """Members of which ``draw`` makes (M, b) as they are transformed."""
 
     def of_block(block: Block) -> Tensor:
-        return _to_dtype(inverse_transform(draw(block), block.name), block.name, block.dtype)
+        return to_dtype(inverse_transform(draw(block), block.name), block.name, block.dtype)
 
     return Drawing(num_members=num_members, of_block=of_block)
 
 
-def _to_dtype(values: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+def to_dtype(values: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """Values of a tensor as they are recorded; what must be positive stays so."""
     values = values.to(dtype)
     # A positive float64 can round to zero in half precision.
     return values.clamp_min(torch.finfo(dtype).tiny) if name.endswith(LOG_SUFFIX) else values

@@ -9,14 +9,15 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdiff_plugin.errors import MissingDependencyError
 from pdiff_plugin.evaluation.baselines import LOOKS, look_of
-from pdiff_plugin.evaluation.charts import charts, paint
+from pdiff_plugin.evaluation.charts import Chart, charts, paint
 from pdiff_plugin.evaluation.choice import Choice, passes_text
 from pdiff_plugin.evaluation.kind import Metric
 from pdiff_plugin.evaluation.plots import Picture, pictures, style
@@ -68,13 +69,17 @@ def write_report(source: Evaluation | str | os.PathLike[str], out: str | os.Path
         evaluation = Evaluation.load(source)
         folder = Path(out) if out is not None else _folder_of(Path(source))
     drawn = pictures(evaluation)
-    html = render_html(evaluation, drawn)
+    return write_page(folder, HTML_NAME, render_html(evaluation, drawn), drawn)
+
+
+def write_page(folder: Path, name: str, html: str, drawn: Sequence[Picture]) -> Path:
+    """Write a page and its pictures as PNG files; the path of the page."""
     (folder / FIGURES_DIR).mkdir(parents=True, exist_ok=True)
     for picture in drawn:
         write_figure(picture.figure, folder / FIGURES_DIR / f"{picture.name}.png")
-    with replacing(folder / HTML_NAME) as temp:
+    with replacing(folder / name) as temp:
         temp.write_text(html, encoding="utf-8")
-    return folder / HTML_NAME
+    return folder / name
 
 
 def write_figure(figure: Figure, path: Path) -> None:
@@ -89,30 +94,71 @@ def render_html(evaluation: Evaluation, drawn: list[Picture] | None = None) -> s
     Raises:
         MissingDependencyError: matplotlib or jinja2 is not installed.
     """
+    headers, rows = evaluation.table()
+    return render_page(
+        title=f"pdiff report: {evaluation.details.get('task', 'task')}",
+        facts=_facts(evaluation.details),
+        outcome=evaluation.verdict.outcome,
+        verdict=evaluation.verdict.sentence,
+        colour=_COLOURS[evaluation.verdict.outcome],
+        tables=[Table("Sets", headers, rows, evaluation.footnote, [look_of(row[0]).colour for row in rows])],
+        drawn=pictures(evaluation) if drawn is None else drawn,
+        groups=_groups(evaluation),
+        choices=_choices(evaluation),
+        charts=charts(evaluation),
+    )
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page, with the colour of each row's mark."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    footnote: str
+    colours: Sequence[str]
+
+
+def render_page(
+    *,
+    colour: str,
+    tables: Sequence[Table],
+    drawn: Sequence[Picture],
+    choices: Sequence[Mapping[str, Any]] = (),
+    charts: Sequence[Chart] = (),
+    **words: Any,
+) -> str:
+    """One self-contained page.
+
+    Args:
+        colour: of the mark beside the verdict.
+        tables: in their order.
+        drawn: pictures, below the tables.
+        choices: boxes above the tables.
+        charts: pictures above the tables.
+        **words: ``title``, ``facts``, ``outcome``, ``verdict`` and ``groups`` of the page.
+
+    Raises:
+        MissingDependencyError: jinja2 is not installed.
+    """
     try:
         import jinja2
         import markupsafe  # comes with jinja2
     except ImportError as error:
         raise MissingDependencyError("jinja2", "report") from error
-    drawn = pictures(evaluation) if drawn is None else drawn
     source = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-    headers, rows = evaluation.table()
-    colours = {"#ffffff", "#dddddd", "#444444", "#777777", *(look.colour for look in LOOKS.values()), *_DARK}
+    marks = {mark for table in tables for mark in table.colours}
+    colours = {"#ffffff", "#dddddd", "#444444", "#777777", *(look.colour for look in LOOKS.values()), *_DARK, *marks}
     return template.render(
-        title=f"pdiff report: {evaluation.details.get('task', 'task')}",
-        facts=_facts(evaluation.details),
-        outcome=evaluation.verdict.outcome,
-        verdict=evaluation.verdict.sentence,
-        colour=paint(_COLOURS[evaluation.verdict.outcome]),
-        light={paint(colour)[4:-1]: colour for colour in sorted(colours)},
-        dark={paint(colour)[4:-1]: dark for colour, dark in _DARK.items()},
-        choices=_choices(evaluation),
-        charts=[{**vars(chart), "svg": markupsafe.Markup(chart.svg)} for chart in charts(evaluation)],
-        chips=[paint(look_of(row[0]).colour) for row in rows],
-        headers=headers,
-        rows=rows,
-        footnote=evaluation.footnote,
+        **words,
+        colour=paint(colour),
+        light={paint(one)[4:-1]: one for one in sorted(colours)},
+        dark={paint(one)[4:-1]: dark for one, dark in _DARK.items()},
+        choices=choices,
+        charts=[{**vars(chart), "svg": markupsafe.Markup(chart.svg)} for chart in charts],
+        tables=[{**vars(table), "chips": [paint(mark) for mark in table.colours]} for table in tables],
         figures=[
             {
                 "name": picture.name,
@@ -122,7 +168,6 @@ def render_html(evaluation: Evaluation, drawn: list[Picture] | None = None) -> s
             }
             for picture in drawn
         ],
-        groups=_groups(evaluation),
     )
 
 
@@ -208,7 +253,7 @@ def _groups(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, str]]]]:
         "Generator: configuration": generator.get("config", {}),
         "Generator: provenance": generator.get("provenance", {}),
     }
-    return [(heading, list(_flattened(entries))) for heading, entries in groups.items() if entries]
+    return [(heading, list(flattened(entries))) for heading, entries in groups.items() if entries]
 
 
 def _title_of(metric: Metric) -> str:
@@ -216,11 +261,11 @@ def _title_of(metric: Metric) -> str:
     return f"{name} ({metric.better} is better)" if metric.better else name
 
 
-def _flattened(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flattened(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested entries as dotted, readable names and values."""
     for key, value in entries.items():
         if isinstance(value, Mapping):
-            yield from _flattened(value, f"{prefix}{key}.")
+            yield from flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}".replace("_", " "), _value_text(value)
 

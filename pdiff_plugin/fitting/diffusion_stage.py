@@ -9,6 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -30,6 +31,26 @@ _EVAL_REPEATS = 32
 # Samples drawn at each measurement, and the steps a preconditioned flow takes to them: a tenth of a second in all.
 _EVAL_SAMPLES = 128
 _EVAL_STEPS = 8
+
+
+@dataclass(frozen=True)
+class FittedDiffusion:
+    """What the stage gives.
+
+    Attributes:
+        frames: the coordinates that the denoiser works in.
+        denoiser: averaged, in eval mode.
+        history: one entry per measurement.
+    """
+
+    frames: Frames
+    denoiser: nn.Module
+    history: list[dict[str, float]]
+
+    def draw(self, num_rows: int, rng: torch.Generator) -> Condition:
+        """Conditions to ask the denoiser for: all runs in turn."""
+        del rng
+        return Condition(torch.arange(num_rows) % self.frames.num_trajectories)
 
 
 def train_diffusion(
@@ -61,18 +82,9 @@ def train_diffusion(
     device = pick_device(config.device)
     denoiser = seeded(lambda: new_denoiser(config, frames), config.seed).to(device)
     local, condition = local.to(device), Condition(split.trajectory).to(device)
-    batches = Batches(local, condition, split.train_rows, config)
+    batches = Batches(local, condition, split.trajectory, split.train_rows, config)
     training = DenoiserTraining(denoiser, Judge(local, condition, split.heldout, config), config, runtime)
-    with training.checkpointed() as steps:
-        while training.goes_on:
-            with steps.step():
-                training.train_on(*batches.draw(training.rng))
-                if training.is_measured:
-                    training.measure()
-            if training.is_measured:
-                now = {key: training.history[-1][key] for key in ("train_loss", "heldout_loss", "novelty")}
-                runtime.report("diffusion", training.step, config.diffusion.max_steps, **now)
-                on_history(training.history)
+    training.run(batches, on_history)
     return training.chosen(), training.history
 
 
@@ -82,13 +94,16 @@ class Batches:
     Args:
         local: (N, k), snapshots.
         condition: what each was made under.
+        runs: the run of each, (N,).
         train_rows: (n,), those to train on.
         config: of the fit.
     """
 
-    def __init__(self, local: Tensor, condition: Condition, train_rows: Tensor, config: FitConfig) -> None:
+    def __init__(
+        self, local: Tensor, condition: Condition, runs: Tensor, train_rows: Tensor, config: FitConfig
+    ) -> None:
         self.local, self.condition, self.train_rows, self.config = local, condition, train_rows, config.diffusion
-        own = condition.trajectory.cpu()[train_rows]
+        own = runs[train_rows]
         self.shares = 1.0 / torch.bincount(own)[own].double()
 
     def draw(self, rng: torch.Generator) -> tuple[NoisedBatch, Condition]:
@@ -108,21 +123,33 @@ class DenoiserTraining(Training):
 
     Args:
         denoiser: untrained, on the device to train on.
-        judge: measures the average.
+        judge: measures the average: a denoiser -> ``heldout_loss``, ``novelty``, and what else the history is to hold.
         config: of the fit.
         runtime: checkpoints, progress, and the other ranks.
+        stage: name of the checkpoint and of the reports.
+        stop_on: which of the measured figures is to fall.
     """
 
     counters = ("history", "step", "best_step", "best_loss", "seconds")
 
-    def __init__(self, denoiser: nn.Module, judge: Judge, config: FitConfig, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        judge: Callable[[nn.Module], dict[str, float]],
+        config: FitConfig,
+        runtime: Runtime,
+        *,
+        stage: str = "diffusion",
+        stop_on: str = "heldout_loss",
+    ) -> None:
         settings = config.diffusion
         self.average = copy.deepcopy(denoiser).requires_grad_(False).eval()
         self.best = copy.deepcopy(self.average)
         modules = {"denoiser": denoiser, "average": self.average, "best": self.best}
         schedule = Schedule(settings.max_steps, settings.lr, settings.lr_schedule, settings.weight_decay)
-        super().__init__("diffusion", modules, schedule, config, runtime, config.seed)
+        super().__init__(stage, modules, schedule, config, runtime, config.seed)
         self.settings, self.judge, self.predict = settings, judge, compiled(denoiser, config)
+        self.stop_on = stop_on
         self.averaged: list[Tensor] = list(self.average.parameters())
         # BatchNorm statistics are averages already.
         self.buffers, self.averaged_buffers = list(denoiser.buffers()), list(self.average.buffers())
@@ -140,6 +167,19 @@ class DenoiserTraining(Training):
         self.restore()
         if not self.history and settings.precondition:
             self.measure()  # before its first step the network already samples the normal distribution
+
+    def run(self, batches: Batches, on_history: Callable[[list[dict[str, float]]], None]) -> None:
+        """Train until nothing is gained any more; ``on_history`` is told the history after each measurement."""
+        with self.checkpointed() as steps:
+            while self.goes_on:
+                with steps.step():
+                    self.train_on(*batches.draw(self.rng))
+                    if self.is_measured:
+                        self.measure()
+                if self.is_measured:
+                    now = {key: self.history[-1][key] for key in ("train_loss", "heldout_loss", "novelty")}
+                    self.runtime.report(self.stage, self.step, self.settings.max_steps, **now)
+                    on_history(self.history)
 
     @property
     def seconds(self) -> float:
@@ -181,9 +221,11 @@ class DenoiserTraining(Training):
         found = self.runtime.on_rank_0(lambda: self.judge(self.average))
         least = least_novelty(self.settings.min_novelty, self.history, self.settings.precondition)
         # NaN, of what is not measured, decides nothing.
-        if not found["novelty"] < least and not found["heldout_loss"] >= self.best_loss:
+        value = found[self.stop_on]
+        if not found["novelty"] < least and not value >= self.best_loss:
             self.best_step = self.step
-            self.best_loss = found["heldout_loss"] if self.judge.has_heldout else float("inf")
+            # Without held-out snapshots every later measurement counts as better.
+            self.best_loss = float("inf") if math.isnan(value) else value
             self.best.load_state_dict(self.average.state_dict())
         steps_taken = self.step - int(self.history[-1]["step"] if self.history else 0)
         self.history.append(

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pdiff_plugin.config import FitConfig
+from pdiff_plugin.fitting.condition_stage import FittedCondition
+from pdiff_plugin.fitting.diffusion_stage import FittedDiffusion
 from pdiff_plugin.fitting.runtime import Runtime, pick_device
 from pdiff_plugin.fitting.training import Schedule, Training, compiled, seeded
 from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.denoiser import new_one_step
-from pdiff_plugin.generator.frames import Frames
 from pdiff_plugin.generator.samplers import run_sampler
 
 # Pairs are made once: fewer are learned by heart, more cost as much as the training.
@@ -24,12 +25,11 @@ _LR = 2e-3
 _REPORT_EVERY = 100
 
 
-def distill(denoiser: nn.Module, frames: Frames, config: FitConfig, runtime: Runtime) -> nn.Module:
+def distill(fitted: FittedDiffusion | FittedCondition, config: FitConfig, runtime: Runtime) -> nn.Module:
     """Train the one-step map on pairs of noise and what the natural sampler, which adds none, makes of it.
 
     Args:
-        denoiser: the teacher, on the device to train on.
-        frames: of its coordinates.
+        fitted: the teacher, on the device to train on.
         config: of the fit; ``distill_steps`` steps are taken.
         runtime: told the progress.
 
@@ -37,12 +37,12 @@ def distill(denoiser: nn.Module, frames: Frames, config: FitConfig, runtime: Run
         The map, in eval mode.
     """
     device, seed = pick_device(config.device), config.seed + 3
-    student = seeded(lambda: new_one_step(config, frames), seed).to(device)
+    student = seeded(lambda: new_one_step(config, fitted.frames), seed).to(device)
     schedule = Schedule(config.diffusion.distill_steps, _LR, weight_decay=0.0)
     training = Training("distill", {"student": student}, schedule, config, runtime, seed)
-    noise = torch.randn(_NUM_PAIRS, frames.width, generator=training.rng, dtype=torch.float32).to(device)
-    condition = Condition(torch.arange(_NUM_PAIRS) % frames.num_trajectories).to(device)
-    targets, predict = _teach(denoiser, noise, condition, config), compiled(student, config)
+    noise = torch.randn(_NUM_PAIRS, fitted.frames.width, generator=training.rng, dtype=torch.float32).to(device)
+    condition = fitted.draw(_NUM_PAIRS, training.rng).to(device)
+    targets, predict = _teach(fitted.denoiser, noise, condition, config), compiled(student, config)
     start = torch.ones(1, device=device, dtype=noise.dtype)
 
     def loss() -> Tensor:

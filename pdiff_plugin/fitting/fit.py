@@ -18,13 +18,15 @@ import torch
 
 from pdiff_plugin._version import __version__
 from pdiff_plugin.config import FitConfig
+from pdiff_plugin.fitting.condition_measures import measure_conditions
+from pdiff_plugin.fitting.condition_stage import Cloud, FittedCondition, train_condition_diffusion
 from pdiff_plugin.fitting.conv_stage import fit_conv
-from pdiff_plugin.fitting.diffusion_stage import train_diffusion
+from pdiff_plugin.fitting.diffusion_stage import FittedDiffusion, train_diffusion
 from pdiff_plugin.fitting.distill_stage import distill
 from pdiff_plugin.fitting.folder import FitFolder
 from pdiff_plugin.fitting.measures import FAR_APART, measure_generator, movement_report, suggest_alignment
 from pdiff_plugin.fitting.runtime import Runtime
-from pdiff_plugin.fitting.statistics_stage import check_num_snapshots, measure_store, nonfinite_names
+from pdiff_plugin.fitting.statistics_stage import measure_store, nonfinite_names, part_to_fit, variables_of
 from pdiff_plugin.fitting.subspace_stage import fit_subspace
 from pdiff_plugin.generator.autoencoder import Encoded
 from pdiff_plugin.generator.condition import Condition
@@ -92,7 +94,7 @@ def fit(
     """
     config = config or FitConfig()
     store = store if isinstance(store, SnapshotStore) else SnapshotStore.open(store)
-    check_num_snapshots(store)
+    store = part_to_fit(store, config)
     folder = FitFolder.open(store, config, Path(out) if out is not None else None, fresh=fresh)
     if folder.is_finished and folder.path is not None:
         return WeightGenerator.load(folder.path)
@@ -110,23 +112,30 @@ def run_stages(store: SnapshotStore, config: FitConfig, folder: FitFolder, runti
     with folder.timed("autoencoder"):
         encoded = autoencoder_stage(config).fit(split, statistics, config, runtime)
     _warn_of_fidelity(encoded, config)
-    frames = runtime.on_rank_0(lambda: _frames(encoded, split, config))
-    local = frames.to_local(encoded.latents, Condition(split.trajectory))
+    variables = variables_of(store, config)
+    conditions = [store.conditions[name] for name in store.trajectories] if variables else []
+    fitted: FittedDiffusion | FittedCondition
     with folder.timed("diffusion"):
-        denoiser, history = train_diffusion(local, split, frames, config, runtime, folder.write_history)
+        if variables is None:
+            fitted = _fit_runs(encoded, split, config, runtime, folder)
+        else:
+            cloud = Cloud.of(encoded.latents, split.trajectory, variables.encode(conditions))
+            fitted = train_condition_diffusion(cloud, config, runtime, folder.write_history)
     if runtime.rank != 0:
         return None
     one_step = None
     if config.diffusion.distill_steps:
         with folder.timed("distill"):
-            one_step = distill(denoiser, frames, config, runtime)
+            one_step = distill(fitted, config, runtime)
     generator = WeightGenerator(
         layout=store.layout,
         config=config,
         autoencoder=encoded.autoencoder,
-        frames=frames,
-        denoiser=denoiser,
+        frames=fitted.frames,
+        denoiser=fitted.denoiser,
         trajectories=store.trajectories,
+        variables=variables,
+        conditions=conditions,
         provenance={
             "store": folder.document["store"],
             "num_snapshots": len(split),
@@ -140,17 +149,31 @@ def run_stages(store: SnapshotStore, config: FitConfig, folder: FitFolder, runti
         alignment=alignment,
     )
     with folder.timed("report"):
-        generator.report = measure_generator(generator, encoded, local, split, history)
-        generator.report |= movement_report(statistics, split.trajectory)
+        if isinstance(fitted, FittedCondition):
+            generator.report = measure_conditions(generator, encoded, split, cloud, fitted)
+        else:
+            local = fitted.frames.to_local(encoded.latents, Condition(split.trajectory))
+            generator.report = measure_generator(generator, encoded, local, split, fitted.history)
+            generator.report |= movement_report(statistics, split.trajectory)
         if alignment is not None:
             generator.report["alignment"] = alignment.report
         elif generator.report.get("trajectory_separation", 0.0) > FAR_APART and runtime.world_size == 1:
             suggest_alignment(split, config)
     generator.to("cpu")
-    folder.finish(generator, history)
+    folder.finish(generator, fitted.history)
     runtime.drop_checkpoints()
     # Read back, so that the basis lies in the generator's own file and no longer in memory or scratch.
     return generator if folder.path is None else WeightGenerator.load(folder.path)
+
+
+def _fit_runs(
+    encoded: Encoded, split: Split, config: FitConfig, runtime: Runtime, folder: FitFolder
+) -> FittedDiffusion:
+    """The diffusion of runs that are only numbered."""
+    frames = runtime.on_rank_0(lambda: _frames(encoded, split, config))
+    local = frames.to_local(encoded.latents, Condition(split.trajectory))
+    denoiser, history = train_diffusion(local, split, frames, config, runtime, folder.write_history)
+    return FittedDiffusion(frames, denoiser, history)
 
 
 def _warn_of_fidelity(encoded: Encoded, config: FitConfig) -> None:

@@ -21,7 +21,7 @@ from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.fitting.fit import autoencoder_stage, run_stages
 from pdiff_plugin.fitting.folder import FitFolder, local_folder
 from pdiff_plugin.fitting.runtime import GroupRuntime
-from pdiff_plugin.fitting.statistics_stage import check_num_snapshots
+from pdiff_plugin.fitting.statistics_stage import part_to_fit
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress
 from pdiff_plugin.snapshots.fingerprint import first_columns
@@ -65,7 +65,7 @@ def fit_on_ranks(
         else:  # keeps nothing, but needs a place for a large basis
             runtime.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdiff-")))
         opened = stack.enter_context(opened_store(source, lambda D: _columns(D, config, runtime)))
-        check_num_snapshots(opened)
+        opened = part_to_fit(opened, config)
         folder = runtime.on_rank_0(lambda: FitFolder.open(opened, config, runtime.folder, fresh=fresh, source=source))
         if runtime.on_rank_0(lambda: folder.is_finished):
             return WeightGenerator.load(runtime.folder) if runtime.rank == 0 else None

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.config import FitConfig
-from pdiff_plugin.errors import UnusableSnapshotsError
+from pdiff_plugin.errors import ConditionError, UnusableSnapshotsError
 from pdiff_plugin.fitting.runtime import Runtime
 from pdiff_plugin.generator.alignment import Alignment, align, reader
+from pdiff_plugin.generator.variables import Variables
+from pdiff_plugin.snapshots.conditions import matching
 from pdiff_plugin.snapshots.split import Split
 from pdiff_plugin.snapshots.statistics import Statistics, measure, without_nonfinite
 from pdiff_plugin.snapshots.store import SnapshotStore
@@ -24,10 +26,49 @@ logger = logging.getLogger(__name__)
 
 MIN_SNAPSHOTS = 10
 MAX_NONFINITE = 0.05
+# With fewer different conditions there is nothing to learn from and to hold out: runs are only numbered.
+MIN_CONDITIONS = 5
 
 
-def check_num_snapshots(store: SnapshotStore) -> None:
-    """Raise :class:`UnusableSnapshotsError` for a store with too few to fit."""
+def part_to_fit(store: SnapshotStore, config: FitConfig) -> SnapshotStore:
+    """The store without the runs that the fit is not to see.
+
+    Raises:
+        UnusableSnapshotsError: what is left has too few snapshots.
+        ConditionError: a run or value to hold out that is not there, or a run without a condition among others.
+    """
+    hold_out = config.condition.hold_out
+    if hold_out:
+        known = {name: store.conditions.get(name, {}) for name in store.trajectories}
+        held = matching(known, hold_out, "condition.hold_out")
+        store = store.only([name for name in store.trajectories if name not in held])
+    _check_num_snapshots(store)
+    variables_of(store, config)
+    return store
+
+
+def variables_of(store: SnapshotStore, config: FitConfig) -> Variables | None:
+    """What the conditions of all runs are made of; None where the fit makes nothing of them.
+
+    Raises:
+        ConditionError: some runs have none, or not all fit together.
+        ConfigError: a kind that a name cannot be.
+    """
+    if not config.condition.use or not store.conditions:
+        return None
+    if bare := [name for name in store.trajectories if name not in store.conditions]:
+        found = f"{len(bare)} of {len(store.trajectories)} runs without a condition, {bare[0]!r} first"
+        raise ConditionError(str(store.path), found, "a condition for each (pdiff condition STORE --set), or none used")
+    variables = Variables.infer([store.conditions[name] for name in store.trajectories], config.condition.kind_of)
+    different = {str(store.conditions[name]) for name in store.trajectories}
+    return variables if len(different) >= MIN_CONDITIONS else None
+
+
+def _split(store: SnapshotStore, rows: Tensor, config: FitConfig) -> Split:
+    return Split.choose(store, rows, config.heldout_fraction, is_pooled=variables_of(store, config) is not None)
+
+
+def _check_num_snapshots(store: SnapshotStore) -> None:
     if len(store) < MIN_SNAPSHOTS:
         advice = "Record more steps (last_steps, max_snapshots) or another run into the same store."
         if store.problems:
@@ -48,7 +89,7 @@ def measure_store(
     if saved is not None:
         tensors, state = saved
         found = Alignment.from_state(store.layout, tensors, state["alignment"]) if config.align != "none" else None
-        split = Split.choose(store, tensors["rows"], config.heldout_fraction)
+        split = _split(store, tensors["rows"], config)
         split = replace(split, reader=reader(store, found))
         return split, Statistics(tensors["gram"], tensors["scales"]), found
     split, statistics, alignment = without_nonfinite(
@@ -73,7 +114,7 @@ def _measure(
     store: SnapshotStore, rows: Tensor, config: FitConfig, runtime: Runtime
 ) -> tuple[Split, Statistics, Alignment | None]:
     """As :func:`measure_store`, of the snapshots at ``rows``; raises NonFiniteRowsError if some cannot be used."""
-    split, alignment = Split.choose(store, rows, config.heldout_fraction), None
+    split, alignment = _split(store, rows, config), None
     block_values = split.block_values(config.memory_gb)
     if config.align != "none":
         arguments = {"block_values": block_values, "seed": config.seed}
@@ -130,6 +171,8 @@ def _check_runs(split: Split) -> None:
             "some in every trajectory",
             "Delete the folders of these trajectories, and lower the learning rate of such runs.",
         )
+    if split.is_pooled:
+        return
     short = {name: count for name, count in counts.items() if count < MIN_SNAPSHOTS}
     if len(short) == len(counts):
         raise UnusableSnapshotsError(

@@ -43,7 +43,7 @@ def fit_subspace(split: Split, statistics: Statistics, config: FitConfig, runtim
     """
     settings, train = cast(SubspaceConfig, config.autoencoder), split.train_rows
     gram = statistics.gram
-    lift, means = _directions(gram[train][:, train], split.trajectory[train], settings)  # (n, K), (n, R)
+    lift, means = _directions(gram[train][:, train], split.clouds[train], settings)  # (n, K), (n, R)
     # Every row's coordinates follow from the Gram matrix alone: z = X b = G[:, train] lift.
     coordinates = gram[:, train] @ lift  # (N, K)
     latent_scale = float(coordinates[train].std(correction=0)) or 1.0

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
+from itertools import pairwise, product
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from pdiff_plugin.generator.layers import Linear
+from pdiff_plugin.generator.state import check_shapes, load_module
 
 # (features (B, F), recorded features (R, F)) -> weights (B, R), in float64.
 Weights = Callable[[Tensor, Tensor], Tensor]
@@ -24,6 +27,7 @@ _LENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 _NOISES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 _DEGREES = (1, 2, 3)
 _NUM_NEIGHBOURS = (2, 3, 5, 8)
+_WIDTH = 256
 
 
 def mean_weights(features: Tensor, recorded: Tensor) -> Tensor:
@@ -31,51 +35,73 @@ def mean_weights(features: Tensor, recorded: Tensor) -> Tensor:
     return torch.full((len(features), len(recorded)), 1.0 / len(recorded), dtype=torch.float64)
 
 
-def neighbour_weights(features: Tensor, recorded: Tensor, k: int = 1) -> Tensor:
+def neighbour_weights(features: Tensor, recorded: Tensor, k: float = 1) -> Tensor:
     """The ``k`` nearest conditions, by inverse distance; a condition that was recorded gets its own mean."""
     distances = torch.cdist(features.double(), recorded.double())  # (B, R)
-    k = min(k, len(recorded))
+    k = min(int(k), len(recorded))
     nearest, index = distances.topk(k, dim=1, largest=False)
     inverse = 1.0 / nearest.clamp_min(1e-9 * float(distances.max()) + 1e-12)
     weights = torch.zeros_like(distances)
     return weights.scatter_(1, index, inverse / inverse.sum(dim=1, keepdim=True))
 
 
-def ridge_weights(features: Tensor, recorded: Tensor, degree: int = 1, penalty: float = 1e-2) -> Tensor:
+def ridge_weights(features: Tensor, recorded: Tensor, degree: float = 1, penalty: float = 1e-2) -> Tensor:
     """Ridge regression on all monomials of the features up to ``degree``, with a free constant."""
-    return _kernel_weights(partial(_polynomial, degree=degree), features, recorded, penalty)
+    return _kriging(*_polynomial(features, recorded, degree), penalty)
 
 
 def gp_weights(features: Tensor, recorded: Tensor, length: float = 1.0, noise: float = 1e-2) -> Tensor:
     """Mean of a Gaussian process: squared exponential kernel of one length, a free constant as its mean."""
-    return _kernel_weights(partial(_squared_exponential, length=length), features, recorded, noise)
+    return _kriging(*_squared_exponential(features, recorded, length), noise)
 
 
-def _polynomial(a: Tensor, b: Tensor, degree: int) -> Tensor:
-    # Divided by F, so that one penalty means the same for few and for many features.
-    return (1.0 + a @ b.T / a.shape[1]).pow(degree) - 1.0
+def _polynomial(features: Tensor, recorded: Tensor, degree: float) -> tuple[Tensor, Tensor]:
+    """Kernel (B, R) and (R, R), of about unit size."""
 
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        # Divided by F, so that one penalty means the same for few and for many features.
+        out: Tensor = ((1.0 + a @ b.T / a.shape[1]).pow(degree) - 1.0) / (2.0**degree - 1.0)
+        return out
 
-def _squared_exponential(a: Tensor, b: Tensor, length: float) -> Tensor:
-    return torch.exp(-torch.cdist(a, b).square() / (2 * length**2 * a.shape[1]))
-
-
-def _kernel_weights(
-    kernel: Callable[[Tensor, Tensor], Tensor], features: Tensor, recorded: Tensor, noise: float
-) -> Tensor:
-    """Weights of kriging with an unknown constant (universal kriging, Cressie 1993, 3.2): each row sums to one."""
     features, recorded = features.double(), recorded.double()
-    R = len(recorded)
-    cross = kernel(features, recorded)  # (B, R)
-    own = kernel(recorded, recorded)
-    scale = float(own.diagonal().mean())
-    own = own + noise * scale * torch.eye(R, dtype=torch.float64)
-    ones = torch.ones(R, 1, dtype=torch.float64)
-    solved = torch.linalg.solve(own, torch.cat([ones, cross.T], dim=1))  # (R, 1 + B)
-    inverse_ones, plain = solved[:, :1], solved[:, 1:].T  # (R, 1), (B, R)
-    missing = 1.0 - plain.sum(dim=1, keepdim=True)  # what is left to the constant
-    weights: Tensor = plain + missing * (inverse_ones / inverse_ones.sum()).T
+    return kernel(features, recorded), kernel(recorded, recorded)
+
+
+def _squared_exponential(features: Tensor, recorded: Tensor, length: float) -> tuple[Tensor, Tensor]:
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return torch.exp(-torch.cdist(a, b).square() / (2 * length**2 * a.shape[1]))
+
+    features, recorded = features.double(), recorded.double()
+    return kernel(features, recorded), kernel(recorded, recorded)
+
+
+def _kriging(cross: Tensor, own: Tensor, noise: float) -> Tensor:
+    """Weights (B, R) of kriging with an unknown constant (Cressie 1993, 3.2), from kernels (B, R) and (R, R).
+
+    Each row sums to one.
+    """
+    border = torch.ones(len(cross), 1, dtype=torch.float64)
+    weights: Tensor = torch.linalg.solve(_bordered(own, noise), torch.cat([cross, border], dim=1).T)[:-1].T
     return weights
+
+
+def _kriging_leave_one_out(own: Tensor, noise: float) -> Tensor:
+    """Weights of each recorded condition by all others, (R, R) with zeros on the diagonal.
+
+    Leaving row i out needs no system of its own: its residual is row i of A⁻¹y over entry (i, i) of A⁻¹, with A the
+    bordered kernel matrix (Dubrule 1983, Mathematical Geology 15, 687-699).
+    """
+    inverse = torch.linalg.inv(_bordered(own, noise))[:-1, :-1]
+    weights: Tensor = -inverse / inverse.diagonal()[:, None]
+    return weights.fill_diagonal_(0.0)
+
+
+def _bordered(own: Tensor, noise: float) -> Tensor:
+    R = len(own)
+    out = torch.ones(R + 1, R + 1, dtype=torch.float64)
+    out[:R, :R] = own + noise * torch.eye(R, dtype=torch.float64)
+    out[R, R] = 0.0
+    return out
 
 
 @dataclass(frozen=True)
@@ -104,6 +130,12 @@ CENTRES = {
 
 def leave_one_out(kind: str, settings: Mapping[str, float], features: Tensor) -> Tensor:
     """Weights of each recorded condition by all others, (R, R) with zeros on the diagonal."""
+    if kind == "ridge":
+        return _kriging_leave_one_out(_polynomial(features, features, settings["degree"])[1], settings["penalty"])
+    if kind == "gp":
+        return _kriging_leave_one_out(
+            _squared_exponential(features, features, settings["length"])[1], settings["noise"]
+        )
     R = len(features)
     weights = torch.zeros(R, R, dtype=torch.float64)
     for row in range(R):
@@ -130,3 +162,72 @@ def choose_settings(kind: str, features: Tensor, means: Tensor) -> tuple[dict[st
             best = settings, error
     assert best is not None
     return best
+
+
+class CentreNetwork(nn.Module):
+    """A small network from features to latents, (B, F) -> (B, K)."""
+
+    def __init__(self, num_features: int, latent_dim: int) -> None:
+        super().__init__()
+        widths = (num_features, *(_WIDTH,) * 3)
+        layers = [part for a, b in pairwise(widths) for part in (Linear(a, b), nn.SiLU())]
+        self.layers = nn.Sequential(*layers, Linear(_WIDTH, latent_dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.layers(features)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Centre:
+    """What is expected of latents at a condition, fitted.
+
+    Attributes:
+        kind: a key of :data:`CENTRES`, or ``network``.
+        settings: of the kind.
+        features: of the recorded conditions, (R, F).
+        means: latents of the same, (R, K).
+        network: of the kind ``network``.
+    """
+
+    kind: str
+    settings: Mapping[str, float]
+    features: Tensor
+    means: Tensor
+    network: CentreNetwork | None = None
+
+    @torch.no_grad()
+    def __call__(self, features: Tensor) -> Tensor:
+        """Latents (B, K) float32 at features (B, F)."""
+        if self.network is not None:
+            out: Tensor = self.network(features)
+            return out
+        weights = CENTRES[self.kind].weights(features.cpu(), self.features, **self.settings)
+        return (weights @ self.means.double()).to(features)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        network = {} if self.network is None else self.network.state_dict()
+        return {"features": self.features, "means": self.means, **{f"network.{k}": v for k, v in network.items()}}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "settings": dict(self.settings)}
+
+    @classmethod
+    def from_state(cls, document: Mapping[str, Any], state: Mapping[str, Tensor]) -> Centre:
+        """What :meth:`to_json` and :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: an unknown kind, or settings that it does not have.
+            StateError: a tensor is missing or of another shape.
+        """
+        kind, settings = document["kind"], {name: float(value) for name, value in document["settings"].items()}
+        known = set(CENTRES[kind].settings) if kind in CENTRES else set()
+        if kind not in (*CENTRES, "network") or set(settings) != known:
+            raise ValueError(f"a centre {kind!r} with the settings {', '.join(settings) or 'none'}")
+        check_shapes(state, {"features": ("R", "F"), "means": ("R", "K")})
+        features, means, network = state["features"].clone(), state["means"].clone(), None
+        if kind == "network":
+            network = CentreNetwork(features.shape[1], means.shape[1])
+            load_module(network, {name: state[name] for name in state if name.startswith("network.")}, "network.")
+            network.requires_grad_(False).eval()
+        return cls(kind, settings, features, means, network)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pdiff_plugin.config import DiffusionConfig, FitConfig
 from pdiff_plugin.generator.condition import Condition
+from pdiff_plugin.generator.condition_frames import ConditionFrames
 from pdiff_plugin.generator.diffusion import gaussian_prediction, prediction_spread, signal_and_sigma
 from pdiff_plugin.generator.frames import Frames
 from pdiff_plugin.generator.layers import BatchNorm1d, Conv1d, Embedding, LayerNorm, Linear
@@ -58,9 +59,12 @@ class Denoiser(nn.Module):
         width: W.
         num_blocks: residual blocks.
         num_trajectories: R; with one, no condition on the trajectory is built.
+        num_features: F of a condition; with none, no condition on features is built.
     """
 
-    def __init__(self, latent_dim: int, width: int, num_blocks: int, num_trajectories: int = 1) -> None:
+    def __init__(
+        self, latent_dim: int, width: int, num_blocks: int, num_trajectories: int = 1, num_features: int = 0
+    ) -> None:
         super().__init__()
         self.latent_dim, self.width, self.num_trajectories = latent_dim, width, num_trajectories
         self.inlet = Linear(latent_dim, width)
@@ -71,6 +75,7 @@ class Denoiser(nn.Module):
         self.outlet = Linear(width, latent_dim)
         nn.init.zeros_(self.outlet.weight)
         nn.init.zeros_(self.outlet.bias)
+        self.features = _feature_network(num_features, width)
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """Answer for noised latents.
@@ -90,12 +95,19 @@ class Denoiser(nn.Module):
                 context, rows = context + self.trajectory.weight, condition.trajectory
             else:
                 context = context + self.trajectory(condition.trajectory)
+        if self.features is not None:
+            context = context + self.features(condition.features)
         context = F.silu(context)
         h = self.inlet(x)
         for block in self.blocks:
             h = block(h, context, rows)
         out: Tensor = self.outlet(self.norm(h))
         return out
+
+
+def _feature_network(num_features: int, width: int) -> nn.Sequential | None:
+    """Embeds the features of a condition, (B, F) -> (B, width)."""
+    return nn.Sequential(Linear(num_features, width), nn.SiLU(), Linear(width, width)) if num_features else None
 
 
 class ConvDenoiser(nn.Module):
@@ -108,9 +120,17 @@ class ConvDenoiser(nn.Module):
         channels: of the hidden layers, an odd number of them.
         kernel_size: of every convolution.
         num_trajectories: with more than one, an embedding of the trajectory joins that of the time.
+        num_features: with any, an embedding of the condition joins that of the time.
     """
 
-    def __init__(self, latent_dim: int, channels: tuple[int, ...], kernel_size: int, num_trajectories: int = 1) -> None:
+    def __init__(
+        self,
+        latent_dim: int,
+        channels: tuple[int, ...],
+        kernel_size: int,
+        num_trajectories: int = 1,
+        num_features: int = 0,
+    ) -> None:
         super().__init__()
         self.latent_dim, self.num_trajectories = latent_dim, num_trajectories
         self.time = nn.Sequential(Linear(256, latent_dim), nn.SiLU(), Linear(latent_dim, latent_dim))
@@ -125,12 +145,15 @@ class ConvDenoiser(nn.Module):
         )
         # Layers before the widest keep their output for the mirrored layer: 64, 128, 256 | 512 | 256, 128, 64.
         self.num_kept = len(channels) // 2
+        self.features = _feature_network(num_features, latent_dim)
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """(B, K), (B,) or (1,) in [0, 1], of B rows -> (B, K)."""
         context = self.time(time_features(time, 256))
         if self.trajectory is not None:
             context = context + self.trajectory(condition.trajectory)
+        if self.features is not None:
+            context = context + self.features(condition.features)
         h = x[:, None, :]
         kept: list[Tensor] = []
         for number, layer in enumerate(self.layers):
@@ -206,20 +229,22 @@ class OneStepMap(nn.Module):
         return clean
 
 
-def new_denoiser(config: FitConfig, frames: Frames) -> nn.Module:
+def new_denoiser(config: FitConfig, frames: Frames | ConditionFrames) -> nn.Module:
     """An untrained denoiser of the configured kind and size."""
     settings = config.diffusion
     if settings.network == "conv":
-        return ConvDenoiser(frames.width, settings.conv_channels, settings.conv_kernel_size, frames.num_trajectories)
+        sizes = (frames.num_trajectories, frames.num_features)
+        return ConvDenoiser(frames.width, settings.conv_channels, settings.conv_kernel_size, *sizes)
     network = _residual_network(config, frames)
     return GaussianPreconditioned(network, frames.std, settings) if settings.precondition else network
 
 
-def new_one_step(config: FitConfig, frames: Frames) -> OneStepMap:
+def new_one_step(config: FitConfig, frames: Frames | ConditionFrames) -> OneStepMap:
     """An untrained map from noise to local coordinates, of the denoiser's size."""
     return OneStepMap(_residual_network(config, frames), frames.std)
 
 
-def _residual_network(config: FitConfig, frames: Frames) -> Denoiser:
+def _residual_network(config: FitConfig, frames: Frames | ConditionFrames) -> Denoiser:
     settings = config.diffusion
-    return Denoiser(frames.width, settings.width, settings.num_blocks, frames.num_trajectories)
+    sizes = (frames.num_trajectories, frames.num_features)
+    return Denoiser(frames.width, settings.width, settings.num_blocks, *sizes)

@@ -38,6 +38,8 @@ class Frames:
     std: Tensor
     scale: float
 
+    num_features = 0
+
     @property
     def width(self) -> int:
         """Local width k."""

@@ -6,7 +6,8 @@ tensor's own shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.config import SamplingConfig, check_sampler, configured
-from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.errors import ConfigError, UnknownConditionError
 from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.generator_file import GeneratorParts
 from pdiff_plugin.generator.samplers import NATURAL_SAMPLER, OnStep, run_sampler, sampler_for
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.snapshots.conditions import Value, describe_condition, parse_condition
 from pdiff_plugin.snapshots.layout import DTYPES
+
+logger = logging.getLogger(__name__)
 
 # Members asked of the denoiser at once: enough to fill the cores, and latents of any number of members fit in memory.
 _MEMBER_BATCH = 1024
@@ -40,6 +44,7 @@ class WeightGenerator(GeneratorParts):
         num_members: int,
         config: SamplingConfig | None = None,
         *,
+        condition: Mapping[str, Any] | None = None,
         rng: torch.Generator | None = None,
         **changes: Any,
     ) -> WeightSet:
@@ -48,6 +53,7 @@ class WeightGenerator(GeneratorParts):
         Args:
             num_members: M.
             config: how they are drawn; the defaults of :class:`SamplingConfig` unless given.
+            condition: what they are made for, as in ``condition={"angle": 50}``; see :meth:`conditions_of_members`.
             rng: source of all randomness; freshly seeded unless given. Global generators are not touched.
             **changes: single fields of ``config``, as in ``sample(16, temperature=0.5, sampler="heun")``.
 
@@ -56,8 +62,9 @@ class WeightGenerator(GeneratorParts):
 
         Raises:
             ConfigError: an option out of range, or a sampler that does not fit the prediction type.
+            UnknownConditionError: a condition that could not have been recorded, or outside the recorded range.
         """
-        return self.decode(self.sample_latents(num_members, config, rng=rng, **changes))
+        return self.decode(self.sample_latents(num_members, config, condition=condition, rng=rng, **changes))
 
     def sample_members(
         self,
@@ -65,11 +72,12 @@ class WeightGenerator(GeneratorParts):
         config: SamplingConfig | None = None,
         *,
         member_chunk: int = 16,
+        condition: Mapping[str, Any] | None = None,
         rng: torch.Generator | None = None,
         **changes: Any,
     ) -> Iterator[dict[str, Tensor]]:
         """As :meth:`sample`, but decode ``member_chunk`` members at a time and yield their state dicts in order."""
-        latents = self.sample_latents(num_members, config, rng=rng, **changes)
+        latents = self.sample_latents(num_members, config, condition=condition, rng=rng, **changes)
         for start in range(0, num_members, member_chunk):
             yield from self.decode(latents[start : start + member_chunk]).members()
 
@@ -79,6 +87,7 @@ class WeightGenerator(GeneratorParts):
         num_members: int,
         config: SamplingConfig | None = None,
         *,
+        condition: Mapping[str, Any] | None = None,
         rng: torch.Generator | None = None,
         on_step: OnStep | None = None,
         **changes: Any,
@@ -97,7 +106,7 @@ class WeightGenerator(GeneratorParts):
         if rng is None:
             rng = torch.Generator()
             rng.seed()
-        condition, device = self._condition(num_members, sampling.trajectory), next(network.parameters()).device
+        asked, device = self._asked(num_members, condition, sampling), next(network.parameters()).device
         # Drawn where the rng lives, so that one seed gives the same members on every device.
         shape = (num_members, self.frames.width)
         noise = sampling.temperature * torch.randn(shape, generator=rng, device=rng.device, dtype=torch.float32)
@@ -105,13 +114,13 @@ class WeightGenerator(GeneratorParts):
         for start in range(0, num_members, _MEMBER_BATCH):
             mine = slice(start, start + _MEMBER_BATCH)
 
-            def tell(local: Tensor, own: Condition = condition[mine]) -> None:
+            def tell(local: Tensor, own: Condition = asked[mine]) -> None:
                 if on_step is not None:
                     on_step(self.frames.to_latents(local.cpu(), own))
 
-            own = condition[mine].to(device)
+            own = asked[mine].to(device)
             local = run_sampler(network, noise[mine].to(device), own, process, sampling, rng=rng, on_step=tell)
-            parts.append(self.frames.to_latents(local.cpu(), condition[mine]))
+            parts.append(self.frames.to_latents(local.cpu(), asked[mine]))
         return torch.cat(parts)
 
     def decode(self, latents: Tensor) -> WeightSet:
@@ -165,10 +174,62 @@ class WeightGenerator(GeneratorParts):
         spread, temperature = curve[-1] if curve[-1][0] > 0 else (1.0, 1.0)
         return diversity * temperature / spread
 
-    def _condition(self, num_members: int, trajectory: str | None) -> Condition:
-        """Of one run by name, or of all in turn."""
-        if trajectory is None:
-            return Condition(torch.arange(num_members) % len(self.trajectories))
-        if trajectory not in self.trajectories:
+    def conditions_of_members(
+        self,
+        num_members: int,
+        condition: Mapping[str, Any] | None = None,
+        *,
+        trajectory: str | None = None,
+        extrapolate: bool = False,
+    ) -> list[dict[str, Value]]:
+        """The whole condition that each member is made for, M of them; none without conditions.
+
+        Args:
+            num_members: M.
+            condition: names and values. Names left out take those of the recorded conditions, in turn.
+            trajectory: takes them from this run alone.
+            extrapolate: allow values outside the recorded range; the log then warns of them.
+
+        Raises:
+            UnknownConditionError: an unknown name or category, a value of another type, or one outside the recorded
+                range; it says what was recorded.
+            ConfigError: a condition for a generator without, or a trajectory that was not fitted.
+        """
+        if trajectory is not None and trajectory not in self.trajectories:
             raise ConfigError("trajectory", trajectory, f"must be one of {', '.join(self.trajectories)}")
-        return Condition(torch.full((num_members,), self.trajectories.index(trajectory)))
+        if self.variables is None:
+            if condition:
+                raise ConfigError("condition", dict(condition), "needs a generator of runs with conditions")
+            return []
+        given = parse_condition(condition, "the condition") if condition else {}
+        self.variables.check_names(given)
+        recorded = self.conditions if trajectory is None else [self.conditions[self.trajectories.index(trajectory)]]
+        found = [{**recorded[number % len(recorded)], **given} for number in range(num_members)]
+        self.variables.check(found[0])
+        if told := self.told_of(given):
+            if not extrapolate:
+                raise UnknownConditionError(
+                    "the condition", told, "values within the recorded range; extrapolate allows others"
+                )
+            logger.warning("%s Nothing was learned there.", told)
+        return found
+
+    def told_of(self, condition: Mapping[str, Any]) -> str:
+        """What is to be said of a condition outside the recorded range, with the nearest recorded one; else nothing."""
+        if self.variables is None:
+            return ""
+        whole = {**self.conditions[0], **parse_condition(condition, "the condition")}
+        outside = self.variables.outside(whole)
+        near = describe_condition(self.variables.nearest(whole, self.conditions))
+        return f"{'; '.join(outside)}. The nearest recorded condition is {near}." if outside else ""
+
+    def _asked(self, num_members: int, condition: Mapping[str, Any] | None, sampling: SamplingConfig) -> Condition:
+        """Of each member: by its features, or by the run, one by name or all in turn."""
+        whole = self.conditions_of_members(
+            num_members, condition, trajectory=sampling.trajectory, extrapolate=sampling.extrapolate
+        )
+        if self.variables is not None:
+            return Condition.of(self.variables.encode(whole))
+        if sampling.trajectory is None:
+            return Condition(torch.arange(num_members) % len(self.trajectories))
+        return Condition(torch.full((num_members,), self.trajectories.index(sampling.trajectory)))

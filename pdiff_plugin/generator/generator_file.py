@@ -2,7 +2,8 @@
 
     generator.safetensors    tensors ``autoencoder.*``, ``frames.*``, ``denoiser.*`` and, if distilled, ``one_step.*``,
                              if aligned, ``alignment.*``; the header holds, as JSON text, ``config``, ``layout``,
-                             ``trajectories``, ``report`` (what the fit measured) and ``provenance``
+                             ``trajectories``, ``report`` (what the fit measured) and ``provenance``; version 2, of a
+                             generator with conditions, also ``variables``, ``conditions`` and ``centre``
 
 Shapes: R trajectories, K latent width, U hidden units of an alignment.
 """
@@ -24,11 +25,14 @@ from pdiff_plugin.config import FitConfig
 from pdiff_plugin.errors import FormatError, GeneratorNotFoundError
 from pdiff_plugin.generator.alignment import Alignment
 from pdiff_plugin.generator.autoencoder import Autoencoder
+from pdiff_plugin.generator.condition_frames import ConditionFrames
 from pdiff_plugin.generator.conv import ConvAutoencoder
 from pdiff_plugin.generator.denoiser import new_denoiser, new_one_step
 from pdiff_plugin.generator.frames import Frames
 from pdiff_plugin.generator.state import StateError, check_shapes, load_module, under
 from pdiff_plugin.generator.subspace import SubspaceAutoencoder
+from pdiff_plugin.generator.variables import Variables
+from pdiff_plugin.snapshots.conditions import Value, parse_condition
 from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.tensor_files import from_json, load_tensors, save_tensors
 
@@ -36,7 +40,9 @@ T = TypeVar("T")
 P = TypeVar("P", bound="GeneratorParts")
 
 FORMAT = "pdiff-generator"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Generators without conditions are as they were, and older releases read them.
+_VERSION_WITHOUT_CONDITIONS = 1
 FILE_NAME = "generator.safetensors"
 # By the `kind` of their settings.
 AUTOENCODERS: dict[str, type[Autoencoder]] = {"subspace": SubspaceAutoencoder, "conv": ConvAutoencoder}
@@ -53,6 +59,8 @@ class GeneratorParts:
         frames: each trajectory's own coordinates, in which the denoiser works.
         denoiser: the averaged network that the samplers ask.
         trajectories: ids of the runs it was fitted on, in the order of its condition.
+        variables: how a condition becomes features; None where runs are only numbered.
+        conditions: at which each of the trajectories was recorded; empty where runs are only numbered.
         report: what the fit measured, plain numbers by name.
         provenance: store, counts and versions.
         one_step: map from noise to clean coordinates, or None.
@@ -64,9 +72,11 @@ class GeneratorParts:
     layout: Layout
     config: FitConfig
     autoencoder: Autoencoder
-    frames: Frames
+    frames: Frames | ConditionFrames
     denoiser: nn.Module
     trajectories: list[str]
+    variables: Variables | None = None
+    conditions: list[dict[str, Value]] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     one_step: nn.Module | None = None
@@ -95,7 +105,12 @@ class GeneratorParts:
             "report": self.report,
             "provenance": self.provenance,
         }
-        save_tensors(path, tensors, FORMAT, FORMAT_VERSION, {name: json.dumps(part) for name, part in header.items()})
+        version = _VERSION_WITHOUT_CONDITIONS
+        if self.variables is not None and isinstance(self.frames, ConditionFrames):
+            version = FORMAT_VERSION
+            header |= {"variables": self.variables.to_json(), "conditions": self.conditions}
+            header |= {"centre": self.frames.centre.to_json()}
+        save_tensors(path, tensors, FORMAT, version, {name: json.dumps(part) for name, part in header.items()})
         return path
 
     @classmethod
@@ -119,9 +134,22 @@ class GeneratorParts:
         report = file.header("report", dict)
         with file.part("autoencoder.") as state:
             autoencoder = AUTOENCODERS[config.autoencoder.kind].from_state(layout, config.autoencoder, state)
-        with file.part("frames.") as state:
-            check_shapes(state, {"centre": (len(trajectories), autoencoder.latent_dim)})
-            frames = Frames.from_state(state)
+        variables, conditions = None, []
+        frames: Frames | ConditionFrames
+        if file.has("variables"):
+            variables = file.header("variables", Variables.from_json)
+            conditions = file.header("conditions", partial(_conditions, variables, len(trajectories)))
+            with file.part("frames.") as state:
+                sizes = {
+                    "centre.features": ("R", variables.num_features),
+                    "centre.means": ("R", autoencoder.latent_dim),
+                }
+                check_shapes(state, sizes)
+                frames = file.header("centre", partial(ConditionFrames.from_state, state=state))
+        else:
+            with file.part("frames.") as state:
+                check_shapes(state, {"centre": (len(trajectories), autoencoder.latent_dim)})
+                frames = Frames.from_state(state)
         with file.part("denoiser.") as state:
             denoiser = _loaded(new_denoiser(config, frames), state)
         with file.part("one_step.") as state:
@@ -139,6 +167,8 @@ class GeneratorParts:
             frames=frames,
             denoiser=denoiser,
             trajectories=trajectories,
+            variables=variables,
+            conditions=conditions,
             report=report,
             provenance=file.header("provenance", dict),
             one_step=one_step,
@@ -154,12 +184,16 @@ class _File:
         self.path = path
         self.tensors, self._header = load_tensors(path, FORMAT, FORMAT_VERSION)
 
+    def has(self, name: str) -> bool:
+        """Whether the header has an entry of this name."""
+        return name in self._header
+
     def header(self, name: str, read: Callable[[Any], T]) -> T:
         """What ``read`` makes of the JSON in the header under ``name``."""
         document = from_json(self.path, self._header, name)
         try:
             return read(document)
-        except FormatError:
+        except (FormatError, StateError):
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             found = f"{name} in the header that cannot be read ({type(error).__name__}: {error})"
@@ -178,3 +212,12 @@ class _File:
 def _loaded(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     load_module(module, state)
     return module.eval()
+
+
+def _conditions(variables: Variables, num_trajectories: int, document: Any) -> list[dict[str, Value]]:
+    conditions: list[dict[str, Value]] = [parse_condition(one, "the header") for one in document]
+    if len(conditions) != num_trajectories:
+        raise ValueError(f"{len(conditions)} conditions of {num_trajectories} trajectories")
+    for condition in conditions:
+        variables.check(condition)
+    return conditions

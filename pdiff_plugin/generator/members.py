@@ -1,11 +1,13 @@
 """Members as files, ``pdiff-member`` version 1: one safetensors state dict each.
 
 The header holds ``format``, ``format_version``, the ``generator`` they were made by (where it was loaded from, if it
-was), the ``seed`` of the draw and the number of the ``member`` in it.
+was), the ``seed`` of the draw and the number of the ``member`` in it; of members that were made for a condition, also
+this ``condition`` as JSON text, and a ``warning`` if it lies outside what was recorded.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +24,7 @@ from pdiff_plugin.generator.autoencoder import ROWS_AT_A_TIME
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.progress import OnProgress, Progress
+from pdiff_plugin.snapshots.conditions import parse_condition
 from pdiff_plugin.snapshots.files import replacing
 from pdiff_plugin.snapshots.layout import DTYPES
 from pdiff_plugin.snapshots.tensor_files import TensorFileWriter
@@ -41,6 +44,7 @@ def write_members(
     folder: str | os.PathLike[str],
     config: SamplingConfig | None = None,
     *,
+    condition: Mapping[str, Any] | None = None,
     num_members: int = 16,
     seed: int = 0,
     overwrite: bool = False,
@@ -55,6 +59,7 @@ def write_members(
         generator: makes them.
         folder: for the files; made if missing.
         config: how they are drawn; the defaults of :class:`SamplingConfig` unless given.
+        condition: what they are made for, as of :meth:`WeightGenerator.conditions_of_members`.
         num_members: how many to draw.
         seed: of the draw.
         overwrite: replace members that are in the folder already.
@@ -68,20 +73,26 @@ def write_members(
 
     Raises:
         MembersExistError: the folder holds members, and ``overwrite`` is False. Nothing has been changed.
-        ConfigError: as of :meth:`WeightGenerator.sample`.
+        ConfigError, ConditionError: as of :meth:`WeightGenerator.sample`. Nothing has been changed.
     """
     folder, config = Path(folder), configured(SamplingConfig, config, changes)
     earlier = sorted(folder.glob("member-*.safetensors"))
     if earlier and not overwrite:
         raise MembersExistError(str(folder), len(earlier))
+    latents = generator.sample_latents(
+        num_members, config, condition=condition, rng=torch.Generator().manual_seed(seed)
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    latents = generator.sample_latents(num_members, config, rng=torch.Generator().manual_seed(seed))
     if keep is not None:
         latents = latents[list(keep(generator.decode(latents)))]
     for path in earlier:
         path.unlink()
     source = {} if generator.path is None else {"generator": str(generator.path)}
     header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), **source, "seed": str(seed)}
+    if condition:
+        told = generator.told_of(condition)
+        header |= {"condition": json.dumps(dict(parse_condition(condition, "the condition")))}
+        header |= {"warning": told} if told else {}
     return (write or partial(write_latents, generator))(latents, folder, header, on_progress)
 
 

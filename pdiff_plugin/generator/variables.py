@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pdiff_plugin.errors import ConditionError, ConfigError
+from pdiff_plugin.errors import ConfigError, UnknownConditionError
 from pdiff_plugin.snapshots.conditions import Condition, Value, check_same_kind, kind_of
 
 Kind = Literal["number", "log", "cyclic", "category", "vector"]
@@ -75,6 +75,18 @@ class Variable:
         mean, std = (torch.tensor(one, dtype=torch.float64) for one in (self.mean, self.std))
         return ((numbers - mean) / std).float()
 
+    def check(self, value: Value) -> None:
+        """Raise :class:`ConditionError` for a value of another type or length than was recorded."""
+        if self.kind == "category":
+            self._place(value)
+            return
+        length = len(self.mean) if self.kind == "vector" else 0
+        expected = f"a list of {length} numbers" if length else "a number"
+        if kind_of(value) != expected:
+            raise UnknownConditionError("the condition", f"{kind_of(value)} under {self.name!r}", expected)
+        if self.kind == "log" and not float(value) > 0:  # type: ignore[arg-type]  # a number, see above
+            raise UnknownConditionError("the condition", f"{self.name} = {value!r}", "a number above 0 (kind log)")
+
     def outside(self, value: Value) -> str | None:
         """In words, how far a value lies outside the recorded range; None inside. Rounding counts as inside."""
         if self.kind in ("category", "cyclic"):
@@ -88,15 +100,18 @@ class Variable:
         return None
 
     def _one_hot(self, values: Sequence[Value]) -> Tensor:
-        for value in values:
-            if value not in self.categories:
-                near = difflib.get_close_matches(str(value), [str(one) for one in self.categories], 1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise ConditionError(
-                    "the condition", f"{self.name} = {value!r}{hint}", f"one of {', '.join(map(str, self.categories))}"
-                )
-        index = torch.tensor([self.categories.index(value) for value in values])
-        return torch.nn.functional.one_hot(index, len(self.categories)).float()
+        places = torch.tensor([self._place(value) for value in values])
+        return torch.nn.functional.one_hot(places, len(self.categories)).float()
+
+    def _place(self, value: Value) -> int:
+        for place, category in enumerate(self.categories):
+            if value == category and isinstance(value, bool) == isinstance(category, bool):
+                return place
+        near = difflib.get_close_matches(str(value), [str(one) for one in self.categories], 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UnknownConditionError(
+            "the condition", f"{self.name} = {value!r}{hint}", f"one of {', '.join(map(str, self.categories))}"
+        )
 
 
 @dataclass(frozen=True)
@@ -143,21 +158,30 @@ class Variables:
         parts = [variable.encode([c[variable.name] for c in conditions]) for variable in self.variables]
         return torch.cat(parts, dim=1)
 
+    def check_names(self, given: Mapping[str, Value]) -> None:
+        """Raise :class:`ConditionError` for a name that was not recorded, with those that were."""
+        for name in given:
+            if name not in self.names:
+                near = difflib.get_close_matches(name, self.names, 1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise UnknownConditionError(
+                    "the condition", f"the unknown name {name!r}{hint}", f"of {', '.join(self.names)}"
+                )
+
     def check(self, condition: Condition) -> None:
-        """Raise :class:`ConditionError` for what could not have been recorded; unknown names list those there are."""
-        for name in sorted(condition.keys() ^ set(self.names)):
-            found = f"the unknown name {name!r}" if name in condition else f"nothing for {name!r}"
-            raise ConditionError("the condition", found, f"values for {', '.join(self.names)}")
+        """Raise :class:`ConditionError` for what could not have been recorded."""
+        self.check_names(condition)
+        if missing := [name for name in self.names if name not in condition]:
+            raise UnknownConditionError(
+                "the condition", f"nothing for {missing[0]!r}", f"values for {', '.join(self.names)}"
+            )
         for variable in self.variables:
-            value = condition[variable.name]
-            if variable.kind == "category":
-                continue
-            length = len(variable.mean) if variable.kind == "vector" else 0
-            expected = f"a list of {length} numbers" if length else "a number"
-            if kind_of(value) != expected:
-                raise ConditionError("the condition", f"{kind_of(value)} under {variable.name!r}", expected)
-            if variable.kind == "log" and not float(value) > 0:  # type: ignore[arg-type]  # a number, see above
-                raise ConditionError("the condition", f"{variable.name} = {value!r}", "a number above 0 (kind log)")
+            variable.check(condition[variable.name])
+
+    def nearest(self, condition: Condition, recorded: Sequence[Condition]) -> Condition:
+        """The one of ``recorded`` whose features are closest."""
+        distances = torch.cdist(self.encode([condition]), self.encode(recorded))[0]
+        return recorded[int(distances.argmin())]
 
     def outside(self, condition: Condition) -> list[str]:
         """One sentence for each value outside the recorded range."""

@@ -11,6 +11,7 @@ in the same place, so that there is one for a trajectory, whoever recorded it.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,6 +70,57 @@ def parse_value(text: str) -> Value:
     return [float(number) for number in found] if "," in text else found[0]
 
 
+def read_pairs(pairs: Sequence[str], where: str) -> Condition:
+    """A condition as it is typed: ``NAME=VALUE`` each, values by :func:`parse_value` or ``@FILE.npy`` for a list.
+
+    Raises:
+        ConditionError: a pair without ``=``, a name given twice, a file that is no list of numbers.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, is_pair, text = pair.partition("=")
+        if not is_pair or not name:
+            raise ConditionError(where, repr(pair), "NAME=VALUE, as in angle=45")
+        if name in found:
+            raise ConditionError(where, f"{name!r} twice", "each name once")
+        found[name] = _read_vector(Path(text[1:]), where) if text.startswith("@") else parse_value(text)
+    return parse_condition(found, where)
+
+
+def read_condition_lines(path: Path) -> list[Condition]:
+    """Conditions from a file with one JSON mapping of names to values a line; empty lines are left out.
+
+    Raises:
+        ConditionError: no such file, no condition in it, or a line that is none, by its number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConditionError(str(path), f"no text that can be read ({error})", "a JSON mapping a line") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                document = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ConditionError(where, line[:60], 'a JSON mapping, as in {"angle": 45}') from error
+            found.append(parse_condition(document, where))
+    if not found:
+        raise ConditionError(str(path), "no condition", 'a JSON mapping a line, as in {"angle": 45}')
+    return found
+
+
+def _read_vector(path: Path, where: str) -> Any:
+    import numpy as np
+
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConditionError(where, f"@{path}, which cannot be read ({error})", "a .npy file of numbers") from error
+    return values.reshape(-1).tolist()
+
+
 def kind_of(value: Value) -> str:
     """Type of a value in words: ``a number``, ``text``, ``true or false`` or ``a list of 3 numbers``."""
     if isinstance(value, bool):
@@ -76,6 +128,19 @@ def kind_of(value: Value) -> str:
     if isinstance(value, str):
         return "text"
     return f"a list of {len(value)} numbers" if isinstance(value, list) else "a number"
+
+
+def describe_condition(condition: Mapping[str, Value]) -> str:
+    """A condition in a line, as it is typed: ``angle=45.0 style=ink``; of long lists the first three numbers."""
+
+    def text(value: Value) -> str:
+        if isinstance(value, list):
+            return ",".join(f"{number:g}" for number in value[:3]) + (",..." if len(value) > 3 else "")
+        return (
+            str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+        )
+
+    return " ".join(f"{name}={text(value)}" for name, value in condition.items())
 
 
 def check_same_kind(condition: Condition, where: str, other: Condition, other_where: str) -> None:

@@ -32,6 +32,7 @@ class Split:
         trajectory: the run of each, its place in ``store.trajectories``, (N,) int64.
         heldout: those kept from training, (N,) bool.
         reader: reads the store; in another order of columns where trajectories are aligned.
+        is_pooled: all snapshots count as one cloud, since conditions tell them apart; none are held out by their time.
     """
 
     store: SnapshotStore
@@ -39,15 +40,22 @@ class Split:
     trajectory: Tensor
     heldout: Tensor
     reader: StoreReader
+    is_pooled: bool = False
 
     @classmethod
-    def choose(cls, store: SnapshotStore, rows: Tensor, heldout_fraction: float) -> Split:
+    def choose(cls, store: SnapshotStore, rows: Tensor, heldout_fraction: float, *, is_pooled: bool = False) -> Split:
         """The snapshots at ``rows`` (N,), of which contiguous blocks of every trajectory are held out."""
         trajectory = store.trajectory_index[rows]
-        return cls(store, rows, trajectory, choose_heldout(trajectory, heldout_fraction), store.rows)
+        held = choose_heldout(trajectory, 0.0 if is_pooled else heldout_fraction)
+        return cls(store, rows, trajectory, held, store.rows, is_pooled)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def clouds(self) -> Tensor:
+        """Which snapshots lie about one centre, (N,) int64: those of one run, or all."""
+        return torch.zeros_like(self.trajectory) if self.is_pooled else self.trajectory
 
     @cached_property
     def train_rows(self) -> Tensor:

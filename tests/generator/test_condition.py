@@ -1,7 +1,5 @@
 """Conditions go with their rows."""
 
-from dataclasses import dataclass
-
 import torch
 
 from pdiff_plugin.generator.condition import Condition
@@ -17,13 +15,11 @@ def test_a_condition_is_indexed_and_repeated_like_the_rows_it_belongs_to():
     assert condition.to("meta").trajectory.device.type == "meta"
 
 
-def test_a_further_field_goes_with_the_rows_by_itself():
-    @dataclass(frozen=True, eq=False)
-    class Named(Condition):
-        named: torch.Tensor
+def test_features_go_with_their_rows():
+    condition = Condition.of(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
 
-    condition = Named(torch.tensor([0, 1]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-
-    assert condition[1:].named.tolist() == [[3.0, 4.0]]
-    assert condition.repeat(2).named.tolist() == [[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [3.0, 4.0]]
-    assert condition.to("meta").named.device.type == "meta"
+    assert condition.trajectory.tolist() == [0, 0]
+    assert condition[1:].features.tolist() == [[3.0, 4.0]]
+    assert condition.repeat(2).features.tolist() == [[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [3.0, 4.0]]
+    assert condition.to("meta").features.device.type == "meta"
+    assert Condition(torch.tensor([0, 1])).repeat(2).features is None

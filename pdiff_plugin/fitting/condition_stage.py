@@ -1,0 +1,282 @@
+"""The diffusion stage of a store with conditions: weights as a function of the setting that runs were recorded at.
+
+Some conditions are held out. What is expected at a condition (the centre) is fitted on the others, a diffusion learns
+what is left about it, and one without a centre learns all: whichever predicts the held-out conditions best is then
+trained on all of them, for as many steps as were best.
+
+Errors are those of latents, in which the leading directions count most. (Errors of standardised weights rank centres
+wrongly: they count what hardly moves as much as what makes the difference.)
+
+Shapes: N snapshots, R different conditions, H of them held out, F features, K latent width, M samples.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdiff_plugin.config import FitConfig, SamplingConfig
+from pdiff_plugin.fitting.centre_stage import ALL_KINDS, fit_centre, spread_choice
+from pdiff_plugin.fitting.diffusion_stage import Batches, DenoiserTraining
+from pdiff_plugin.fitting.runtime import Runtime, pick_device
+from pdiff_plugin.fitting.training import seeded
+from pdiff_plugin.generator.centres import choose_settings
+from pdiff_plugin.generator.condition import Condition
+from pdiff_plugin.generator.condition_frames import ConditionFrames, condition_frames
+from pdiff_plugin.generator.denoiser import new_denoiser
+from pdiff_plugin.generator.diffusion import loss, noised_batch
+from pdiff_plugin.generator.samplers import run_sampler, sampler_for
+
+logger = logging.getLogger(__name__)
+
+# Samples for each held-out condition, whose mean is compared with that of the snapshots, and the steps to them.
+_EVAL_SAMPLES = 16
+_EVAL_STEPS = 8
+_EVAL_REPEATS = 8
+_NUM_SHUFFLES = 19
+_NUM_NEIGHBOURS = 3
+
+History = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """The snapshots in latents, with their conditions.
+
+    Attributes:
+        latents: (N, K) float32.
+        run: of each snapshot, (N,).
+        features: of the R different conditions, (R, F).
+        place: of each snapshot's condition among them, (N,).
+    """
+
+    latents: Tensor
+    run: Tensor
+    features: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, latents: Tensor, run: Tensor, features: Tensor) -> Cloud:
+        """From latents (N, K), the run of each, (N,), and the features of the runs' conditions."""
+        different, place = torch.unique(features, dim=0, return_inverse=True)
+        return cls(latents, run, different, place[run])
+
+    @property
+    def means(self) -> Tensor:
+        """Mean latents at each condition, (R, K)."""
+        member = nn.functional.one_hot(self.place, len(self.features)).double()
+        return ((member / member.sum(dim=0)).T @ self.latents.double()).float()
+
+    @property
+    def condition(self) -> Condition:
+        """Of each snapshot."""
+        return Condition.of(self.features[self.place])
+
+    def only(self, conditions: Tensor) -> Cloud:
+        """The snapshots at some of the conditions, (R,) bool."""
+        rows, numbers = conditions[self.place], conditions.long().cumsum(0) - 1
+        return Cloud(self.latents[rows], self.run[rows], self.features[conditions], numbers[self.place[rows]])
+
+
+@dataclass(frozen=True)
+class FittedCondition:
+    """What the stage gives.
+
+    Attributes:
+        frames: the coordinates that the denoiser works in.
+        denoiser: averaged, in eval mode.
+        history: one entry per measurement; without held-out conditions in the last training, losses alone.
+        report: what was found on the way, by name.
+    """
+
+    frames: ConditionFrames
+    denoiser: nn.Module
+    history: History
+    report: dict[str, Any]
+
+    def draw(self, num_rows: int, rng: torch.Generator) -> Condition:
+        """Conditions to ask the denoiser for: recorded ones, and places between one and a neighbour."""
+        features = self.frames.centre.features
+        near = torch.cdist(features, features).argsort(dim=1)[:, 1 : 1 + _NUM_NEIGHBOURS]  # (R, up to 3)
+        first = torch.randint(len(features), (num_rows,), generator=rng)
+        second = near[first, torch.randint(near.shape[1], (num_rows,), generator=rng)]
+        share = torch.rand(num_rows, 1, generator=rng).mul_(2.0).sub_(1.0).clamp_min_(0.0)  # half of them zero
+        return Condition.of(torch.lerp(features[first], features[second], share))
+
+
+def train_condition_diffusion(
+    cloud: Cloud, config: FitConfig, runtime: Runtime, on_history: Callable[[History], None]
+) -> FittedCondition:
+    """Choose the centre at held-out conditions, and train on all.
+
+    Args:
+        cloud: the snapshots.
+        config: of the fit.
+        runtime: checkpoints and progress.
+        on_history: told the history of each training after each measurement.
+    """
+    settings = config.condition
+    held = spread_choice(cloud.features, settings.heldout_fraction, config.seed)
+    if settings.heldout_fraction == 0:
+        held = torch.zeros_like(held)
+    train, heldout = cloud.only(~held), cloud.only(held)
+    report: dict[str, Any] = {"num_conditions": len(cloud.features), "num_heldout": int(held.sum())}
+    kind: str = settings.centre if settings.centre != "auto" else "mean"
+    num_steps: int | None = None
+    if bool(held.any()):
+        scores = runtime.on_rank_0(lambda: _centre_errors(train, heldout, config))
+        kinds = _kinds_to_try(settings.centre, scores, config)
+        tried = {one: _try(one, train, heldout, config, runtime, on_history) for one in kinds}
+        kind = min(tried, key=lambda one: tried[one][0])
+        num_steps = tried[kind][1]
+        report |= {
+            "heldout_error": tried[kind][0],
+            "centre_errors": scores,
+            "diffusion_errors": {one: error for one, (error, _) in tried.items()},
+        }
+    centre = runtime.on_rank_0(lambda: fit_centre(kind, cloud.features, cloud.means, config.seed))
+    frames = condition_frames(centre, cloud.latents, cloud.features[cloud.place])
+    denoiser, history = _train(frames, cloud, None, config, runtime, "diffusion", on_history, num_steps)
+    report |= {"centre": kind, "centre_settings": dict(centre.settings), "diffusion_steps": int(history[-1]["step"])}
+    report |= {"ceiling": _ceiling(cloud), **_explained(cloud, config.seed)}
+    return FittedCondition(frames, denoiser, history, report)
+
+
+def _kinds_to_try(wanted: str, errors: dict[str, float], config: FitConfig) -> Sequence[str]:
+    """Centres about which a diffusion is trained: none at all, and the best."""
+    if wanted != "auto":
+        return [wanted]
+    if not config.diffusion.precondition:
+        return ["mean"]  # what is left about a good centre has spreads of all sizes
+    best = min(errors, key=lambda kind: errors[kind])
+    return ["mean"] if best == "mean" else ["mean", best]
+
+
+def _centre_errors(train: Cloud, heldout: Cloud, config: FitConfig) -> dict[str, float]:
+    """Error of each kind of centre at the held-out conditions, as a share of that of the average."""
+    scale = _error(train.means.mean(dim=0).expand_as(heldout.means), heldout.means)
+    return {
+        kind: _error(fit_centre(kind, train.features, train.means, config.seed)(heldout.features), heldout.means)
+        / max(scale, 1e-30)
+        for kind in ALL_KINDS
+    }
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).square().mean())
+
+
+def _try(
+    kind: str,
+    train: Cloud,
+    heldout: Cloud,
+    config: FitConfig,
+    runtime: Runtime,
+    on_history: Callable[[History], None],
+) -> tuple[float, int]:
+    """Train without the held-out conditions: the error there, as a share of the average's, and the best step."""
+    centre = runtime.on_rank_0(lambda: fit_centre(kind, train.features, train.means, config.seed))
+    frames = condition_frames(centre, train.latents, train.features[train.place])
+    stage = f"diffusion-{kind}"
+    _, history = _train(frames, train, heldout, config, runtime, stage, on_history)
+    best = next(entry for entry in history if entry["step"] == history[-1]["best_step"])
+    return best["heldout_error"], int(best["step"])
+
+
+def _train(
+    frames: ConditionFrames,
+    train: Cloud,
+    heldout: Cloud | None,
+    config: FitConfig,
+    runtime: Runtime,
+    stage: str,
+    on_history: Callable[[History], None],
+    num_steps: int | None = None,
+) -> tuple[nn.Module, History]:
+    if num_steps is not None:
+        diffusion = replace(config.diffusion, max_steps=max(1, num_steps), patience=10**9)
+        config = replace(config, diffusion=diffusion)
+    device = pick_device(config.device)
+    denoiser = seeded(lambda: new_denoiser(config, frames), config.seed).to(device)
+    local = frames.to_local(train.latents, train.condition).to(device)
+    batches = Batches(local, train.condition.to(device), train.run, torch.arange(len(local)), config)
+    judge = ConditionJudge(frames, train, heldout, config, device)
+    training = DenoiserTraining(denoiser, judge, config, runtime, stage=stage, stop_on="heldout_error")
+    training.run(batches, on_history)
+    return training.chosen(), training.history
+
+
+class ConditionJudge:
+    """Measures a denoiser at held-out conditions, with noise and times that are fixed once.
+
+    Called with a denoiser it returns ``heldout_loss`` (of the diffusion), ``heldout_error`` (squared error of the mean
+    of samples against the mean of the snapshots, as a share of the average's), and NaN for ``novelty``, which has no
+    meaning where nothing was recorded. Without held-out conditions all are NaN.
+    """
+
+    def __init__(
+        self, frames: ConditionFrames, train: Cloud, heldout: Cloud | None, config: FitConfig, device: torch.device
+    ) -> None:
+        self.frames, self.heldout, self.process = frames, heldout, config.diffusion
+        if heldout is None:
+            return
+        rng = torch.Generator().manual_seed(config.seed + 2)
+        x0 = frames.to_local(heldout.latents, heldout.condition).repeat(_EVAL_REPEATS, 1).to(device)
+        noise = torch.randn(x0.shape, generator=rng, dtype=torch.float32).to(device)
+        uniform = (torch.arange(len(x0), dtype=torch.float32) + 0.5) / len(x0)
+        uniform = uniform[torch.randperm(len(x0), generator=rng)].to(device)
+        self.batch = noised_batch(x0, noise, uniform, config.diffusion)
+        self.batch_condition = heldout.condition.repeat(_EVAL_REPEATS).to(device)
+        self.condition = Condition.of(heldout.features.repeat_interleave(_EVAL_SAMPLES, dim=0))
+        shape = (len(self.condition), frames.width)
+        self.noise = torch.randn(shape, generator=rng, dtype=torch.float32).to(device)
+        self.scale = _error(train.means.mean(dim=0).expand_as(heldout.means), heldout.means)
+
+    @torch.no_grad()
+    def __call__(self, denoiser: nn.Module) -> dict[str, float]:
+        nan = float("nan")
+        if self.heldout is None:
+            return {"heldout_loss": nan, "heldout_error": nan, "novelty": nan}
+        value = float(loss(lambda x, t: denoiser(x, t, self.batch_condition), self.batch))
+        is_quick = sampler_for(self.process).needs == "preconditioned denoiser"
+        sampling = SamplingConfig(num_sampling_steps=_EVAL_STEPS if is_quick else None)
+        condition = self.condition.to(self.noise.device)
+        samples = run_sampler(denoiser, self.noise, condition, self.process, sampling).cpu()
+        found = self.frames.to_latents(samples, self.condition).view(len(self.heldout.features), _EVAL_SAMPLES, -1)
+        error = _error(found.mean(dim=1), self.heldout.means) / max(self.scale, 1e-30)
+        return {"heldout_loss": value, "heldout_error": error, "novelty": nan}
+
+
+def _ceiling(cloud: Cloud) -> float:
+    """Share of what a condition's mean differs from the average that lies in the span of the other conditions.
+
+    No generator made of the recorded runs reaches further. Each condition is left out in turn.
+    """
+    means = cloud.means.double()
+    lost, total = 0.0, 0.0
+    for number in range(len(means)):
+        others = torch.cat([means[:number], means[number + 1 :]])
+        own = means[number] - others.mean(dim=0)
+        basis = torch.linalg.svd(others - others.mean(dim=0), full_matrices=False)
+        directions = basis.Vh[1e-6 * basis.S[0] < basis.S]
+        total += float(own.square().sum())
+        lost += float((own - directions.T @ (directions @ own)).square().sum())
+    return round(1.0 - lost / max(total, 1e-30), 4)
+
+
+def _explained(cloud: Cloud, seed: int) -> dict[str, Any]:
+    """Share of what conditions differ by that others predict, each left out in turn; and the same for shuffled ones."""
+    rng, means = torch.Generator().manual_seed(seed), cloud.means
+    total = _error(means.mean(dim=0).expand_as(means), means)
+
+    def share(features: Tensor) -> float:
+        best = min(choose_settings(kind, features, means)[1] for kind in ("neighbours", "ridge", "gp"))
+        return 1.0 - best / max(total, 1e-30)
+
+    shuffled = [share(cloud.features[torch.randperm(len(means), generator=rng)]) for _ in range(_NUM_SHUFFLES)]
+    return {"explained": round(share(cloud.features), 4), "explained_shuffled": round(max(shuffled), 4)}
