@@ -30,7 +30,8 @@ from dial_workloads import WORKLOADS, Sweep, Variant
 from torch import nn
 from workload_data import cifar10, synthetic
 
-from pdiff_plugin import ConditionConfig, ConditionEvaluation, DiffusionConfig, FitConfig, evaluate_conditions, fit
+from pdiff_plugin import ConditionEvaluation, DiffusionConfig, FitConfig, evaluate_conditions, fit
+from pdiff_plugin.config import ConditionConfig
 
 COMMANDS = ("record", "judge", "table")
 

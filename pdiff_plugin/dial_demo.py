@@ -1,10 +1,10 @@
 """The demo of a dial: one small network at 24 rotations of scikit-learn's digits, every other one never fitted.
 
-    OUT/base.safetensors   the network that every training starts from, trained on all rotations mixed
-    OUT/store/             one trajectory per angle: its last 20 steps
-    OUT/fit/               the generator, fitted to the angles 0, 30, 60, ...
-    OUT/task.py            the model and its test images at an angle, for `pdiff evaluate`
-    OUT/evaluation/        the comparison at 15, 45, 75, ...
+OUT/base.safetensors   the network that every training starts from, trained on all rotations mixed
+OUT/store/             one trajectory per angle: its last 20 steps
+OUT/fit/               the generator, fitted to the angles 0, 30, 60, ...
+OUT/task.py            the model and its test images at an angle, for `pdiff evaluate`
+OUT/evaluation/        the comparison at 15, 45, 75, ...
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pdiff_plugin.config import ConditionConfig, FitConfig
-from pdiff_plugin.demo import Place
+from pdiff_plugin.demo import DemoFolder
 from pdiff_plugin.evaluation.condition_result import JSON_NAME, ConditionEvaluation
 from pdiff_plugin.evaluation.conditions import evaluate_conditions
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.progress import OnProgress, Progress, timed
 from pdiff_plugin.recording.recorder import PDiffRecorder
+from pdiff_plugin.snapshots.conditions import Condition
 
 ANGLES = tuple(range(0, 360, 15))
 GAP = 30  # degrees between fitted angles
@@ -81,19 +83,29 @@ def build_model() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 10))
 
 
-def train(
-    model: nn.Module, degrees: float | None, num_steps: int, lr: float, recorder: PDiffRecorder | None = None
-) -> None:
-    """Train the whole network at one angle, or with an angle drawn for each image; draws come from the global seed."""
+Draw = Callable[[int], Tensor]  # number of images -> an angle for each
+
+
+def at(*angles: float) -> Draw:
+    """Angles drawn among these, the same chance for each."""
+    return lambda count: torch.tensor(angles)[torch.randint(len(angles), (count,))]
+
+
+def anywhere(count: int) -> Tensor:
+    """Angles from the whole circle."""
+    return 360 * torch.rand(count)
+
+
+def train(model: nn.Module, draw: Draw, num_steps: int, lr: float, recorder: PDiffRecorder | None = None) -> None:
+    """Train the whole network on images turned by angles that are drawn; draws come from the global seed."""
     images, labels = digits()[0]
-    at_angle = images if degrees is None else rotated(images, degrees)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     if recorder is not None:
         recorder.attach(model, optimizer, total_steps=num_steps)
     for step in range(num_steps):
-        optimizer.param_groups[0]["lr"] = lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+        optimizer.param_groups[0]["lr"] = lr * (0.05 + 0.475 * (1 + math.cos(math.pi * step / num_steps)))
         rows = torch.randint(NUM_TRAIN, (BATCH_SIZE,))
-        x = at_angle[rows] if degrees is not None else rotated(images[rows], 360 * torch.rand(BATCH_SIZE))
+        x = rotated(images[rows], draw(BATCH_SIZE))
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x + NOISE * torch.randn_like(x)), labels[rows])
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -106,7 +118,7 @@ def record(folder: Path, store: Path, seed: int, on_progress: OnProgress | None 
     """Train one base on all rotations, and from it at each angle, recording the last steps of each."""
     torch.manual_seed(seed)
     model = build_model()
-    train(model, None, BASE_STEPS, BASE_LR)
+    train(model, anywhere, BASE_STEPS, BASE_LR)
     save_file(model.state_dict(), folder / "base.safetensors")
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for number, angle in enumerate(ANGLES):
@@ -114,7 +126,7 @@ def record(folder: Path, store: Path, seed: int, on_progress: OnProgress | None 
         recorder = PDiffRecorder(
             store, layers="all", condition={"angle": angle}, last_steps=LAST_STEPS, save_base=False
         )
-        train(model, angle, NUM_STEPS, LR, recorder)
+        train(model, at(angle), NUM_STEPS, LR, recorder)
         if on_progress is not None:
             on_progress(Progress("train", number + 1, len(ANGLES), {"angle": float(angle)}))
 
@@ -136,31 +148,33 @@ def run(
     Raises:
         FitExistsError: the folder holds a finished demo, one of another seed, or a store that is not the demo's.
     """
-    place = Place(Path(folder), _TASK_FILE.format(seed=seed), Path("evaluation") / JSON_NAME)
+    place = DemoFolder(Path(folder), _TASK_FILE.format(seed=seed), JSON_NAME)
     place.prepare(fresh)
     seconds: dict[str, float] = {}
-    with timed(seconds, "train"), torch.random.fork_rng(devices=[]), place.recording() as store:
-        if store is not None:
-            record(place.folder, store, seed, on_progress)
+    if not place.store.exists():
+        with timed(seconds, "train"), place.recording() as unfinished:
+            record(place.folder, unfinished, seed, on_progress)
     held_out = ",".join(str(angle) for angle in ANGLES if angle % GAP)
     condition = ConditionConfig(kinds=("angle:cyclic=360",), hold_out=(f"angle={held_out}",))
     with timed(seconds, "fit"):
         config = FitConfig(seed=seed, condition=condition)
         generator = fit(place.store, config, out=place.folder / "fit", on_progress=on_progress)
 
-    def train_at(model: nn.Module, conditions: list[dict[str, float]], num_steps: int) -> None:
-        train(model, conditions[0]["angle"] if len(conditions) == 1 else None, num_steps, LR)
+    def train_there(model: nn.Module, conditions: list[Condition], num_steps: int) -> None:
+        train(model, at(*(float(one["angle"]) for one in conditions)), num_steps, LR)  # type: ignore[arg-type]
 
     result = evaluate_conditions(
         lambda angle: load_task(place.folder, angle),
         place.store,
         generator,
-        train=train_at,
+        train=train_there,
         num_members=NUM_MEMBERS,
         joint_steps=JOINT_STEPS,
         seed=seed,
         on_progress=on_progress,
     )
-    result = dataclasses.replace(result, details={**result.details, "seconds": {**seconds, **result.details["seconds"]}})
+    result = dataclasses.replace(
+        result, details={**result.details, "seconds": {**seconds, **result.details["seconds"]}}
+    )
     result.save(place.folder / "evaluation")
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from workload_data import Split, grey, loader
 
-from pdiff_plugin import Task, WeightGenerator
+from pdiff_plugin import SnapshotStore, Task, WeightGenerator, swap_
 
 from .images import disc, rotated
 from .sweep import Condition, ExtraRow, Recipe, Sweep, Variant, run_name
@@ -68,25 +69,17 @@ class Angle(Sweep):
 
     def extra(self, variant: Variant, generator: WeightGenerator) -> dict[str, ExtraRow]:
         """Turn the image back, and give it to the weights that were recorded upright."""
-        return {"input turned back": self.turned_back}
+        store = SnapshotStore.open(self.store)
+        rows = store.rows(indices=store.trajectory_index == store.trajectories.index(run_name(0)))
+        upright = copy.deepcopy(self.base())
+        swap_(upright, store.layout.unflatten(rows.mean(dim=0)))
 
-    def turned_back(self, condition: Condition) -> Task:
-        upright = trained_at(self, 0)
-        x = rotated(rotated(self.test_split[0], condition["angle"]), -condition["angle"]).flatten(1)
-        return Task(upright, loader((x, self.test_split[1]), 500), name=self.name)
+        def turned_back(condition: Condition) -> Task:
+            turned = rotated(self.test_split[0], condition["angle"])
+            x = rotated(turned, -condition["angle"]).flatten(1)
+            return Task(upright, loader((x, self.test_split[1]), 500), name=self.name)
 
-
-def trained_at(sweep: Sweep, number: int) -> nn.Module:
-    """The base model with the average of the snapshots of one run."""
-    import copy
-
-    from pdiff_plugin import SnapshotStore, WeightSet
-
-    store = SnapshotStore.open(sweep.store)
-    rows = store.rows(indices=store.trajectory_index == store.trajectories.index(run_name(number)))
-    model = copy.deepcopy(sweep.base())
-    WeightSet.from_members([store.layout.unflatten(rows.mean(dim=0))]).load_into(model)
-    return model
+        return {"input turned back": turned_back}
 
 
 def as_discs(split: Split) -> Split:

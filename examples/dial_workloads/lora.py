@@ -58,7 +58,7 @@ class Lora(Sweep):
         return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
     def conditions(self) -> list[Condition]:
-        return [{"angle": float(angle)} for angle in range(0, 360, 45 if self.smoke else 15)]
+        return [{"angle": float(angle)} for angle in range(0, 360, 30 if self.smoke else 15)]
 
     def variants(self) -> list[Variant]:
         held_out = [run_name(number) for number in range(1, len(self.conditions()), 2)]

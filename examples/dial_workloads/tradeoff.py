@@ -15,7 +15,7 @@ from .angle import as_discs, grey_mlp
 from .images import noisy
 from .sweep import Condition, ExtraRow, Recipe, Sweep, Variant, run_name
 
-NOISE = 3.0  # with less, one network answers both as well as two do
+NOISE = 6.0  # with less, one network answers both about as well as two do
 
 
 class Tradeoff(Sweep):
