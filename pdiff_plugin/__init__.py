@@ -39,6 +39,7 @@ if _TYPE_CHECKING:
     from pdiff_plugin.errors import PDiffError as PDiffError
     from pdiff_plugin.evaluation.alignment import check_alignment as check_alignment
     from pdiff_plugin.evaluation.choice import Choice as Choice
+    from pdiff_plugin.evaluation.condition_page import write_condition_report as write_condition_report
     from pdiff_plugin.evaluation.condition_result import ConditionEvaluation as ConditionEvaluation
     from pdiff_plugin.evaluation.conditions import evaluate_conditions as evaluate_conditions
     from pdiff_plugin.evaluation.evaluate import evaluate as evaluate
@@ -97,6 +98,7 @@ _HOME = {
     "swapped": "modules.swap",
     "sweep": "evaluation.sweep",
     "uniform_soup": "ensemble.soup",
+    "write_condition_report": "evaluation.condition_page",
     "write_report": "evaluation.page",
 }
 
@@ -139,6 +141,7 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "sweep",
     "Sweep",
     "write_report",
+    "write_condition_report",
     "PDiffError",
 ]
 

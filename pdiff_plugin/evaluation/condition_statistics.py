@@ -65,8 +65,8 @@ class Difference:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the other row is surely better, in either."""
-        return self.loses_score or self.loss - num_errors(self.num_conditions) * self.loss_error > 0
+        """Whether the other row is surely better in loss, and by what counts."""
+        return self.loss >= self.needed and self.loss - num_errors(self.num_conditions) * self.loss_error > 0
 
     @property
     def loses_score(self) -> bool:

@@ -236,7 +236,13 @@ class _Case:
         return f"generated minus it, {one.text(self.kind)} over {one.num_conditions} conditions"
 
     def _beside(self, rival: Difference) -> str:
-        is_how = "is better" if rival.is_lost else "is as good" if rival.is_excluded else "is not told apart from them"
+        is_how = (
+            "is better"
+            if rival.is_lost
+            else "is at least as good"
+            if rival.is_excluded
+            else "is not told apart from them"
+        )
         return f"{self._named(rival.name)} {is_how} ({self._found(rival)})"
 
     @property
