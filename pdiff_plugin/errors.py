@@ -172,9 +172,10 @@ class EvaluationNotFoundError(PDiffError, FileNotFoundError):
     """A path without an evaluation."""
 
     path: str
+    name: str = "evaluation.json"
 
     def __str__(self) -> str:
-        return f"{self.path} holds no evaluation.json. Give the --out folder of `pdiff evaluate` or of `pdiff demo`."
+        return f"{self.path} holds no {self.name}. Give the --out folder of `pdiff evaluate` or of `pdiff demo`."
 
 
 @dataclass(eq=False)

@@ -82,7 +82,7 @@ class ConditionEvaluation(ConditionFindings):
             f"ens {score.title}",
             f"ens {loss.title}",
             f"gen. minus: {score.title}",
-            f"{loss.title}",
+            f"gen. minus: {loss.title}",
             "better at",
             "sign p",
             "s each",
@@ -219,7 +219,7 @@ class ConditionEvaluation(ConditionFindings):
         path = Path(source)
         path = path / JSON_NAME if path.is_dir() else path
         if not path.is_file():
-            raise EvaluationNotFoundError(str(source))
+            raise EvaluationNotFoundError(str(source), JSON_NAME)
         return cls.from_json(read_json(path, FORMAT, FORMAT_VERSION), str(path))
 
     def save_picture(self, path: str | os.PathLike[str]) -> None:

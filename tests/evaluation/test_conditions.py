@@ -300,7 +300,7 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
     assert "verdicts on other conditions" in str(refused({"verdicts": {}}).value)
     verdict = document["verdicts"]["inside"]
     assert "the outcome 'nice'" in str(refused({"verdicts": {"inside": verdict | {"outcome": "nice"}}}).value)
-    with pytest.raises(EvaluationNotFoundError, match="holds no"):
+    with pytest.raises(EvaluationNotFoundError, match=r"holds no conditions\.json"):
         ConditionEvaluation.load(tmp_path)
 
 
