@@ -1,7 +1,7 @@
 """Record sweeps on CIFAR-10, fit a dial to each, and judge it at conditions that were never trained.
 
     trial      rotation x noise; norms and head of a small ResNet; 48 points fitted, 16 held out
-    angle      rotation; a whole MLP; gaps of 30, 60, 90 degrees and a missing quarter of the circle
+    angle      rotation; a whole MLP; gaps of 30, 45, 60 degrees and a missing quarter of the circle
     codes      which of ten classes are positive; a small head on a trunk trained without labels
     domains    blur, noise, brightness, contrast, saturation, or 64 unlabelled images; norms and head of the ResNet
     lora       rotation; LoRA matrices of a tiny vision transformer, as trained and in a canonical form
@@ -111,6 +111,8 @@ def judge(sweep: Sweep) -> None:
         )
         print(f"{found}\njudged in {time.perf_counter() - started:.0f} s\n", flush=True)
         found.save(folder)
+        if not isinstance(next(iter(sweep.conditions()[0].values())), list):
+            found.save_picture(folder / "conditions.png")
 
 
 def table(name: str, folder: Path) -> None:

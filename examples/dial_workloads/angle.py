@@ -60,7 +60,7 @@ class Angle(Sweep):
 
         if self.smoke:
             return [Variant("gaps of 60", runs(lambda angle: angle % 60 > 0), self.store)]
-        gaps = [Variant(f"gaps of {gap}", runs(lambda a, gap=gap: a % gap > 0), self.store) for gap in (30, 60, 90)]
+        gaps = [Variant(f"gaps of {gap}", runs(lambda a, gap=gap: a % gap > 0), self.store) for gap in (30, 45, 60)]
         others = runs(lambda angle: angle > 90 and angle % 30 > 0)
         return [*gaps, Variant("a missing quarter", runs(lambda angle: 0 < angle < 90), self.store, others)]
 
