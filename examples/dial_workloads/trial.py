@@ -35,7 +35,9 @@ class Trial(ResNetSweep):
 
     name = "trial"
     kinds = ("angle:cyclic=360",)
-    recipe = Recipe(num_steps=60, batch_size=128, lr=1e-2, final_lr=5e-4, last_steps=6, joint_steps=1200, fine_tune_steps=(10,))
+    recipe = Recipe(
+        num_steps=60, batch_size=128, lr=1e-2, final_lr=5e-4, last_steps=6, joint_steps=1200, fine_tune_steps=(10,)
+    )
 
     def conditions(self) -> list[Condition]:
         points = sobol(8 if self.smoke else 64, 2, self.seed)
