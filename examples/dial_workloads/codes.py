@@ -67,9 +67,9 @@ class Codes(Sweep):
             optimizer.zero_grad()
             F.cross_entropy(hidden(turned[rows]), quarters[rows]).backward()
             optimizer.step()
-        model[0].load_state_dict(hidden[0].state_dict())  # type: ignore[index]
-        nn.init.zeros_(model[2].weight)  # type: ignore[index]
-        nn.init.zeros_(model[2].bias)  # type: ignore[index]
+        model[0].load_state_dict(hidden[0].state_dict())
+        nn.init.zeros_(model[2].weight)
+        nn.init.zeros_(model[2].bias)
 
     def _load_features(self) -> None:
         train = torch.load(self.folder / "train-features.pt").float()

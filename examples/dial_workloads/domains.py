@@ -79,7 +79,7 @@ class Domains(ResNetSweep):
         """Mean and standard deviation of each channel after the base's first block, over 64 images of the condition."""
         rng = torch.Generator().manual_seed(10_000 * self.seed + number)
         rows = torch.randint(len(self.train_split[0]), (NUM_UNLABELLED,), generator=rng)
-        maps = self.base().stem(self.altered(self.train_split[0][rows], condition, rng))  # type: ignore[operator]
+        maps = self.base().stem(self.altered(self.train_split[0][rows], condition, rng))
         std, mean = torch.std_mean(maps, dim=(0, 2, 3))
         return torch.cat([mean, std]).tolist()
 
@@ -87,7 +87,7 @@ class Domains(ResNetSweep):
     def _by_statistics(self) -> dict[tuple[float, ...], Condition]:
         measured = SnapshotStore.open(self.folder / "store-statistics").conditions
         return {
-            tuple(measured[run_name(number)]["statistics"]): condition  # type: ignore[arg-type]
+            tuple(measured[run_name(number)]["statistics"]): condition
             for number, condition in enumerate(self.conditions())
         }
 

@@ -31,7 +31,14 @@ class Lora(Sweep):
     layers = "lora"
     num_tests = 600
     recipe = Recipe(
-        num_steps=80, batch_size=128, lr=1e-2, final_lr=1e-3, last_steps=10, every_n_steps=2, joint_steps=1000
+        num_steps=60,
+        batch_size=64,
+        lr=1e-2,
+        final_lr=1e-3,
+        last_steps=10,
+        every_n_steps=2,
+        joint_steps=720,
+        fine_tune_steps=(10,),
     )
 
     def build(self) -> nn.Module:
@@ -44,7 +51,7 @@ class Lora(Sweep):
         )  # fmt: skip
         queries_and_values = r".*\.(q_proj|v_proj|query|value)"  # the latter two before transformers 5
         settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=queries_and_values)
-        return get_peft_model(ViTForImageClassification(config), settings)  # type: ignore[arg-type,return-value]
+        return get_peft_model(ViTForImageClassification(config), settings)
 
     def train_base(self, model: nn.Module) -> None:
         """The transformer itself; the LoRA matrices stay as they begin, without effect."""

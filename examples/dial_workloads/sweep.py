@@ -87,8 +87,6 @@ class Sweep:
     layers: Any = "all"
     num_tests = 2000
     """Test images at each condition."""
-    same_batches = False
-    """Whether every run draws the same training images in the same order."""
     num_unlabelled = 0
     """Images at the condition that BatchNorm statistics may be recomputed on."""
 
@@ -204,7 +202,7 @@ class Sweep:
 
     def record_at(self, model: nn.Module, number: int, condition: Condition) -> None:
         """Train the model at one condition, in place, and record its last steps."""
-        seed = 1000 * self.seed + (0 if self.same_batches else number)
+        seed = 1000 * self.seed + number
         torch.manual_seed(seed)
         recorder = PDiffRecorder(
             self.store,
