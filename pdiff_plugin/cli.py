@@ -147,14 +147,19 @@ def layers(
     (describe.print_json if json else describe.show_layers)(document)
 
 
-def inspect(path: Positional[Path], *, json: Json = False) -> None:
+def inspect(path: Positional[Path], *, picture: Path | None = None, json: Json = False) -> None:
     """Show what is in a snapshot store, or in a fitted generator.
 
     Args:
         path: A store, a generator file or the folder of a fit.
+        picture: PNG file to draw the conditions of a store into, where one or two numbers among them vary.
     """
     from pdiff_plugin.generator.generator_file import FILE_NAME
 
+    if picture is not None:
+        from pdiff_plugin.evaluation.condition_map import save_picture
+
+        save_picture(list(pdiff.SnapshotStore.open(path).conditions.values()), picture)
     if path.suffix == ".safetensors" or (path / FILE_NAME).is_file():
         document, show = describe.generator(str(path), pdiff.WeightGenerator.load(path)), describe.show_generator
     else:
@@ -203,21 +208,47 @@ def import_(
     model: str | None = None,
     ema: Switch = False,
     trajectory: str | None = None,
+    conditions: Annotated[
+        Path | None,
+        arg(
+            metavar="TABLE",
+            help="A sweep of runs: CSV file with a row for each. A column trajectory, run, file, path, checkpoint, "
+            "name or logdir names the run's files or a folder above them, the others are its condition (in exports of "
+            "Optuna, Ray and W&B those with their prefix).",
+        ),
+    ] = None,
+    columns: tuple[str, ...] = (),
+    condition: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(
+            metavar="NAME=REGEX",
+            help=r"A sweep of runs: where their files' or folders' names hold the condition. --condition "
+            r'"angle=(\d+)" finds angle=45, angle_45 and angle45, and the number alone where the word is not in the '
+            r"file's name; several names by several of them, or by named groups, (?P<angle>\d+).",
+        ),
+    ] = (),
     json: Json = False,
 ) -> None:
-    """Make a snapshot store from checkpoints that a run has left behind, one snapshot each.
+    """Make a snapshot store from checkpoints that a run or a sweep has left behind, one snapshot each.
+
+    With --conditions or --condition, checkpoints of the same condition and the same place, but for the step, are one
+    run. Nothing is imported unless all of them have a condition.
 
     Args:
         paths: .pt, .pth, .ckpt or .safetensors files, checkpoint-* folders, or a folder of these, all of one run.
+        columns: Names of the condition among the columns of --conditions, where others are something else.
         store: The store to add to; one that holds snapshots keeps to the tensors that it has.
         model: `timm:NAME` or `package.module:function`, where names and shapes alone do not tell the layers.
         ema: Take the averaged weights that timm and others keep beside the trained ones.
-        trajectory: Name of the run in the store; the next free one unless given.
+        trajectory: Name of the run in the store (of several: NAME-1, NAME-2, ...); the next free one unless given.
     """
+    found = _conditions_of(conditions, columns, condition)
     network = None if model is None else load_model(model)
     if layers != RecorderConfig.layers and (store / "layout.json").is_file():
         console.tell(f"{store} holds snapshots already: the same tensors are taken, whatever --layers {layers} says.")
-    pdiff.import_checkpoints(paths, store=store, layers=layers, model=network, ema=ema, trajectory=trajectory)
+    pdiff.import_checkpoints(
+        paths, store=store, layers=layers, model=network, ema=ema, trajectory=trajectory, conditions=found
+    )
     inspect(store, json=json)
 
 
@@ -731,6 +762,19 @@ def _present_spelling(args: list[str]) -> list[str]:
         console.tell("DeprecationWarning: `pdiff evaluate --retrain` will be removed; use --num-retrained.")
         return [a.replace("--retrain", "--num-retrained") if a.startswith("--retrain") else a for a in args]
     return args
+
+
+def _conditions_of(table: Path | None, columns: Sequence[str], patterns: Sequence[str]) -> Any:
+    """What `import_checkpoints` takes as ``conditions``, from the flags of `import`."""
+    if columns and table is None:
+        raise ConfigError("--columns", " ".join(columns), "must be given together with --conditions TABLE")
+    if table is not None and patterns:
+        raise ConfigError("--condition", patterns[0], "must be left out with --conditions: one of them names them all")
+    if table is None and not patterns:
+        return None
+    from pdiff_plugin.recording.runs import conditions_in_names, read_table
+
+    return conditions_in_names(patterns) if table is None else read_table(table, columns)
 
 
 def _join_help_lines(kind: type[Any]) -> None:

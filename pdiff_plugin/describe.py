@@ -24,6 +24,7 @@ def print_json(document: Any) -> None:
 
 def store(path: Path) -> dict[str, Any]:
     """What a snapshot store holds, as plain JSON."""
+    from pdiff_plugin.evaluation.condition_map import summary
     from pdiff_plugin.snapshots.movement import movement_in
     from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -52,6 +53,7 @@ def store(path: Path) -> dict[str, Any]:
         "row_dtype": str(opened.row_dtype).removeprefix("torch."),
         "tensors": opened.layout.to_json(),
         "trajectories": trajectories,
+        "conditions": summary(list(opened.conditions.values())),
         "movement": found.to_json() if found else None,
         "problems": opened.problems,
     }
@@ -76,8 +78,23 @@ def show_store(document: dict[str, Any]) -> None:
     console.table(title, headers, rows, note=note)
     if found and found.warning:
         console.say(f"! {found.warning}")
+    _show_summary(document["conditions"], [condition for condition in conditions if condition])
     for problem in document["problems"]:
         console.say(f"! {problem}")
+
+
+def _show_summary(about: Sequence[dict[str, Any]], conditions: Sequence[dict[str, Any]]) -> None:
+    """Print what there is under each name of the conditions, and where one or two numbers lie."""
+    from pdiff_plugin.evaluation.condition_map import axes_of, draw_text
+
+    if not about:
+        return
+    rows = [[one["name"], one["kind"], str(one["num_values"]), _range(one)] for one in about]
+    headers = ["condition", "kind", "values", "range"]
+    console.table(f"conditions of {len(conditions)} runs", headers, rows, numeric=False)
+    names = axes_of(about)
+    if len(names) in (1, 2):
+        console.say(draw_text(conditions, names))
 
 
 def conditions(path: Path) -> dict[str, Any]:
@@ -197,6 +214,13 @@ def _value(value: Any) -> str:
         shown = ",".join(map(str, value[:6]))
         return f"{shown},... ({len(value)})" if len(value) > 6 else shown
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _range(about: dict[str, Any]) -> str:
+    """What there is under one name of the conditions."""
+    if "values" not in about:
+        return f"{about['low']:g} to {about['high']:g}"
+    return ", ".join(map(_value, about["values"][:8])) + (", ..." if len(about["values"]) > 8 else "")
 
 
 def _tensors(document: dict[str, Any]) -> str:

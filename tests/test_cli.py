@@ -223,6 +223,51 @@ def test_import_of_something_else_says_what_can_be_read(tmp_path: Path, capsys: 
     assert not (tmp_path / "store").exists()
 
 
+@pytest.fixture
+def sweep_files(tmp_path: Path) -> list[str]:
+    """Checkpoints of a sweep over two angles, two steps each."""
+    files = []
+    for angle in (45, 90):
+        for step in (1, 2):
+            files.append(tmp_path / "ckpts" / f"angle={angle}-step{step}.pt")
+            files[-1].parent.mkdir(exist_ok=True)
+            torch.save(nn.Linear(3, 2).state_dict(), files[-1])
+    return list(map(str, files))
+
+
+@pytest.mark.parametrize("way", ["pattern", "table"])
+def test_a_sweep_is_imported_with_its_conditions(
+    sweep_files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("name,loss,params_angle,params_lr\nangle=45,0.5,45,1\nangle=90,0.4,90,1\n")
+    flags = ["--condition", r"angle=(\d+)"] if way == "pattern" else ["--conditions", str(table), "--columns", "angle"]
+    command = ["import", *sweep_files, "--store", str(tmp_path / "store"), "--layers", "all"]
+
+    assert main([*command, *flags]) == 0
+
+    assert re.search(r"run-002 +2 +1\.\.2 +yes +- +90", capsys.readouterr().out)
+    assert SnapshotStore.open(tmp_path / "store").conditions == {"run-001": {"angle": 45}, "run-002": {"angle": 90}}
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--condition", r"tilt=([a-c]+)_"], "step1.pt: found nothing that 'tilt="),
+        (["--condition", "angle"], "condition = 'angle': it must be NAME=REGEX with one group"),
+        (["--conditions", "no.csv"], "no.csv: found"),
+        (["--columns", "lr"], "--columns = 'lr': it must be given together with --conditions TABLE"),
+        (["--conditions", "no.csv", "--condition", "a=(b)"], "--condition = 'a=(b)': it must be left out with --condi"),
+    ],
+)
+def test_a_sweep_that_cannot_be_imported_says_why(
+    sweep_files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], text: str
+) -> None:
+    assert main(["import", *sweep_files, "--store", str(tmp_path / "store"), "--layers", "all", *flags]) == 1
+    assert text in error_text(capsys)
+    assert not (tmp_path / "store").exists()
+
+
 def test_fit_prints_what_it_measured_as_json(
     walk_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,7 +31,7 @@ from pdiff_plugin.evaluation.condition_weights import (
 )
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.centre_stage import fit_centre
-from pdiff_plugin.generator.centres import CENTRES, choose_settings
+from pdiff_plugin.generator.centres import CENTRES
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.modules.names import named_tensors
@@ -144,7 +144,7 @@ class RowMaker:
         self.trainer = Trainer(train, config.seed) if train is not None else None
         self.features = generator.variables.encode([place.condition for place in places])  # (C, F)
         self.settings = {
-            row: choose_settings(kind, recorded.features, recorded.latents)[0] for row, kind in _MIXED.items()
+            row: fit_centre(kind, recorded.features, recorded.latents).settings for row, kind in _MIXED.items()
         }
         self.mixtures = {
             row: CENTRES[kind].weights(self.features, recorded.features, **self.settings[row])

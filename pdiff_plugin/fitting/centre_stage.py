@@ -33,8 +33,18 @@ def fit_centre(kind: str, features: Tensor, means: Tensor, seed: int = 0) -> Cen
     features, means = features.float().cpu(), means.float().cpu()
     if kind == "network":
         return Centre(kind, {}, features, means, _fit_network(features, means, seed))
-    settings, _ = choose_settings(kind, features, means)
+    settings, _ = choose_settings(kind, features, means * leading(means).sqrt())
     return Centre(kind, settings, features, means)
+
+
+def leading(means: Tensor) -> Tensor:
+    """How much each coordinate counts in errors: its share of the variance between conditions, (R, K) -> (K,).
+
+    So errors are those of the leading coordinates. With all of them alike, what hardly moves and cannot be predicted
+    counts as much as what makes the difference, and centres are ranked in another order than by the task.
+    """
+    variance = means.double().var(dim=0, correction=0)
+    return (variance / variance.sum().clamp_min(1e-300)).float()
 
 
 def spread_choice(features: Tensor, fraction: float, seed: int) -> Tensor:
@@ -72,7 +82,7 @@ def _train(
     network = seeded(lambda: CentreNetwork(features.shape[1], means.shape[1]), seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=_LR, fused=True)
     rng = torch.Generator().manual_seed(seed)
-    best_step, best_error = 0, float("inf")
+    best_step, best_error, counts = 0, float("inf"), leading(means)
     for step in range(1, max_steps + 1):
         rows = torch.randint(len(features), (_BATCH,), generator=rng)
         optimizer.zero_grad(set_to_none=True)
@@ -80,7 +90,7 @@ def _train(
         optimizer.step()
         if heldout is not None and step % _EVAL_EVERY == 0:
             with torch.no_grad():
-                error = float((network(heldout[0]) - heldout[1]).square().mean())
+                error = float(((network(heldout[0]) - heldout[1]).square() * counts).sum(dim=1).mean())
             if error < best_error:
                 best_step, best_error = step, error
             elif step - best_step >= _PATIENCE * _EVAL_EVERY:

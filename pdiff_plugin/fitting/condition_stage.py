@@ -4,8 +4,7 @@ Some conditions are held out. What is expected at a condition (the centre) is fi
 what is left about it, and one without a centre learns all: whichever predicts the held-out conditions best is then
 trained on all of them, for as many steps as were best.
 
-Errors are those of latents, in which the leading directions count most. (Errors of standardised weights rank centres
-wrongly: they count what hardly moves as much as what makes the difference.)
+Errors are those of latents, in which a direction counts by the variance between conditions along it (``leading``).
 
 Shapes: N snapshots, R different conditions, H of them held out, F features, K latent width, M samples.
 """
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pdiff_plugin.config import FitConfig, SamplingConfig
-from pdiff_plugin.fitting.centre_stage import ALL_KINDS, fit_centre, spread_choice
+from pdiff_plugin.fitting.centre_stage import ALL_KINDS, fit_centre, leading, spread_choice
 from pdiff_plugin.fitting.diffusion_stage import Batches, DenoiserTraining
 from pdiff_plugin.fitting.runtime import Runtime, pick_device
 from pdiff_plugin.fitting.training import seeded
@@ -39,6 +38,7 @@ _EVAL_SAMPLES = 16
 _EVAL_STEPS = 8
 _EVAL_REPEATS = 8
 _NUM_SHUFFLES = 19
+_MAX_SHUFFLED = 200
 _NUM_NEIGHBOURS = 3
 
 History = list[dict[str, float]]
@@ -81,6 +81,20 @@ class Cloud:
         """The snapshots at some of the conditions, (R,) bool."""
         rows, numbers = conditions[self.place], conditions.long().cumsum(0) - 1
         return Cloud(self.latents[rows], self.run[rows], self.features[conditions], numbers[self.place[rows]])
+
+
+class Errors:
+    """Squared errors at held-out conditions, as a share of those of the average of the others."""
+
+    def __init__(self, train: Cloud, heldout: Cloud) -> None:
+        self.expected, self.counts = heldout.means, leading(train.means)
+        self.scale = 1.0
+        self.scale = max(self(train.means.mean(dim=0)), 1e-30)
+
+    def __call__(self, found: Tensor) -> float:
+        """Of latents that broadcast to (H, K), or of M samples of each, (M, H, K)."""
+        squares = (found.double() - self.expected.double()).square() * self.counts
+        return float(squares.sum(dim=-1).mean()) / self.scale
 
 
 @dataclass(frozen=True)
@@ -158,17 +172,11 @@ def _kinds_to_try(wanted: str, errors: dict[str, float], config: FitConfig) -> S
 
 
 def _centre_errors(train: Cloud, heldout: Cloud, config: FitConfig) -> dict[str, float]:
-    """Error of each kind of centre at the held-out conditions, as a share of that of the average."""
-    scale = _error(train.means.mean(dim=0).expand_as(heldout.means), heldout.means)
+    """Error of each kind of centre by itself at the held-out conditions."""
+    error = Errors(train, heldout)
     return {
-        kind: _error(fit_centre(kind, train.features, train.means, config.seed)(heldout.features), heldout.means)
-        / max(scale, 1e-30)
-        for kind in ALL_KINDS
+        kind: error(fit_centre(kind, train.features, train.means, config.seed)(heldout.features)) for kind in ALL_KINDS
     }
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).square().mean())
 
 
 def _try(
@@ -214,9 +222,12 @@ def _train(
 class ConditionJudge:
     """Measures a denoiser at held-out conditions, with noise and times that are fixed once.
 
-    Called with a denoiser it returns ``heldout_loss`` (of the diffusion), ``heldout_error`` (squared error of the mean
-    of samples against the mean of the snapshots, as a share of the average's), and NaN for ``novelty``, which has no
-    meaning where nothing was recorded. Without held-out conditions all are NaN.
+    Called with a denoiser it returns ``heldout_loss`` (of the diffusion), ``heldout_error`` (of single samples against
+    the mean of the snapshots), ``heldout_error_of_mean`` (of the mean of samples), and NaN for ``novelty``, which means
+    nothing where nothing was recorded. Without held-out conditions all are NaN.
+
+    Training stops on the error of single samples. The mean of samples is best earlier, while they are still spread so
+    widely that each by itself is a bad model.
     """
 
     def __init__(
@@ -232,24 +243,28 @@ class ConditionJudge:
         uniform = uniform[torch.randperm(len(x0), generator=rng)].to(device)
         self.batch = noised_batch(x0, noise, uniform, config.diffusion)
         self.batch_condition = heldout.condition.repeat(_EVAL_REPEATS).to(device)
-        self.condition = Condition.of(heldout.features.repeat_interleave(_EVAL_SAMPLES, dim=0))
+        self.condition = Condition.of(heldout.features.repeat(_EVAL_SAMPLES, 1))
         shape = (len(self.condition), frames.width)
         self.noise = torch.randn(shape, generator=rng, dtype=torch.float32).to(device)
-        self.scale = _error(train.means.mean(dim=0).expand_as(heldout.means), heldout.means)
+        self.error = Errors(train, heldout)
 
     @torch.no_grad()
     def __call__(self, denoiser: nn.Module) -> dict[str, float]:
         nan = float("nan")
         if self.heldout is None:
-            return {"heldout_loss": nan, "heldout_error": nan, "novelty": nan}
+            return dict.fromkeys(("heldout_loss", "heldout_error", "heldout_error_of_mean", "novelty"), nan)
         value = float(loss(lambda x, t: denoiser(x, t, self.batch_condition), self.batch))
         is_quick = sampler_for(self.process).needs == "preconditioned denoiser"
         sampling = SamplingConfig(num_sampling_steps=_EVAL_STEPS if is_quick else None)
         condition = self.condition.to(self.noise.device)
         samples = run_sampler(denoiser, self.noise, condition, self.process, sampling).cpu()
-        found = self.frames.to_latents(samples, self.condition).view(len(self.heldout.features), _EVAL_SAMPLES, -1)
-        error = _error(found.mean(dim=1), self.heldout.means) / max(self.scale, 1e-30)
-        return {"heldout_loss": value, "heldout_error": error, "novelty": nan}
+        found = self.frames.to_latents(samples, self.condition).view(_EVAL_SAMPLES, len(self.heldout.features), -1)
+        return {
+            "heldout_loss": value,
+            "heldout_error": self.error(found),
+            "heldout_error_of_mean": self.error(found.mean(dim=0)),
+            "novelty": nan,
+        }
 
 
 def _ceiling(cloud: Cloud) -> float:
@@ -271,12 +286,14 @@ def _ceiling(cloud: Cloud) -> float:
 
 def _explained(cloud: Cloud, seed: int) -> dict[str, Any]:
     """Share of what conditions differ by that others predict, each left out in turn; and the same for shuffled ones."""
-    rng, means = torch.Generator().manual_seed(seed), cloud.means
-    total = _error(means.mean(dim=0).expand_as(means), means)
+    rng = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(cloud.features), generator=rng)[:_MAX_SHUFFLED]
+    features, means = cloud.features[chosen], cloud.means[chosen]
+    means = (means - means.mean(dim=0)) * leading(means).sqrt()
+    total = max(float(means.double().square().sum(dim=1).mean()), 1e-30)
 
     def share(features: Tensor) -> float:
-        best = min(choose_settings(kind, features, means)[1] for kind in ("neighbours", "ridge", "gp"))
-        return 1.0 - best / max(total, 1e-30)
+        return 1.0 - min(choose_settings(kind, features, means)[1] for kind in ("neighbours", "ridge")) / total
 
-    shuffled = [share(cloud.features[torch.randperm(len(means), generator=rng)]) for _ in range(_NUM_SHUFFLES)]
-    return {"explained": round(share(cloud.features), 4), "explained_shuffled": round(max(shuffled), 4)}
+    shuffled = [share(features[torch.randperm(len(means), generator=rng)]) for _ in range(_NUM_SHUFFLES)]
+    return {"explained": round(share(features), 4), "explained_shuffled": round(max(shuffled), 4)}

@@ -37,10 +37,14 @@ def mean_weights(features: Tensor, recorded: Tensor) -> Tensor:
 
 def neighbour_weights(features: Tensor, recorded: Tensor, k: float = 1) -> Tensor:
     """The ``k`` nearest conditions, by inverse distance; a condition that was recorded gets its own mean."""
-    distances = torch.cdist(features.double(), recorded.double())  # (B, R)
-    k = min(int(k), len(recorded))
-    nearest, index = distances.topk(k, dim=1, largest=False)
-    inverse = 1.0 / nearest.clamp_min(1e-9 * float(distances.max()) + 1e-12)
+    return _inverse_distance(torch.cdist(features.double(), recorded.double()), int(k))
+
+
+def _inverse_distance(distances: Tensor, k: int) -> Tensor:
+    """Weights (B, R) of the ``k`` smallest of the distances (B, R); an infinite one never counts."""
+    nearest, index = distances.topk(min(k, distances.shape[1]), dim=1, largest=False)
+    longest = float(distances.masked_fill(distances.isinf(), 0.0).max())
+    inverse = 1.0 / nearest.clamp_min(1e-9 * longest + 1e-12)
     weights = torch.zeros_like(distances)
     return weights.scatter_(1, index, inverse / inverse.sum(dim=1, keepdim=True))
 
@@ -137,11 +141,10 @@ def leave_one_out(kind: str, settings: Mapping[str, float], features: Tensor) ->
             _squared_exponential(features, features, settings["length"])[1], settings["noise"]
         )
     R = len(features)
-    weights = torch.zeros(R, R, dtype=torch.float64)
-    for row in range(R):
-        others = torch.arange(R) != row
-        weights[row, others] = CENTRES[kind].weights(features[row : row + 1], features[others], **settings)[0]
-    return weights
+    if kind == "mean":
+        return (torch.ones(R, R, dtype=torch.float64) / max(1, R - 1)).fill_diagonal_(0.0)
+    distances = torch.cdist(features.double(), features.double()).fill_diagonal_(float("inf"))
+    return _inverse_distance(distances, min(int(settings.get("k", 1)), R - 1))
 
 
 def choose_settings(kind: str, features: Tensor, means: Tensor) -> tuple[dict[str, float], float]:
@@ -150,14 +153,14 @@ def choose_settings(kind: str, features: Tensor, means: Tensor) -> tuple[dict[st
     Args:
         kind: a key of :data:`CENTRES`.
         features: of the recorded conditions, (R, F).
-        means: what is to be predicted, (R, K), in units in which its columns count alike.
+        means: what is to be predicted, (R, K), in units in which its columns count as they should.
 
     Returns:
-        The settings and their mean squared error.
+        The settings and their squared error, summed over the columns.
     """
     best: tuple[dict[str, float], float] | None = None
     for settings in CENTRES[kind].candidates():
-        error = float((leave_one_out(kind, settings, features) @ means.double() - means).square().mean())
+        error = float((leave_one_out(kind, settings, features) @ means.double() - means).square().sum(dim=1).mean())
         if best is None or error < best[1]:
             best = settings, error
     assert best is not None

@@ -216,7 +216,7 @@ class WeightGenerator(GeneratorParts):
 
     def told_of(self, condition: Mapping[str, Any]) -> str:
         """What is to be said of a condition outside the recorded range, with the nearest recorded one; else nothing."""
-        if self.variables is None:
+        if self.variables is None or not condition:
             return ""
         whole = {**self.conditions[0], **parse_condition(condition, "the condition")}
         outside = self.variables.outside(whole)

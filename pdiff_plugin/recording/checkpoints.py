@@ -12,7 +12,7 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -26,8 +26,10 @@ from torch import Tensor, nn
 
 from pdiff_plugin.config import Layers, RecorderConfig
 from pdiff_plugin.errors import CheckpointError, LayoutMismatchError
+from pdiff_plugin.recording.runs import Conditions, runs_of
 from pdiff_plugin.recording.selection import select
 from pdiff_plugin.recording.writer import CHUNK_BYTES, CHUNK_ROWS
+from pdiff_plugin.snapshots.conditions import write_condition
 from pdiff_plugin.snapshots.layout import DTYPES, LAYOUT_NAME, Layout, read_layout
 from pdiff_plugin.snapshots.store import SnapshotStore
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
@@ -65,14 +67,15 @@ def import_checkpoints(
     model: nn.Module | None = None,
     ema: bool = False,
     trajectory: str | None = None,
+    conditions: Conditions | None = None,
     dtype: str = RecorderConfig.dtype,
     save_base: bool = RecorderConfig.save_base,
 ) -> SnapshotStore:
-    """Take one snapshot from each checkpoint of one run.
+    """Take one snapshot from each checkpoint of one run, or of a sweep of runs with ``conditions``.
 
-    They are ordered by the step (else the epoch) that the files themselves name, if it tells them all apart, else by
-    natural name order. Prefixes that wrappers add to names (``module.``, ``_orig_mod.``, ``model.``) are stripped where
-    that makes the layouts meet.
+    Those of a run are ordered by the step (else the epoch) that the files themselves name, if it tells them all apart,
+    else by natural name order. Prefixes that wrappers add to names (``module.``, ``_orig_mod.``, ``model.``) are
+    stripped where that makes the layouts meet.
 
     Args:
         paths: files and folders: a transformers ``checkpoint-*`` folder, or one that holds checkpoints. Of a folder
@@ -82,7 +85,11 @@ def import_checkpoints(
         model: the network they are of. Without it, norm layers and heads are told by the names and shapes in the first
             file; a ``.safetensors`` file does not keep the order of layers, so name them or give the model.
         ema: take the averaged weights that timm and others keep beside the trained ones.
-        trajectory: name of the run in the store; the next free one unless given.
+        trajectory: name of the run in the store (of several: NAME-1, NAME-2, ...); the next free one unless given.
+        conditions: that the runs were trained at. A function that takes the path of a checkpoint and returns its
+            condition; a mapping of runs, files or folders to conditions; or the path of a table with a row for each
+            run. Checkpoints with the same condition and the same place, but for the step, are one run. See
+            :mod:`~pdiff_plugin.recording.runs`, also for a function that finds conditions in names.
         dtype: of the numbers on disk.
         save_base: also keep the whole last checkpoint.
 
@@ -93,6 +100,8 @@ def import_checkpoints(
         CheckpointError: a file that cannot be read, or only by running code from it.
         SelectionError: ``layers`` picks nothing.
         LayoutMismatchError: naming the first tensor that a checkpoint lacks or has in another shape.
+        ConditionError: a checkpoint without a condition, or with one unlike the others; nothing is imported then.
+        FormatError: a table of conditions that cannot be read.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files = sorted({file for path in given for file in _expand(Path(path))}, key=_natural)
@@ -100,33 +109,40 @@ def import_checkpoints(
         raise CheckpointError(
             ", ".join(map(str, given)) or "[]", "there is no checkpoint", "Give files or their folder."
         )
-    order = _order(files, ema)
-    first = _load(order[0][1], ema)
-    layout = _layout(Path(store), first, layers, model)
-    writer = TrajectoryWriter(store, layout, DTYPES[dtype], trajectory)
+    runs = runs_of(files, conditions, Path(store))
+    orders = [_order(run.files, ema) for run in runs]
+    layout = _layout(Path(store), _load(orders[0][0][1], ema), layers, model)
+    is_one = trajectory is None or len(runs) == 1
+    names = [trajectory if is_one else f"{trajectory}-{number}" for number in range(1, len(runs) + 1)]
+    # All of them first: a name in use is told before anything is written.
+    writers = [TrajectoryWriter(store, layout, DTYPES[dtype], name) for name in names]
+    for run, order, writer in zip(runs, orders, writers, strict=True):
+        if run.condition is not None:
+            write_condition(writer.folder, run.condition)
+        base = _write_rows(writer, order, ema)
+        if save_base:
+            writer.write_base(base, {"step": str(order[-1][0])})
+    return SnapshotStore.open(store)
+
+
+def _write_rows(writer: TrajectoryWriter, order: Sequence[tuple[int, Path]], ema: bool) -> dict[str, Tensor]:
+    """Write a snapshot of each checkpoint; returns the whole of the last."""
+    layout = writer.layout
     limit = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (layout.num_values * writer.row_dtype.itemsize)))
     rows: list[Tensor] = []
     steps: list[int] = []
     epochs: list[float | None] = []
-
-    def write() -> None:
-        if rows:
-            writer.write_chunk(torch.stack(rows), steps, epochs)
-            for column in (rows, steps, epochs):
-                column.clear()
-
-    for step, path in order:
+    for number, (step, path) in enumerate(order, start=1):
         checkpoint = _load(path, ema)
         base = _meet(checkpoint.state, layout)
         rows.append(layout.flatten(base))  # a copy: the state itself stays on disk
         steps.append(step)
         epochs.append(checkpoint.epoch)
-        if len(rows) == limit:
-            write()
-    write()
-    if save_base:
-        writer.write_base(base, {"step": str(order[-1][0])})
-    return SnapshotStore.open(store)
+        if len(rows) == limit or number == len(order):
+            writer.write_chunk(torch.stack(rows), steps, epochs)
+            for column in (rows, steps, epochs):
+                column.clear()
+    return base
 
 
 def _order(files: list[Path], ema: bool) -> list[tuple[int, Path]]:

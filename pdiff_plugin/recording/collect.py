@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,10 @@ from pdiff_plugin.config import CollectConfig, Cycle, Perturb, Reinit, configure
 from pdiff_plugin.errors import ConfigError, TrajectoryExistsError
 from pdiff_plugin.modules.modes import modes_kept
 from pdiff_plugin.progress import OnProgress, Progress
-from pdiff_plugin.recording.branches import Branch, Lockstep, Reset, Values, perturb
+from pdiff_plugin.recording.branches import Branch, Lockstep, LossFn, Reset, Values, perturb
 from pdiff_plugin.recording.recorder import PDiffRecorder
 from pdiff_plugin.recording.selection import select
+from pdiff_plugin.recording.sweep import Run, check_goes_on, plan_sweep
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -37,11 +38,13 @@ _RESTARTS: dict[str, type[Perturb | Reinit | Cycle]] = {"perturb": Perturb, "rei
 
 def collect(
     model: nn.Module,
-    train_loader: Iterable[Any],
-    loss_fn: Callable[[Any, Any], Tensor],
+    train_loader: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
     config: CollectConfig | None = None,
     *,
     store: str | os.PathLike[str],
+    conditions: Sequence[Mapping[str, Any]] | None = None,
+    data: Callable[..., Iterable[Any]] | None = None,
     optimizer: MakeOptimizer | None = None,
     device: str | torch.device | None = None,
     on_progress: OnProgress | None = None,
@@ -68,16 +71,32 @@ def collect(
     compiled models, and for all that follows a random draw: dropout in the frozen part stays in train mode, and each
     branch draws its own masks.
 
+    ``conditions`` records a sweep, one trajectory for each of them, to be fitted as a function of the condition::
+
+        angles = [{"angle": angle} for angle in range(0, 360, 15)]
+        collect(model, loss_fn=loss, store="runs/sweep", conditions=angles, data=rotated, restart=Cycle())
+
+    Each starts at the given weights and statistics and has a loader of its own, ``data(angle=15)``. What is to be
+    compared wants a rate that falls: ``Cycle()`` here lets it fall from ``lr`` to almost 0 over each condition's steps
+    and records the last of them, and ``Cycle(warmup_steps=90)`` or ``Perturb(warmup_steps=90)`` (constant rate) says
+    how many steps come first. The same call repeated after an interruption goes on: conditions whose trajectory is
+    whole are left out, one that was begun is begun anew. Other layers, steps or frozen weights than those of the
+    finished ones are refused; another rate or other data are not seen, so give ``trajectory`` another name then.
+
     Args:
         model: trained; in whatever mode.
-        train_loader: yields ``(inputs, targets)``; it is repeated as often as needed.
+        train_loader: yields ``(inputs, targets)``; it is repeated as often as needed. Left out with ``conditions``.
         loss_fn: called with the model's outputs and the targets.
         config: what is trained and recorded.
         store: folder to record into.
-        optimizer: makes another optimizer from the chosen parameters, once for each branch; ``lr`` and
+        conditions: settings of a sweep, each a mapping of names to values as for
+            :class:`~pdiff_plugin.PDiffRecorder`. Their trajectories are ``sweep-001``, ``sweep-002``, ... (or
+            ``trajectory``, if given, instead of ``sweep``).
+        data: called with the names and values of a condition, when its turn comes; returns its ``train_loader``.
+        optimizer: makes another optimizer from the chosen parameters, once for each branch or condition; ``lr`` and
             ``weight_decay`` are then not used (a cycle starts at the optimizer's own rates).
         device: where to train; where the model is unless given.
-        on_progress: called after every step of every branch with its loss.
+        on_progress: called after every step of every branch with its loss, and with the condition as text.
         changes: single fields of :class:`~pdiff_plugin.config.CollectConfig`: ``collect(..., layers="head")``. No
             global random state is touched by its ``seed``.
 
@@ -88,25 +107,28 @@ def collect(
         ConfigError: a setting that cannot work; ``Reinit()`` of a module without ``reset_parameters()``.
         SelectionError: ``layers`` picks nothing that is trained.
         TrajectoryExistsError: the store has snapshots under such a name.
+        ConditionError: a condition that is none, or unlike the others here or in the store.
     """
     config = configured(CollectConfig, config, changes if config is not None else _with_restart(changes))
+    if loss_fn is None:
+        raise ConfigError("loss_fn", loss_fn, "must be a function of the model's outputs and the targets")
+    make = optimizer or partial(torch.optim.AdamW, lr=config.lr, weight_decay=config.weight_decay)
+    if conditions is not None:
+        if train_loader is not None:
+            raise ConfigError(
+                "train_loader", train_loader, "must be left out with conditions: data() gives the loaders"
+            )
+        runs = plan_sweep(Path(store), conditions, data, config)
+        _record_sweep(runs, model, loss_fn, config, Path(store), make, device, on_progress)
+        return SnapshotStore.open(store)
+    if train_loader is None or data is not None:
+        raise ConfigError("train_loader", train_loader, "must be given, or conditions and data without it")
     num_warmup = config.restart.num_warmup(config.num_snapshots)
     num_steps = num_warmup + config.num_snapshots
-    recorders = [
-        PDiffRecorder(
-            store,
-            layers=config.layers,
-            max_snapshots=config.num_snapshots,
-            trajectory=name,
-            dtype=config.dtype,
-            save_base=config.save_base,
-        )
-        for name in _names(Path(store), config)
-    ]
+    recorders = [_recorder(store, config, trajectory=name) for name in _names(Path(store), config)]
     chosen = select(model, config.layers).tensors
     parameters = [tensor for tensor in chosen.values() if isinstance(tensor, nn.Parameter)]
     reset = Reset(model, parameters, config.restart) if isinstance(config.restart, Reinit) else None
-    make = optimizer or partial(torch.optim.AdamW, lr=config.lr, weight_decay=config.weight_decay)
     num_done = 0
 
     def after_step(branch: Branch, step: int, loss: Tensor) -> None:
@@ -136,6 +158,65 @@ def collect(
         if recorder.error is not None:
             raise recorder.error
     return SnapshotStore.open(store)
+
+
+def _record_sweep(
+    runs: Sequence[Run],
+    model: nn.Module,
+    loss_fn: LossFn,
+    config: CollectConfig,
+    store: Path,
+    make: MakeOptimizer,
+    device: str | torch.device | None,
+    on_progress: OnProgress | None,
+) -> None:
+    """Train the chosen layers at each condition that is not recorded yet, from the given weights each time."""
+    num_steps = config.restart.num_warmup(config.num_snapshots) + config.num_snapshots
+    selection = select(model, config.layers)
+    chosen = selection.tensors
+    parameters = [tensor for tensor in chosen.values() if isinstance(tensor, nn.Parameter)]
+    check_goes_on(store, runs, model, selection)
+    made: Optimizer | None = None
+    num_done = num_steps * sum(run.is_complete for run in runs)
+
+    with _restored(model), _moved(model, parameters[0].device, device) as place:
+        _train_only(model, chosen)
+        given = Values(parameters, [module for module in model.modules() if module.training])
+        for number, run in enumerate(runs, start=1):
+            if run.is_complete:
+                continue
+            given.load()
+            made, last = make(parameters), made
+            if made is last:
+                raise ConfigError("optimizer", make, "must make a new optimizer each time it is called")
+            recorder = _recorder(store, config, trajectory=run.trajectory, condition=run.condition)
+            if run.is_begun:
+                recorder.load_state_dict({"step": 0, "trajectory": run.trajectory, "store": str(store)})
+            text = f"{run.text} ({number} of {len(runs)})"
+
+            def after_step(branch: Branch, step: int, loss: Tensor, text: str = text) -> None:
+                nonlocal num_done
+                num_done += 1
+                if on_progress is not None:
+                    on_progress(Progress("collect", num_done, len(runs) * num_steps, {"loss": loss.item()}, text))
+
+            batches = _batches(run.load(), num_steps, place, f"data({run.text})")
+            set_rates = _cosine(made, num_steps) if isinstance(config.restart, Cycle) else _keep_rates
+            lockstep = Lockstep(model, loss_fn, chosen, [Branch(recorder, made, given)])
+            lockstep.train(batches, num_steps, after_step, set_rates)
+            if recorder.error is not None:
+                raise recorder.error
+
+
+def _recorder(store: str | os.PathLike[str], config: CollectConfig, **own: Any) -> PDiffRecorder:
+    return PDiffRecorder(
+        store,
+        layers=config.layers,
+        max_snapshots=config.num_snapshots,
+        dtype=config.dtype,
+        save_base=config.save_base,
+        **own,
+    )
 
 
 def _with_restart(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,6 +295,10 @@ def _cosine(optimizer: Optimizer, num_steps: int) -> Callable[[int], None]:
     return set_rates
 
 
+def _keep_rates(step: int) -> None:
+    """Leaves the rates of a step as they are."""
+
+
 def _train_only(model: nn.Module, chosen: dict[str, Tensor]) -> None:
     """Gradients for the chosen parameters; train mode, but for BatchNorms whose running statistics are not recorded."""
     recorded = {id(tensor) for tensor in chosen.values()}
@@ -227,15 +312,19 @@ def _train_only(model: nn.Module, chosen: dict[str, Tensor]) -> None:
             module.eval()
 
 
-def _batches(loader: Iterable[Any], num_batches: int, device: str | torch.device) -> Iterator[tuple[Any, Any]]:
-    """``num_batches`` of the loader, over and over, on ``device``."""
+def _batches(
+    loader: Iterable[Any], num_batches: int, device: str | torch.device, name: str = "train_loader"
+) -> Iterator[tuple[Any, Any]]:
+    """``num_batches`` of the loader (``name`` in errors), over and over, on ``device``."""
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise ConfigError(name, loader, "must be a loader that yields (inputs, targets)")
     while num_batches > 0:
         before = num_batches
         for inputs, targets in itertools.islice(loader, num_batches):
             num_batches -= 1
             yield _to(inputs, device), _to(targets, device)
         if num_batches == before:
-            raise ConfigError("train_loader", loader, "must yield at least one batch each time it is iterated")
+            raise ConfigError(name, loader, "must yield at least one batch each time it is iterated")
 
 
 @contextmanager

@@ -150,7 +150,7 @@ class Session:
         """Begin a trajectory of its own if the checkpoint is of a run whose snapshots are not this one's to drop."""
         if store is not None and Path(store).is_dir() and Path(store).resolve() != self.store.resolve():
             reason, trajectory = f"it was recorded in another store, {store}", self.config.trajectory
-        elif self.trajectory is not None and (end := _finished_at(self.store, self.trajectory)) > self.step:
+        elif self.trajectory is not None and (end := finished_at(self.store, self.trajectory)) > self.step:
             reason, trajectory = f"{self.trajectory} has since been recorded to its end at step {end}", None
         else:
             return
@@ -387,7 +387,7 @@ def _reader(model: nn.Module, names: Sequence[str]) -> Callable[[], list[Tensor]
     return lambda: [tensors[leaf] for tensors, leaf in places]
 
 
-def _finished_at(store: Path, trajectory: str) -> int:
+def finished_at(store: Path, trajectory: str) -> int:
     """The last step of a run that was recorded to its planned end, else 0."""
     ends = [0]
     for folder in (store, *store.glob("shards/rank-00000-of-*")):

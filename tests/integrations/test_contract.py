@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,9 +26,9 @@ IGNORED = {
     "keras": ["ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"],
 }
 # Composer pins an older torch than the others want: it runs in an environment of its own, see integrations/README.md.
+NAMES = ("lightning", "huggingface", "accelerate", "ignite", "fastai", "keras", "ray_train", "composer")
 TRAINERS = [
-    pytest.param(name, marks=[pytest.mark.filterwarnings(text) for text in IGNORED.get(name, [])])
-    for name in ("lightning", "huggingface", "accelerate", "ignite", "fastai", "keras", "ray_train", "composer")
+    pytest.param(name, marks=[pytest.mark.filterwarnings(text) for text in IGNORED.get(name, [])]) for name in NAMES
 ]
 
 
@@ -45,6 +46,11 @@ def assert_recorded(folder, history, steps):
         for name, tensor in store.state_dict(index).items():
             assert torch.equal(tensor, history[step - 1][name]), (step, name)
     return store
+
+
+def test_every_adapter_is_under_contract():
+    files = (Path(__file__).parents[2] / "integrations").glob("[!_]*.py")
+    assert sorted(path.stem for path in files) == sorted(NAMES)
 
 
 def test_the_default_records_each_step_of_the_last_epoch(driver, toolbox, tmp_path):
@@ -77,7 +83,7 @@ def test_training_ends_in_the_same_weights_and_random_state_as_without(driver, t
 
 
 def test_a_resumed_training_gives_the_store_of_an_uninterrupted_one(driver, toolbox, tmp_path):
-    settings = {"last_steps": 7}
+    settings = {"last_steps": 7, "condition": {"angle": 45.0}}
     whole = toolbox.Job(tmp_path / "whole", settings=settings)
     driver.train(whole)
 
@@ -85,8 +91,9 @@ def test_a_resumed_training_gives_the_store_of_an_uninterrupted_one(driver, tool
         driver.train(toolbox.Job(tmp_path / "parts", settings=settings, save=True, fail_at=7))
     driver.train(toolbox.Job(tmp_path / "parts", settings=settings, resume=True))
 
-    assert_recorded(tmp_path / "whole", whole.history, [4, 5, 6, 7, 8, 9, 10])
-    assert_recorded(tmp_path / "parts", whole.history, [4, 5, 6, 7, 8, 9, 10])
+    for name in ("whole", "parts"):
+        store = assert_recorded(tmp_path / name, whole.history, [4, 5, 6, 7, 8, 9, 10])
+        assert store.conditions == {"run-001": {"angle": 45.0}}
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
