@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,7 +31,6 @@ from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.progress import OnProgress, Progress, timed
 from pdiff_plugin.recording.recorder import PDiffRecorder
 from pdiff_plugin.snapshots.conditions import Condition
-from pdiff_plugin.snapshots.store import SnapshotStore
 
 ANGLES = tuple(range(0, 360, 15))
 GAP = 30  # degrees between fitted angles
@@ -141,20 +140,6 @@ def load_task(folder: Path, angle: float) -> Task:
     return Task(model.eval(), DataLoader(data, 900), name="rotated digits")
 
 
-def halfway(folder: Path) -> Callable[[Condition], Mapping[str, Tensor]]:
-    """The mean of the weights at the fitted angles on either side: the line between two stops, for next to nothing."""
-    store = SnapshotStore.open(folder)
-    run_at = {float(condition["angle"]): run for run, condition in store.conditions.items()}  # type: ignore[arg-type]
-
-    def row(condition: Condition) -> Mapping[str, Tensor]:
-        angle = float(condition["angle"])  # type: ignore[arg-type]
-        ends = [run_at[(angle + side * GAP / 2) % 360] for side in (-1, 1)]
-        mask = sum(store.trajectory_index == store.trajectories.index(run) for run in ends)
-        return store.layout.unflatten(store.rows(indices=torch.as_tensor(mask, dtype=torch.bool)).mean(dim=0))
-
-    return row
-
-
 def run(
     folder: str | os.PathLike[str], *, seed: int = 0, fresh: bool = False, on_progress: OnProgress | None = None
 ) -> ConditionEvaluation:
@@ -183,7 +168,6 @@ def run(
         place.store,
         generator,
         train=train_there,
-        extra={"halfway": halfway(place.store)},
         num_members=NUM_MEMBERS,
         joint_steps=JOINT_STEPS,
         seed=seed,

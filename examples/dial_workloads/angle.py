@@ -79,7 +79,7 @@ class Angle(Sweep):
             x = rotated(turned, -condition["angle"]).flatten(1)
             return Task(upright, loader((x, self.test_split[1]), 500), name=self.name)
 
-        return {**super().extra(variant, generator), "input turned back": turned_back}
+        return {"input turned back": turned_back}
 
 
 def as_discs(split: Split) -> Split:

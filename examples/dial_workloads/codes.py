@@ -124,7 +124,7 @@ class Codes(Sweep):
             task = self.task(**condition)
             return Task(SummedClasses(self.ten_classes(), condition["code"]), task.eval_loader, name=self.name)
 
-        return {**super().extra(variant, generator), "vote of nearest codes": vote, "ten classes, summed": summed}
+        return {"vote of nearest codes": vote, "ten classes, summed": summed}
 
     def ten_classes(self) -> nn.Module:
         """A head 256-32-10 trained on class labels, for ten times the steps of one code."""

@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +137,8 @@ class Sweep:
         return Task(self.base(), loader((x, self.test_split[1]), 500), unlabelled, name=self.name)
 
     def extra(self, variant: Variant, generator: WeightGenerator) -> dict[str, ExtraRow]:
-        """Rows beside the usual ones: averages of so many nearest conditions, whatever the error in weights says."""
-        return {f"{k} nearest": row for k, row in nearest_rows(variant.store, generator, (2, 3, 5)).items()}
+        """Rows beside the usual ones."""
+        return {}
 
     # What follows is the same for all of them.
 
@@ -261,24 +260,6 @@ class Sweep:
     def trained(self, model: nn.Module) -> list[nn.Parameter]:
         """The parameters that are trained and recorded."""
         return list(model.parameters())
-
-
-def nearest_rows(folder: Path, generator: WeightGenerator, numbers: Sequence[int]) -> dict[int, ExtraRow]:
-    """For each number the mean of the weights of so many nearest fitted conditions, by inverse distance."""
-    store = SnapshotStore.open(folder).only(generator.trajectories)
-    runs = range(len(store.trajectories))
-    means = torch.stack([store.rows(indices=store.trajectory_index == run).mean(dim=0) for run in runs])  # (R, D)
-    variables = generator.variables
-    assert variables is not None
-    recorded = variables.encode([store.conditions[run] for run in store.trajectories])
-
-    def mixed(condition: Condition, number: int) -> dict[str, Tensor]:
-        distances = torch.cdist(variables.encode([condition]), recorded)[0]
-        nearest, index = distances.topk(number, largest=False)
-        weights = 1.0 / nearest.clamp_min(1e-6)
-        return store.layout.unflatten(weights @ means[index] / weights.sum())
-
-    return {number: partial(mixed, number=number) for number in numbers}
 
 
 def run_name(number: int) -> str:

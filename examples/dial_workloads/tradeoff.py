@@ -79,4 +79,4 @@ class Tradeoff(Sweep):
         def soup(condition: Condition) -> dict[str, Tensor]:
             return store.layout.unflatten(torch.lerp(ends[0], ends[1], condition["share"]))
 
-        return {**super().extra(variant, generator), "soup of the two ends": soup}
+        return {"soup of the two ends": soup}
