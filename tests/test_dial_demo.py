@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mapping[st
     done = subprocess.run([*command, "--num-threads", "1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout)
+
+
+@pytest.fixture
+def no_other_task() -> Iterator[None]:
+    """Modules of user code are imported once in a process, and the other demo's has the same name."""
+    sys.modules.pop("task", None)
+    yield
+    sys.modules.pop("task", None)
 
 
 def losses(document: Mapping[str, Any]) -> dict[str, float]:
@@ -62,6 +70,7 @@ def test_everything_is_left_on_disk(finished: tuple[Path, Mapping[str, Any]]) ->
     assert len(SnapshotStore.open(folder / "store").conditions) == 24
 
 
+@pytest.mark.usefixtures("no_other_task")
 def test_the_commands_that_it_prints_next_work(
     finished: tuple[Path, Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
