@@ -11,8 +11,8 @@ Shapes: N snapshots, R different conditions, H of them held out, F features, K l
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,14 +24,12 @@ from pdiff_plugin.fitting.centre_stage import ALL_KINDS, fit_centre, leading, sp
 from pdiff_plugin.fitting.diffusion_stage import Batches, DenoiserTraining
 from pdiff_plugin.fitting.runtime import Runtime, pick_device
 from pdiff_plugin.fitting.training import seeded
-from pdiff_plugin.generator.centres import choose_settings
+from pdiff_plugin.generator.centres import Centre, choose_settings
 from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.condition_frames import ConditionFrames, condition_frames
 from pdiff_plugin.generator.denoiser import new_denoiser
 from pdiff_plugin.generator.diffusion import loss, noised_batch
 from pdiff_plugin.generator.samplers import run_sampler, sampler_for
-
-logger = logging.getLogger(__name__)
 
 # Samples for each held-out condition, whose mean is compared with that of the snapshots, and the steps to them.
 _EVAL_SAMPLES = 16
@@ -40,6 +38,9 @@ _EVAL_REPEATS = 8
 _NUM_SHUFFLES = 19
 _MAX_SHUFFLED = 200
 _NUM_NEIGHBOURS = 3
+# Choices are made by this many held-out conditions, in several trainings where a fifth of them is less.
+_MIN_HELDOUT = 8
+_MAX_FOLDS = 4
 
 History = list[dict[str, float]]
 
@@ -134,23 +135,28 @@ def train_condition_diffusion(
         runtime: checkpoints and progress.
         on_history: told the history of each training after each measurement.
     """
-    settings = config.condition
-    held = spread_choice(cloud.features, settings.heldout_fraction, config.seed)
-    if settings.heldout_fraction == 0:
-        held = torch.zeros_like(held)
-    train, heldout = cloud.only(~held), cloud.only(held)
-    report: dict[str, Any] = {"num_conditions": len(cloud.features), "num_heldout": int(held.sum())}
-    kind: str = settings.centre if settings.centre != "auto" else "mean"
+    wanted = config.condition.centre
+    kind: str = wanted if wanted != "auto" else "mean"
     num_steps: int | None = None
-    if bool(held.any()):
-        scores = runtime.on_rank_0(lambda: _centre_errors(train, heldout, config))
-        kinds = _kinds_to_try(settings.centre, scores, config)
-        tried = {one: _try(one, train, heldout, config, runtime, on_history) for one in kinds}
+    report: dict[str, Any] = {"num_conditions": len(cloud.features)}
+    if folds := _folds(cloud, config):
+        centres = runtime.on_rank_0(lambda: [_fit_centres(fold, config) for fold in folds])
+        alone = {
+            one: _mean(
+                fold.error(found[one](fold.heldout.features)) for fold, found in zip(folds, centres, strict=True)
+            )
+            for one in ALL_KINDS
+        }
+        tried = {
+            one: _try([found[one] for found in centres], folds, config, runtime, on_history)
+            for one in _kinds_to_try(wanted, alone, config)
+        }
         kind = min(tried, key=lambda one: tried[one][0])
         num_steps = tried[kind][1]
         report |= {
+            "num_heldout": sum(len(fold.heldout.features) for fold in folds),
             "heldout_error": tried[kind][0],
-            "centre_errors": scores,
+            "centre_errors": alone,
             "diffusion_errors": {one: error for one, (error, _) in tried.items()},
         }
     centre = runtime.on_rank_0(lambda: fit_centre(kind, cloud.features, cloud.means, config.seed))
@@ -159,6 +165,29 @@ def train_condition_diffusion(
     report |= {"centre": kind, "centre_settings": dict(centre.settings), "diffusion_steps": int(history[-1]["step"])}
     report |= {"ceiling": _ceiling(cloud), **_explained(cloud, config.seed)}
     return FittedCondition(frames, denoiser, history, report)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Conditions to train on and others to judge by."""
+
+    train: Cloud
+    heldout: Cloud
+    error: Errors
+
+
+def _folds(cloud: Cloud, config: FitConfig) -> list[Fold]:
+    """Random choices of the conditions to hold out; several where one would hold too few to choose by."""
+    fraction, R = config.condition.heldout_fraction, len(cloud.features)
+    if fraction == 0:
+        return []
+    count = int(spread_choice(cloud.features, fraction, config.seed).sum())
+    folds = []
+    for number in range(min(_MAX_FOLDS, math.ceil(_MIN_HELDOUT / max(1, count)))):
+        held = spread_choice(cloud.features, fraction, config.seed + number)
+        train, heldout = cloud.only(~held), cloud.only(held)
+        folds.append(Fold(train, heldout, Errors(train, heldout)))
+    return folds if 0 < count < R else []
 
 
 def _kinds_to_try(wanted: str, errors: dict[str, float], config: FitConfig) -> Sequence[str]:
@@ -171,35 +200,36 @@ def _kinds_to_try(wanted: str, errors: dict[str, float], config: FitConfig) -> S
     return ["mean"] if best == "mean" else ["mean", best]
 
 
-def _centre_errors(train: Cloud, heldout: Cloud, config: FitConfig) -> dict[str, float]:
-    """Error of each kind of centre by itself at the held-out conditions."""
-    error = Errors(train, heldout)
-    return {
-        kind: error(fit_centre(kind, train.features, train.means, config.seed)(heldout.features)) for kind in ALL_KINDS
-    }
+def _fit_centres(fold: Fold, config: FitConfig) -> dict[str, Centre]:
+    return {kind: fit_centre(kind, fold.train.features, fold.train.means, config.seed) for kind in ALL_KINDS}
 
 
 def _try(
-    kind: str,
-    train: Cloud,
-    heldout: Cloud,
+    centres: Sequence[Centre],
+    folds: Sequence[Fold],
     config: FitConfig,
     runtime: Runtime,
     on_history: Callable[[History], None],
 ) -> tuple[float, int]:
-    """Train without the held-out conditions: the error there, as a share of the average's, and the best step."""
-    centre = runtime.on_rank_0(lambda: fit_centre(kind, train.features, train.means, config.seed))
-    frames = condition_frames(centre, train.latents, train.features[train.place])
-    stage = f"diffusion-{kind}"
-    _, history = _train(frames, train, heldout, config, runtime, stage, on_history)
-    best = next(entry for entry in history if entry["step"] == history[-1]["best_step"])
-    return best["heldout_error"], int(best["step"])
+    """Train about a centre without the held-out conditions: the error there, and the step at which it was least."""
+    best = []
+    for number, (centre, fold) in enumerate(zip(centres, folds, strict=True)):
+        frames = condition_frames(centre, fold.train.latents, fold.train.features[fold.train.place])
+        stage = f"diffusion-{centre.kind}" + (f"-{number + 1}" if len(folds) > 1 else "")
+        _, history = _train(frames, fold.train, fold, config, runtime, stage, on_history)
+        best.append(next(entry for entry in history if entry["step"] == history[-1]["best_step"]))
+    return _mean(entry["heldout_error"] for entry in best), round(_mean(entry["step"] for entry in best))
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
 
 
 def _train(
     frames: ConditionFrames,
     train: Cloud,
-    heldout: Cloud | None,
+    fold: Fold | None,
     config: FitConfig,
     runtime: Runtime,
     stage: str,
@@ -213,7 +243,7 @@ def _train(
     denoiser = seeded(lambda: new_denoiser(config, frames), config.seed).to(device)
     local = frames.to_local(train.latents, train.condition).to(device)
     batches = Batches(local, train.condition.to(device), train.run, torch.arange(len(local)), config)
-    judge = ConditionJudge(frames, train, heldout, config, device)
+    judge = ConditionJudge(frames, fold, config, device)
     training = DenoiserTraining(denoiser, judge, config, runtime, stage=stage, stop_on="heldout_error")
     training.run(batches, on_history)
     return training.chosen(), training.history
@@ -230,12 +260,11 @@ class ConditionJudge:
     widely that each by itself is a bad model.
     """
 
-    def __init__(
-        self, frames: ConditionFrames, train: Cloud, heldout: Cloud | None, config: FitConfig, device: torch.device
-    ) -> None:
-        self.frames, self.heldout, self.process = frames, heldout, config.diffusion
-        if heldout is None:
+    def __init__(self, frames: ConditionFrames, fold: Fold | None, config: FitConfig, device: torch.device) -> None:
+        self.frames, self.fold, self.process = frames, fold, config.diffusion
+        if fold is None:
             return
+        heldout = fold.heldout
         rng = torch.Generator().manual_seed(config.seed + 2)
         x0 = frames.to_local(heldout.latents, heldout.condition).repeat(_EVAL_REPEATS, 1).to(device)
         noise = torch.randn(x0.shape, generator=rng, dtype=torch.float32).to(device)
@@ -246,23 +275,22 @@ class ConditionJudge:
         self.condition = Condition.of(heldout.features.repeat(_EVAL_SAMPLES, 1))
         shape = (len(self.condition), frames.width)
         self.noise = torch.randn(shape, generator=rng, dtype=torch.float32).to(device)
-        self.error = Errors(train, heldout)
 
     @torch.no_grad()
     def __call__(self, denoiser: nn.Module) -> dict[str, float]:
         nan = float("nan")
-        if self.heldout is None:
+        if self.fold is None:
             return dict.fromkeys(("heldout_loss", "heldout_error", "heldout_error_of_mean", "novelty"), nan)
         value = float(loss(lambda x, t: denoiser(x, t, self.batch_condition), self.batch))
         is_quick = sampler_for(self.process).needs == "preconditioned denoiser"
         sampling = SamplingConfig(num_sampling_steps=_EVAL_STEPS if is_quick else None)
         condition = self.condition.to(self.noise.device)
         samples = run_sampler(denoiser, self.noise, condition, self.process, sampling).cpu()
-        found = self.frames.to_latents(samples, self.condition).view(_EVAL_SAMPLES, len(self.heldout.features), -1)
+        found = self.frames.to_latents(samples, self.condition).view(_EVAL_SAMPLES, len(self.fold.heldout.features), -1)
         return {
             "heldout_loss": value,
-            "heldout_error": self.error(found),
-            "heldout_error_of_mean": self.error(found.mean(dim=0)),
+            "heldout_error": self.fold.error(found),
+            "heldout_error_of_mean": self.fold.error(found.mean(dim=0)),
             "novelty": nan,
         }
 

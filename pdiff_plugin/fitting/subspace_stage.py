@@ -25,6 +25,8 @@ from pdiff_plugin.snapshots.statistics import Statistics, column_blocks, indicat
 
 # Eigenvalues below this share of the largest are noise of the accumulation.
 _NOISE_SHARE = 1e-10
+# Of more snapshots than this, of many conditions, only the leading eigenvectors are computed.
+_MANY_ROWS = 1500
 # A basis of this size is kept on disk while fitting, where there is room for it.
 _MAPPED_BYTES = 256 << 20
 
@@ -43,7 +45,9 @@ def fit_subspace(split: Split, statistics: Statistics, config: FitConfig, runtim
     """
     settings, train = cast(SubspaceConfig, config.autoencoder), split.train_rows
     gram = statistics.gram
-    lift, means = _directions(gram[train][:, train], split.clouds[train], settings)  # (n, K), (n, R)
+    lift, means = _directions(
+        gram[train][:, train], split.clouds[train], settings, is_pooled=split.is_pooled
+    )  # (n, K), (n, R)
     # Every row's coordinates follow from the Gram matrix alone: z = X b = G[:, train] lift.
     coordinates = gram[:, train] @ lift  # (N, K)
     latent_scale = float(coordinates[train].std(correction=0)) or 1.0
@@ -100,7 +104,29 @@ def _fidelity(split: Split, gram: Tensor, coordinates: Tensor, means: Tensor) ->
     return float(1 - lost / movement) if movement > 0 else 1.0
 
 
-def _directions(gram: Tensor, labels: Tensor, config: SubspaceConfig) -> tuple[Tensor, Tensor]:
+def _all(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues (n,) by falling size, their vectors (n, n), and their sum."""
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
+    eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
+    return eigenvalues, vectors, eigenvalues.clamp_min(0).sum()
+
+
+def _leading(gram: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_all` of the centred Gram matrix, but of the ``count`` largest eigenvalues alone."""
+    import numpy as np
+    from scipy.sparse.linalg import eigsh
+
+    mean = gram.mean(dim=0)
+    centred = (gram - mean - mean[:, None] + mean.mean()).numpy()
+    start = np.random.default_rng(0).standard_normal(len(gram))  # one that is the same every time
+    values, vectors = eigsh(centred, k=count, which="LA", v0=start)
+    order = np.argsort(values)[::-1].copy()
+    return torch.from_numpy(values[order]), torch.from_numpy(vectors[:, order].copy()), torch.tensor(centred.trace())
+
+
+def _directions(
+    gram: Tensor, labels: Tensor, config: SubspaceConfig, *, is_pooled: bool = False
+) -> tuple[Tensor, Tensor]:
     """Orthonormal directions as combinations of training rows, by falling variance.
 
     They span where the trajectories' means lie and the leading directions in which snapshots move about those means:
@@ -110,6 +136,7 @@ def _directions(gram: Tensor, labels: Tensor, config: SubspaceConfig) -> tuple[T
         gram: (n, n) float64 of the training rows.
         labels: trajectory of each, (n,).
         config: how many directions to keep.
+        is_pooled: whether the rows are of many conditions, and so may be many.
 
     Returns:
         (n, K) and, as combinations too, the R means (n, R).
@@ -117,12 +144,12 @@ def _directions(gram: Tensor, labels: Tensor, config: SubspaceConfig) -> tuple[T
     member = torch.stack([labels == run for run in sorted(set(labels.tolist()))], dim=1).double()  # (n, R)
     means = member / member.sum(dim=0)
     centring = torch.eye(len(gram), dtype=torch.float64) - means @ member.T
-    eigenvalues, vectors = torch.linalg.eigh(centring @ gram @ centring)
-    eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
     R = member.shape[1]
+    is_large = is_pooled and len(gram) > max(_MANY_ROWS, 8 * config.latent_dim)
+    eigenvalues, vectors, total = _leading(gram, config.latent_dim) if is_large else _all(centring @ gram @ centring)
     # Centring leaves rank n - R at most. Values under the noise of the accumulation are no directions.
     num_real = int((eigenvalues > eigenvalues[0] * _NOISE_SHARE).sum())
-    share = eigenvalues.clamp_min(0).cumsum(0) / eigenvalues.clamp_min(0).sum()
+    share = eigenvalues.clamp_min(0).cumsum(0) / total
     needed = int((share < config.explained_variance).sum()) + 1
     K = max(1, min(R * config.latent_dim, needed, num_real, len(gram) - R))
     spanning = centring @ vectors[:, :K] / eigenvalues[:K].clamp_min(1e-300).sqrt()  # (n, K)
