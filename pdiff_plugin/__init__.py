@@ -19,6 +19,7 @@ if not _os.path.isdir(_os.path.join(_here, "integrations")) and _os.path.isfile(
 
 if _TYPE_CHECKING:
     from pdiff_plugin.config import CollectConfig as CollectConfig
+    from pdiff_plugin.config import ConditionConfig as ConditionConfig
     from pdiff_plugin.config import ConvConfig as ConvConfig
     from pdiff_plugin.config import Cycle as Cycle
     from pdiff_plugin.config import DiffusionConfig as DiffusionConfig
@@ -31,6 +32,7 @@ if _TYPE_CHECKING:
     from pdiff_plugin.config import SamplingConfig as SamplingConfig
     from pdiff_plugin.config import SubspaceConfig as SubspaceConfig
     from pdiff_plugin.ensemble.batchnorm import recalibrate_batchnorm as recalibrate_batchnorm
+    from pdiff_plugin.ensemble.dial import Dial as Dial
     from pdiff_plugin.ensemble.ensemble import DiffusionEnsemble as DiffusionEnsemble
     from pdiff_plugin.ensemble.ensemble import ensemble_from_diffusion as ensemble_from_diffusion
     from pdiff_plugin.ensemble.soup import best_member as best_member
@@ -66,10 +68,12 @@ _HOME = {
     "ConvConfig": "config",
     "Cycle": "config",
     "DiffusionConfig": "config",
+    "Dial": "ensemble.dial",
     "DiffusionEnsemble": "ensemble.ensemble",
     "EvaluateConditionsConfig": "config",
     "EvaluateConfig": "config",
     "Evaluation": "evaluation.result",
+    "ConditionConfig": "config",
     "FitConfig": "config",
     "Layout": "snapshots.layout",
     "PDiffError": "errors",
@@ -113,6 +117,7 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "import_checkpoints",
     "SnapshotStore",
     "Layout",
+    "ConditionConfig",
     "FitConfig",
     "SubspaceConfig",
     "ConvConfig",
@@ -125,6 +130,7 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "swap_",
     "ensemble_from_diffusion",
     "DiffusionEnsemble",
+    "Dial",
     "uniform_soup",
     "greedy_soup",
     "best_member",

@@ -248,7 +248,8 @@ class SubspaceConfig:
     kind: ClassVar[Literal["subspace"]] = "subspace"
 
     latent_dim: int = 64
-    """Largest number of directions per trajectory; fewer are kept when fewer reach `explained_variance`."""
+    """Largest number of directions per trajectory; fewer are kept when fewer reach `explained_variance`. Of runs with
+    conditions four times as many for all of them together."""
     explained_variance: float = 0.999
     """Share of the snapshots' movement within their trajectory that the kept directions must reach, if `latent_dim`
     allows."""

@@ -119,11 +119,15 @@ def show_conditions(document: dict[str, Any]) -> None:
 
 def generator(path: str, fitted: WeightGenerator) -> dict[str, Any]:
     """What a generator makes and what its fit measured, as plain JSON."""
+    from pdiff_plugin.evaluation.condition_map import summary
+
+    kinds = {variable.name: variable.kind for variable in fitted.variables.variables} if fitted.variables else {}
     return {
         "generator": path,
         "num_values": fitted.layout.num_values,
         "tensors": fitted.layout.to_json(),
         "trajectories": fitted.trajectories,
+        "conditions": [{**one, "kind": kinds[one["name"]]} for one in summary(fitted.conditions)],
         "config": fitted.config.to_json(),
         "report": fitted.report,
         "provenance": fitted.provenance,
@@ -132,8 +136,15 @@ def generator(path: str, fitted: WeightGenerator) -> dict[str, Any]:
 
 def show_generator(document: dict[str, Any]) -> None:
     """Print what :func:`generator` tells."""
-    rows = [[name, _text(value)] for name, value in document["report"].items()]
+    report = dict(document["report"])
+    found = report.pop("condition", {})
+    rows = [[name, _text(value)] for name, value in report.items()]
     console.table(f"generator {document['generator']}", ["measured by the fit", ""], rows, numeric=False)
+    if found:
+        rows = [[name, _text(value)] for name, value in found.items()]
+        console.table("at conditions held out", ["measured by the fit", ""], rows, numeric=False)
+        about = [[one["name"], one["kind"], str(one["num_values"]), _range(one)] for one in document["conditions"]]
+        console.table("made for", ["condition", "kind", "values", "range"], about, numeric=False)
     console.say(_tensors(document))
 
 

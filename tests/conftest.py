@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from pdiff_plugin import WeightGenerator
+from pdiff_plugin.snapshots.conditions import set_condition
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 from pdiff_plugin.snapshots.store import SnapshotStore
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
@@ -49,6 +51,19 @@ def write_walk(path: Path, num_snapshots: int = 60, *, seed: int = 0, trajectory
 @pytest.fixture
 def walk_store(tmp_path: Path) -> Path:
     return write_walk(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def sweep_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve runs of four snapshots, moved by the angle at which they were recorded; to be read only."""
+    folder = tmp_path_factory.mktemp("sweep") / "store"
+    walk = SnapshotStore.open(write_walk(folder.parent / "walk", 4))
+    direction = torch.randn(walk.layout.num_values, generator=torch.Generator().manual_seed(3))
+    for number in range(12):
+        writer = TrajectoryWriter(folder, walk.layout)
+        writer.write_chunk(walk.rows() + math.sin(math.radians(30 * number)) * direction, walk.steps.tolist())
+        set_condition(folder, writer.trajectory, {"angle": 30.0 * number, "style": "ink" if number % 2 else "oil"})
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -688,3 +689,67 @@ def test_fit_offers_alignment_and_refuses_it_for_a_single_norm(
     assert "--align {none,rebasin}" in capsys.readouterr().out
     assert main(["fit", str(walk_store), "--out", str(tmp_path / "fit"), "--align", "rebasin", *QUICK]) == 1
     assert "Tensor 'norm.weight' of shape (8, 5)" in error_text(capsys)
+
+
+@pytest.fixture(scope="module")
+def sweep_fit(sweep_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sweep") / "fit"
+    quick = ["--diffusion.max-steps", "50", "--diffusion.width", "32"]
+    held = ["--condition", "angle:cyclic=360", "--hold-out", "angle=90,210"]
+    assert main(["fit", str(sweep_store), "--out", str(out), *quick, *held]) == 0
+    return out
+
+
+def test_a_fit_on_conditions_tells_what_it_learned_and_from_what(
+    sweep_fit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(sweep_fit)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"num_conditions +10", text)
+    assert re.search(r"angle +cyclic +10 +0 to 330", text)
+    assert re.search(r"style +category +2 +ink, oil", text)
+    assert main(["inspect", str(sweep_fit), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["report"]["condition"]["num_conditions"] == 10
+
+
+def test_members_are_made_for_a_condition(sweep_fit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(sweep_fit), "--num-members", "2"]
+    assert main([*command, "--out", str(tmp_path / "one"), "--condition", "angle=50", "style=ink"]) == 0
+    with safe_open(tmp_path / "one" / "member-0001.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["condition"]) == {"angle": 50, "style": "ink"}
+
+    lines = tmp_path / "many.jsonl"
+    lines.write_text('{"angle": 50, "style": "ink"}\n\n{"angle": 400}\n')
+    assert main([*command, "--out", str(tmp_path / "many"), "--conditions", str(lines)]) == 0
+    assert "4 members" in capsys.readouterr().out
+    one, first, second = (
+        load_file(tmp_path / place / "member-0001.safetensors")
+        for place in ("one", "many/condition-0000", "many/condition-0001")
+    )
+    assert all(torch.equal(one[name], first[name]) for name in one)
+    assert not all(torch.equal(one[name], second[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["--condition", "angel=50"], "the unknown name 'angel' (did you mean 'angle'?)"),
+        (["--condition", "style=chalk"], "found style = 'chalk', expected one of ink, oil"),
+        (["--condition", "angle"], "found 'angle', expected NAME=VALUE"),
+        (["--condition", "angle=1", "angle=2"], "found 'angle' twice, expected each name once"),
+        (["--condition", "angle=@no.npy"], "@no.npy, which cannot be read"),
+        (["--conditions", "LINES", "--condition", "angle=1"], "must be given without --condition"),
+        (["--conditions", "LINES"], "lines.jsonl, line 2: found {oops, expected a JSON mapping"),
+        (["--conditions", "no.jsonl"], "expected a JSON mapping a line"),
+    ],
+)
+def test_a_condition_that_cannot_be_is_told_before_anything_is_written(
+    sweep_fit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], text: str
+) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"angle": 50}\n{oops\n')
+    out = tmp_path / "members"
+    given = [str(lines) if one == "LINES" else one for one in given]
+    assert main(["generate", str(sweep_fit), "--out", str(out), *given]) == 1
+    assert text in error_text(capsys)
+    assert not out.exists()

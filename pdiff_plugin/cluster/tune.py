@@ -40,7 +40,7 @@ from pdiff_plugin.config import DistributedConfig, FitConfig, TuneConfig
 from pdiff_plugin.errors import ConfigError, FitExistsError, PDiffError, WorkersFailedError
 from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX, Runtime
-from pdiff_plugin.fitting.statistics_stage import measure_store, part_to_fit
+from pdiff_plugin.fitting.statistics_stage import measure_store, part_to_fit, variables_of
 from pdiff_plugin.generator.alignment import reader
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.generator_file import FILE_NAME
@@ -115,7 +115,8 @@ def tune(
         base: settings that are not searched for, and the first trial.
         search: what is searched and where it runs.
         out: run folder, on storage that every node sees.
-        score: judges a generator; the weight-space score of :class:`HeldoutScore` unless given.
+        score: judges a generator; the weight-space score of :class:`HeldoutScore` unless given, or
+            :class:`ConditionScore` of a store with conditions.
         fresh: start anew.
         on_progress: told the number of trials that have ended.
 
@@ -142,7 +143,7 @@ def tune(
     # Once for all trials: their fits go on from here.
     split, _, _ = measure_store(store, base, Runtime(work, on_progress))
     if score is None:
-        score = HeldoutScore(path, split.rows[split.heldout])
+        score = ConditionScore() if split.is_pooled else HeldoutScore(path, split.rows[split.heldout], base)
     with _environment(_TUNE_SETTINGS), connected(search.address):
         wait_for_room(distributed)
         check_shared([*layout_files(path), folder / "tune.json"])
@@ -177,7 +178,7 @@ def _open(
         "fingerprint": fingerprint(store),
         "config": base.to_json(),
         "search": settings,
-        "score": str(score) if score is not None else HeldoutScore.name,
+        "score": str(score) if score is not None else _own_score(store, base),
         "trials": [],
     }
     mine = json.loads(json.dumps(mine))  # as it will be read again: with lists for tuples
@@ -340,17 +341,17 @@ class HeldoutScore:
 
     name = "energy distance to held-out snapshots"
 
-    def __init__(self, store: Path, heldout: Tensor, seed: int = 0) -> None:
+    def __init__(self, store: Path, heldout: Tensor, config: FitConfig | None = None, seed: int = 0) -> None:
         if len(heldout) < 2:
             expected = "must hold out at least 2 snapshots to score a search; raise it, or record more snapshots"
             raise ConfigError("heldout_fraction", f"{len(heldout)} of the snapshots", expected)
-        self.store, self.heldout, self.seed = store, heldout, seed
+        self.store, self.heldout, self.config, self.seed = store, heldout, config or FitConfig(), seed
 
     def __str__(self) -> str:
         return self.name
 
     def __call__(self, generator: WeightGenerator, temperature: float) -> float:
-        store = SnapshotStore.open(self.store)
+        store = part_to_fit(SnapshotStore.open(self.store), self.config)
         latents = generator.sample_latents(
             _NUM_SAMPLES, temperature=temperature, rng=torch.Generator().manual_seed(self.seed)
         )
@@ -369,6 +370,27 @@ class HeldoutScore:
             points = transform(both, name).double() / scales[place[name]]
             total += torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").square()
         return total
+
+
+class ConditionScore:
+    """Error of samples at the conditions that a fit holds out, as a share of the average's; lower is better.
+
+    It is what the fit measured at temperature one, whatever temperature is tried.
+    """
+
+    name = "error of samples at conditions held out"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, generator: WeightGenerator, temperature: float) -> float:
+        del temperature
+        return float(generator.report["condition"].get("heldout_error", math.nan))
+
+
+def _own_score(store: SnapshotStore, base: FitConfig) -> str:
+    """Name of the score that a search uses unless it is given one."""
+    return HeldoutScore.name if variables_of(store, base) is None else ConditionScore.name
 
 
 def energy_distance(distances: Tensor, num_samples: int) -> float:

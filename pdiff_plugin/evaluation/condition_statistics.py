@@ -55,8 +55,13 @@ class Difference:
 
     @property
     def is_won(self) -> bool:
-        reach = self.loss + num_errors(self.num_conditions) * self.loss_error
-        return reach < 0 and -self.loss >= self.needed and not self.loses_score
+        """Whether the loss is surely lower, by what counts, and the score not surely lower."""
+        return self.is_lower and -self.loss >= self.needed
+
+    @property
+    def is_lower(self) -> bool:
+        """Whether the loss is surely lower, by however little, and the score not surely lower."""
+        return self.loss + num_errors(self.num_conditions) * self.loss_error < 0 and not self.loses_score
 
     @property
     def is_excluded(self) -> bool:

@@ -13,8 +13,10 @@ lucky at the conditions that chose it. Inside and outside the fitted range are j
 
 1. "too few conditions to tell": fewer than three.
 2. "nothing to gain": the gain of training at the condition itself on the average of all is excluded.
-3. "nothing to gain": training there has won against the best cheap row, and the gain on that row of the condition's own
-   weights, projected on the span of the fitted ones, is excluded. No generator that lives in that span can do better.
+3. "nothing to gain": training there has won against the best cheap row; the gain on that row of the condition's own
+   weights, projected on the span of the fitted ones, is excluded; and generated members are not surely better than it.
+   The projection is the nearest point of the span by weights and not by loss: where other points are better, it is no
+   bound, and members that did better have shown so.
 4. "conditions explain nothing": the gain of generated members on members made for another condition is excluded.
 5. "worth it": generated members have won against every cheap row and every other way to do without: the model as it is,
    a joint one, a user's own.
@@ -191,7 +193,7 @@ class _Case:
                 "nothing to gain: training at the condition itself is no better than the average of all conditions "
                 f"({self.trained[AVERAGE].text(self.kind)})."
             )
-        if self.trained[BEST_CHEAP].is_won and self.headroom.is_excluded:
+        if self.trained[BEST_CHEAP].is_won and self.headroom.is_excluded and not cheap.is_lower:
             return "nothing to gain", (
                 f"nothing to gain: the span of the runs holds no more than {self._named(BEST_CHEAP)}: the conditions' "
                 f"own weights projected on it, minus that row, {self.headroom.text(self.kind)}. Training there "

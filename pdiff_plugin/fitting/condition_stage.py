@@ -31,10 +31,10 @@ from pdiff_plugin.generator.denoiser import new_denoiser
 from pdiff_plugin.generator.diffusion import loss, noised_batch
 from pdiff_plugin.generator.samplers import run_sampler, sampler_for
 
-# Samples for each held-out condition, whose mean is compared with that of the snapshots, and the steps to them.
-_EVAL_SAMPLES = 16
+# Snapshots and samples at held-out conditions by which a denoiser is measured, and the steps to samples.
+_EVAL_ROWS = 512
+_LEAST_SAMPLES, _MOST_SAMPLES = 4, 16
 _EVAL_STEPS = 8
-_EVAL_REPEATS = 8
 _NUM_SHUFFLES = 19
 _MAX_SHUFFLED = 200
 _NUM_NEIGHBOURS = 3
@@ -266,13 +266,15 @@ class ConditionJudge:
             return
         heldout = fold.heldout
         rng = torch.Generator().manual_seed(config.seed + 2)
-        x0 = frames.to_local(heldout.latents, heldout.condition).repeat(_EVAL_REPEATS, 1).to(device)
+        rows = torch.linspace(0, len(heldout.latents) - 1, _EVAL_ROWS).round().long()  # some several times, or not all
+        x0 = frames.to_local(heldout.latents, heldout.condition)[rows].to(device)
         noise = torch.randn(x0.shape, generator=rng, dtype=torch.float32).to(device)
         uniform = (torch.arange(len(x0), dtype=torch.float32) + 0.5) / len(x0)
         uniform = uniform[torch.randperm(len(x0), generator=rng)].to(device)
         self.batch = noised_batch(x0, noise, uniform, config.diffusion)
-        self.batch_condition = heldout.condition.repeat(_EVAL_REPEATS).to(device)
-        self.condition = Condition.of(heldout.features.repeat(_EVAL_SAMPLES, 1))
+        self.batch_condition = heldout.condition[rows].to(device)
+        self.num_samples = max(_LEAST_SAMPLES, min(_MOST_SAMPLES, _EVAL_ROWS // len(heldout.features)))
+        self.condition = Condition.of(heldout.features.repeat(self.num_samples, 1))
         shape = (len(self.condition), frames.width)
         self.noise = torch.randn(shape, generator=rng, dtype=torch.float32).to(device)
 
@@ -286,7 +288,9 @@ class ConditionJudge:
         sampling = SamplingConfig(num_sampling_steps=_EVAL_STEPS if is_quick else None)
         condition = self.condition.to(self.noise.device)
         samples = run_sampler(denoiser, self.noise, condition, self.process, sampling).cpu()
-        found = self.frames.to_latents(samples, self.condition).view(_EVAL_SAMPLES, len(self.fold.heldout.features), -1)
+        found = self.frames.to_latents(samples, self.condition).view(
+            self.num_samples, len(self.fold.heldout.features), -1
+        )
         return {
             "heldout_loss": value,
             "heldout_error": self.fold.error(found),

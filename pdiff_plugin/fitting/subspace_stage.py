@@ -25,6 +25,8 @@ from pdiff_plugin.snapshots.statistics import Statistics, column_blocks, indicat
 
 # Eigenvalues below this share of the largest are noise of the accumulation.
 _NOISE_SHARE = 1e-10
+# Times `latent_dim` directions for all snapshots of many conditions.
+_POOLED = 4
 # Of more snapshots than this, of many conditions, only the leading eigenvectors are computed.
 _MANY_ROWS = 1500
 # A basis of this size is kept on disk while fitting, where there is room for it.
@@ -145,13 +147,14 @@ def _directions(
     means = member / member.sum(dim=0)
     centring = torch.eye(len(gram), dtype=torch.float64) - means @ member.T
     R = member.shape[1]
-    is_large = is_pooled and len(gram) > max(_MANY_ROWS, 8 * config.latent_dim)
-    eigenvalues, vectors, total = _leading(gram, config.latent_dim) if is_large else _all(centring @ gram @ centring)
+    most = config.latent_dim * (_POOLED if is_pooled else member.shape[1])
+    is_large = is_pooled and len(gram) > max(_MANY_ROWS, 8 * most)
+    eigenvalues, vectors, total = _leading(gram, most) if is_large else _all(centring @ gram @ centring)
     # Centring leaves rank n - R at most. Values under the noise of the accumulation are no directions.
     num_real = int((eigenvalues > eigenvalues[0] * _NOISE_SHARE).sum())
     share = eigenvalues.clamp_min(0).cumsum(0) / total
     needed = int((share < config.explained_variance).sum()) + 1
-    K = max(1, min(R * config.latent_dim, needed, num_real, len(gram) - R))
+    K = max(1, min(most, needed, num_real, len(gram) - R))
     spanning = centring @ vectors[:, :K] / eigenvalues[:K].clamp_min(1e-300).sqrt()  # (n, K)
     if R == 1:
         return _fix_signs(spanning), means

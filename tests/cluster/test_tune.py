@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pdiff_plugin import DiffusionConfig, FitConfig, WeightGenerator, fit
+from pdiff_plugin import ConditionConfig, DiffusionConfig, FitConfig, WeightGenerator, fit
 from pdiff_plugin.config import TuneConfig
 from pdiff_plugin.errors import ConfigError, FitExistsError
 
@@ -80,6 +80,16 @@ def test_a_search_ends_with_its_best_fit_and_is_returned_when_asked_again(local_
     recorded_anew = make_store(2.0 * torch.rand(60, 40))
     with pytest.raises(FitExistsError, match="a search on other snapshots"):
         tune(recorded_anew, QUICK, TuneConfig(num_trials=3), out=tmp_path / "tuned")
+
+
+def test_a_search_on_conditions_is_judged_at_those_held_out(local_ray, sweep_store, tmp_path):
+    base = replace(QUICK, condition=ConditionConfig(kinds=("angle:cyclic=360",), hold_out=("angle=90",)))
+    found = tune(sweep_store, base, TuneConfig(num_trials=2), out=tmp_path / "search")
+
+    assert found["score"] == "error of samples at conditions held out"
+    best = WeightGenerator.load(tmp_path / "search")
+    assert found["trials"][0]["score"] == pytest.approx(best.report["condition"]["heldout_error"], abs=1e-5)
+    assert len(best.trajectories) == 11
 
 
 def test_what_is_searched_reaches_the_fit_and_the_base_keeps_the_rest():

@@ -90,6 +90,22 @@ def test_what_cannot_be_told_apart_says_so_with_difference_and_error() -> None:
     assert found.best_cheap == "ridge"
 
 
+@pytest.mark.parametrize(("generated", "outcome"), [(1.2, "worth it"), (1.49, "train there"), (1.6, "nothing to gain")])
+def test_a_projection_that_is_no_better_than_a_cheap_row_is_no_bound_for_members_that_are(
+    generated: float, outcome: str
+) -> None:
+    wobble = torch.tensor([0.001, -0.001] * 4)
+    rows = rows_of(
+        trained=[1.0] * 8,
+        generated=(generated + wobble).tolist(),
+        average=[2.0] * 8,
+        ridge=[1.5] * 8,
+        ceiling=[1.6] * 8,
+        shuffled=[3.0] * 8,
+    )
+    assert judge_conditions(CLASSIFICATION, rows).outcome == outcome
+
+
 def test_a_few_steps_of_training_that_do_as_well_are_told() -> None:
     rows = rows_of(
         trained=[1.0, 1.1, 1.0, 1.1],

@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import distributed
 
-from pdiff_plugin import DiffusionConfig, FitConfig, WeightGenerator, fit
+from pdiff_plugin import ConditionConfig, DiffusionConfig, FitConfig, SnapshotStore, WeightGenerator, fit
 from pdiff_plugin.errors import ConfigError, FitExistsError, UnusableSnapshotsError
 from pdiff_plugin.fitting.ranks import fit_on_ranks
 
 QUICK = FitConfig(diffusion=DiffusionConfig(width=16, num_blocks=1, max_steps=60, batch_size=16, eval_every_n_steps=20))
+
+
+CONDITIONS = replace(QUICK, condition=ConditionConfig(kinds=("angle:cyclic=360",), hold_out=("angle=90,210",)))
 
 
 @pytest.fixture
@@ -43,6 +47,19 @@ def test_two_ranks_fit_what_one_process_fits_and_go_on_where_it_stopped(make_sto
     before = (tmp_path / "fit" / "generator.safetensors").stat().st_mtime_ns
     fit_in_a_group(store, QUICK)
     assert (tmp_path / "fit" / "generator.safetensors").stat().st_mtime_ns == before
+
+
+def test_two_ranks_fit_conditions_as_one_process_does(sweep_store, fit_in_a_group, tmp_path):
+    store = SnapshotStore.open(sweep_store)
+    alone = fit(store, CONDITIONS)
+
+    together = fit_in_a_group(store, CONDITIONS)
+
+    assert together.trajectories == alone.trajectories
+    assert together.report["condition"]["centre"] == alone.report["condition"]["centre"]
+    for name, tensor in alone.denoiser.state_dict().items():
+        torch.testing.assert_close(together.denoiser.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    assert not list((tmp_path / "fit").glob("*checkpoint*"))
 
 
 def test_ranks_that_copy_their_columns_from_a_bucket_know_the_store_by_all_of_them(
