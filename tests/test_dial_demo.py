@@ -15,7 +15,6 @@ import torch
 
 from pdiff_plugin import SnapshotStore, dial_demo
 from pdiff_plugin.cli import main
-from pdiff_plugin.config import DiffusionConfig, FitConfig
 from pdiff_plugin.errors import FitExistsError
 from pdiff_plugin.progress import Progress
 
@@ -90,11 +89,16 @@ def test_the_commands_that_it_prints_next_work(
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A demo of a few seconds."""
-    brief = {"BASE_STEPS": 20, "NUM_STEPS": 20, "LAST_STEPS": 10, "JOINT_STEPS": 5, "NUM_MEMBERS": 2}
+    brief = {
+        "BASE_STEPS": 20,
+        "NUM_STEPS": 20,
+        "LAST_STEPS": 10,
+        "JOINT_STEPS": 5,
+        "DIFFUSION_STEPS": 20,
+        "NUM_MEMBERS": 2,
+    }
     for name, value in {**brief, "ANGLES": tuple(range(0, 360, 30)), "GAP": 60}.items():
         monkeypatch.setattr(dial_demo, name, value)
-    diffusion = DiffusionConfig(max_steps=20, eval_every_n_steps=10)
-    monkeypatch.setattr(dial_demo, "FitConfig", lambda **fields: FitConfig(diffusion=diffusion, **fields))
 
 
 @pytest.mark.usefixtures("quick")
