@@ -59,7 +59,8 @@ TaskName = Annotated[
 
 def demo(
     *,
-    out: Path = Path("pdiff-demo"),
+    dial: Switch = False,
+    out: Path | None = None,
     seed: Seed = 0,
     num_threads: int | None = None,
     fresh: Fresh = False,
@@ -68,22 +69,25 @@ def demo(
     """Run the whole path on scikit-learn's digits: train with PDiffRecorder, fit, generate, swap, judge.
 
     Args:
-        out: Folder for the store, the generator and the result.
+        dial: Instead of one training, a sweep over 24 rotations: fitted to every other one, judged at those between.
+        out: Folder for the store, the generator and the result; pdiff-demo, or pdiff-dial, unless given.
         num_threads: CPU threads; PyTorch's choice unless given. Figures repeat exactly for one choice on one machine.
     """
-    from pdiff_plugin import demo as module
-
     if num_threads is not None:
         import torch
 
         torch.set_num_threads(num_threads)
+    out = out or Path("pdiff-dial" if dial else "pdiff-demo")
+    (_demo_of_a_dial if dial else _demo_of_a_run)(out, seed, fresh, json)
+
+
+def _demo_of_a_run(out: Path, seed: int, fresh: bool, json: bool) -> None:
+    from pdiff_plugin import demo as module
+
     console.tell("Training a small network on 150 images of digits; PDiffRecorder records its last two BatchNorms.")
     with console.progress() as on_progress:
         result = module.run(out, seed=seed, fresh=fresh, on_progress=on_progress)
-    try:
-        page = f"open {pdiff.write_report(out / 'evaluation')}"
-    except MissingDependencyError as error:
-        page = f"pdiff report {out}/evaluation   # {error}"
+    page = _page_of(out, lambda: pdiff.write_report(out / "evaluation"))
     if json:
         describe.print_json(result.to_json())
         return
@@ -96,6 +100,36 @@ def demo(
         f"  cd {out} && pdiff evaluate fit --task task:task --num-members 64\n"
         f"  {page}"
     )
+
+
+def _demo_of_a_dial(out: Path, seed: int, fresh: bool, json: bool) -> None:
+    from pdiff_plugin import dial_demo as module
+    from pdiff_plugin.evaluation.condition_page import write_condition_report
+
+    console.tell("Training a small network at 24 rotations of digits, from one start; PDiffRecorder records each.")
+    with console.progress() as on_progress:
+        result = module.run(out, seed=seed, fresh=fresh, on_progress=on_progress)
+    page = _page_of(out, lambda: write_condition_report(result, out / "evaluation"))
+    if json:
+        describe.print_json(result.to_json())
+        return
+    describe.show_condition_evaluation(result)
+    console.say(
+        f"\nEverything is in {out}/. Try next:\n"
+        f"  pdiff condition {out}/store\n"
+        f"  pdiff inspect {out}/fit\n"
+        f"  pdiff generate {out}/fit --condition angle=50 --num-members 8 --out {out}/at-50\n"
+        f"  cd {out} && pdiff evaluate fit --task task:task --conditions held-out\n"
+        f"  {page}"
+    )
+
+
+def _page_of(out: Path, write: Callable[[], Path]) -> str:
+    """The command that shows the report, or that makes it once there is what draws it."""
+    try:
+        return f"open {write()}"
+    except MissingDependencyError as error:
+        return f"pdiff report {out}/evaluation   # {error}"
 
 
 def layers(

@@ -14,6 +14,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -116,6 +119,52 @@ def load_task(folder: Path) -> Task:
     return Task(model.eval(), DataLoader(test_data, 500), DataLoader(train_data, BATCH_SIZE), name="handwritten digits")
 
 
+@dataclass(frozen=True)
+class DemoFolder:
+    """A folder that a demo leaves everything in, and goes on from.
+
+    Attributes:
+        folder: made if missing.
+        task_text: of task.py, which tells one seed's demo from another's, and from a user's own folder.
+        result_name: of the file in ``evaluation/`` that says that the demo is finished.
+    """
+
+    folder: Path
+    task_text: str
+    result_name: str
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    def prepare(self, fresh: bool) -> None:
+        """Delete what an earlier demo left, or refuse to go on from what is no unfinished demo of this seed.
+
+        Raises:
+            FitExistsError: the folder holds a finished demo, one of another seed, or a store that is not the demo's.
+        """
+        task_file = self.folder / "task.py"
+        if fresh:
+            for path in (self.store, self.folder / "fit", self.folder / "evaluation"):
+                shutil.rmtree(path, ignore_errors=True)
+        elif self.store.exists():
+            if (self.folder / "evaluation" / self.result_name).exists():
+                raise FitExistsError(str(self.folder), "the demo has run here before")
+            if not task_file.exists() or task_file.read_text(encoding="utf-8") != self.task_text:
+                raise FitExistsError(str(self.folder), "a store that is not of a demo with this seed")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        task_file.write_text(self.task_text, encoding="utf-8")
+
+    @contextmanager
+    def recording(self) -> Iterator[Path]:
+        """Yield where to record; it becomes the store at the end, so that a folder of that name is complete."""
+        unfinished = self.folder / "store-unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with torch.random.fork_rng(devices=[]):
+            yield unfinished
+        unfinished.rename(self.store)
+
+
 def run(
     folder: str | os.PathLike[str], *, seed: int = 0, fresh: bool = False, on_progress: OnProgress | None = None
 ) -> Evaluation:
@@ -132,29 +181,16 @@ def run(
     Raises:
         FitExistsError: the folder holds a finished demo, one of another seed, or a store that is not the demo's.
     """
-    folder = Path(folder)
-    store, unfinished, task_file = folder / "store", folder / "store-unfinished", folder / "task.py"
-    task_text = _TASK_FILE.format(seed=seed)
-    if fresh:
-        for path in (store, folder / "fit", folder / "evaluation"):
-            shutil.rmtree(path, ignore_errors=True)
-    elif store.exists():
-        if (folder / "evaluation" / JSON_NAME).exists():
-            raise FitExistsError(str(folder), "the demo has run here before")
-        if not task_file.exists() or task_file.read_text(encoding="utf-8") != task_text:
-            raise FitExistsError(str(folder), "a store that is not of a demo with this seed")
-    folder.mkdir(parents=True, exist_ok=True)
-    task_file.write_text(task_text, encoding="utf-8")
+    place = DemoFolder(Path(folder), _TASK_FILE.format(seed=seed), JSON_NAME)
+    place.prepare(fresh)
     seconds: dict[str, float] = {}
-    if not store.exists():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with timed(seconds, "train"), torch.random.fork_rng(devices=[]):
+    if not place.store.exists():
+        with timed(seconds, "train"), place.recording() as unfinished:
             train(unfinished, seed, on_progress)
-        unfinished.rename(store)  # so that a store with this name is complete
     with timed(seconds, "fit"):
-        generator = fit(store, FitConfig(seed=seed), out=folder / "fit", on_progress=on_progress)
-    task = load_task(folder)
-    result = evaluate(task, store, generator, num_members=NUM_MEMBERS, seed=seed, on_progress=on_progress)
+        generator = fit(place.store, FitConfig(seed=seed), out=place.folder / "fit", on_progress=on_progress)
+    task = load_task(place.folder)
+    result = evaluate(task, place.store, generator, num_members=NUM_MEMBERS, seed=seed, on_progress=on_progress)
     result = dataclasses.replace(result, seconds=seconds | result.seconds)
-    result.save(folder / "evaluation")
+    result.save(place.folder / "evaluation")
     return result

@@ -45,3 +45,20 @@ def test_every_other_workload_runs_too(tmp_path: Path, name: str) -> None:
     text = run(str(EXAMPLES / "workloads.py"), "--smoke", name, cwd=tmp_path)
     assert "\ngenerated " in text
     assert "At equal novelty" in text
+
+
+def test_a_dial_is_recorded_judged_and_shown(tmp_path: Path) -> None:
+    command = [str(EXAMPLES / "dials.py"), "record", "judge", "table", "angle", "--smoke", "--out", str(tmp_path)]
+    text = run(*command, cwd=tmp_path)
+    assert "== angle gaps of 60, 1 seeds" in text
+    for name in ("trained", "generated", "shuffled", "nearest", "ridge", "joint", "input turned back", "best cheap"):
+        assert f"\n{name} " in text
+    assert (tmp_path / "angle-0" / "judged-gaps-of-60" / "conditions.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trial", "codes", "domains", "lora", "tradeoff"])
+def test_every_other_dial_too(tmp_path: Path, name: str) -> None:
+    text = run(str(EXAMPLES / "dials.py"), "record", "judge", "table", name, "--smoke", cwd=tmp_path)
+    assert f"== {name}" in text
+    assert "\ngenerated " in text

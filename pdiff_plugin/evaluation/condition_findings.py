@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pdiff_plugin.evaluation.condition_rows import GENERATED, TRAINED
 from pdiff_plugin.evaluation.condition_statistics import Series
-from pdiff_plugin.evaluation.condition_verdict import ConditionVerdict
+from pdiff_plugin.evaluation.condition_verdict import ConditionVerdict, judge_conditions
 from pdiff_plugin.evaluation.kind import TaskKind
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.snapshots.conditions import Condition
@@ -132,3 +132,17 @@ def series_of(places: Sequence[JudgedCondition], name: str) -> Series:
         return torch.tensor(values, dtype=torch.float64)
 
     return Series(column("loss"), column("score"))
+
+
+def verdicts_of(
+    kind: TaskKind, places: Sequence[JudgedCondition], train_seconds: float | None
+) -> dict[str, ConditionVerdict]:
+    """What holds inside and outside the fitted range, as far as there are such conditions."""
+    found = {}
+    for group, where in ((INSIDE, ""), (OUTSIDE, "Outside what was recorded: ")):
+        mine = [place for place in places if place.group == group]
+        if mine:
+            names = dict.fromkeys(name for place in mine for name in place.rows)
+            rows = {name: series_of(mine, name) for name in names}
+            found[group] = judge_conditions(kind, rows, train_seconds, where)
+    return found

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pdiff_plugin.errors import EvaluationNotFoundError, FormatError
-from pdiff_plugin.evaluation.condition_findings import ConditionFindings, JudgedCondition
+from pdiff_plugin.errors import ConfigError, EvaluationNotFoundError, FormatError
+from pdiff_plugin.evaluation.condition_findings import ConditionFindings, JudgedCondition, verdicts_of
 from pdiff_plugin.evaluation.condition_pictures import save_picture
 from pdiff_plugin.evaluation.condition_rows import GENERATED, spec_of
 from pdiff_plugin.evaluation.condition_verdict import BEST_CHEAP, ConditionVerdict
@@ -31,6 +32,30 @@ JSON_NAME = "conditions.json"
 
 class ConditionEvaluation(ConditionFindings):
     """What :func:`pdiff_plugin.evaluate_conditions` found, to read, to show and to keep."""
+
+    @classmethod
+    def pooled(cls, evaluations: Sequence[ConditionEvaluation]) -> ConditionEvaluation:
+        """Evaluations of one task from several starts (seeds), judged together: each condition of each counts as one.
+
+        Raises:
+            ConfigError: none, or of several kinds of task.
+        """
+        kinds = sorted({one.kind_name for one in evaluations})
+        if len(kinds) != 1:
+            raise ConfigError("evaluations", ", ".join(kinds) or "none", "must be one or more of one kind of task")
+        first = evaluations[0]
+        places = [place for one in evaluations for place in one.places]
+        costs = [cost for one in evaluations if (cost := one.details.get("train_seconds")) is not None]
+        cost = statistics.fmean(costs) if costs else None
+        return cls(
+            task=first.task,
+            kind_name=first.kind_name,
+            places=places,
+            verdicts=verdicts_of(first.kind, places, cost),
+            fitted=[condition for one in evaluations for condition in one.fitted],
+            notes=list(dict.fromkeys(note for one in evaluations for note in one.notes)),
+            details={"train_seconds": cost, "pooled": [one.details for one in evaluations]},
+        )
 
     @property
     def sentence(self) -> str:

@@ -16,14 +16,13 @@ import torch
 from pdiff_plugin._version import __version__
 from pdiff_plugin.config import EvaluateConditionsConfig, configured
 from pdiff_plugin.errors import ConfigError, FitExistsError
-from pdiff_plugin.evaluation.condition_findings import JudgedCondition, RowFigures, series_of
+from pdiff_plugin.evaluation.condition_findings import JudgedCondition, RowFigures, verdicts_of
 from pdiff_plugin.evaluation.condition_places import HELD_OUT, Place, places_of, runs_to_judge
 from pdiff_plugin.evaluation.condition_result import ConditionEvaluation
 from pdiff_plugin.evaluation.condition_rows import GENERATED, TRAINED, Made, RowMaker
 from pdiff_plugin.evaluation.condition_task import MakeRow, MakeTask, Train, check_function, task_at
-from pdiff_plugin.evaluation.condition_verdict import ConditionVerdict, judge_conditions
 from pdiff_plugin.evaluation.condition_weights import Recorded
-from pdiff_plugin.evaluation.kind import Measured, Scores, TaskKind, ensemble_loss, ensemble_score
+from pdiff_plugin.evaluation.kind import Measured, Scores, ensemble_loss, ensemble_score
 from pdiff_plugin.evaluation.scores import score_sets
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.fit import fit
@@ -116,7 +115,7 @@ def evaluate_conditions(
         task=name,
         kind_name=kind.name,
         places=judged,
-        verdicts=_verdicts(kind, judged, cost),
+        verdicts=verdicts_of(kind, judged, cost),
         fitted=recorded.conditions,
         notes=notes,
         details={
@@ -246,16 +245,6 @@ def _mean(rows: Sequence[RowFigures]) -> RowFigures:
         for key in ("loss", "score", "member_loss", "member_score", "seconds")
     }
     return RowFigures(**means, members=rows[0].members)
-
-
-def _verdicts(kind: TaskKind, judged: Sequence[JudgedCondition], cost: float | None) -> dict[str, ConditionVerdict]:
-    found = {}
-    for group, where in (("inside", ""), ("outside", "Outside what was recorded: ")):
-        mine = [place for place in judged if place.group == group]
-        if mine:
-            names = dict.fromkeys(name for place in mine for name in place.rows)
-            found[group] = judge_conditions(kind, {name: series_of(mine, name) for name in names}, cost, where)
-    return found
 
 
 def _training_cost(store: SnapshotStore, places: Sequence[Place], maker: RowMaker) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -463,3 +464,21 @@ def test_flags_that_do_not_go_together_are_refused(
     monkeypatch.chdir(fitted)
     assert main(["evaluate", "fit", "--task", "sweeptask:task", "--out", "refused", *flags]) == 1
     assert told in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_evaluations_of_several_seeds_are_judged_over_all_their_conditions(tmp_path: Path) -> None:
+    found = [
+        judged(tmp_path / str(seed), linear, linear, seed=seed, train_seconds=cost) for seed, cost in ((0, 2), (1, 4))
+    ]
+
+    pooled = ConditionEvaluation.pooled(found)
+
+    assert pooled.verdicts["inside"].num_conditions == 16
+    assert pooled.places == [*found[0].places, *found[1].places]
+    assert pooled.verdicts["inside"].outcome == "interpolation is enough"
+    assert pooled.details["train_seconds"] == 3
+    again = ConditionEvaluation.from_json(json.loads(json.dumps(pooled.to_json())))
+    assert again.table_text() == pooled.table_text()
+    for wrong in ([], [found[0], dataclasses.replace(found[1], kind_name="regression")]):
+        with pytest.raises(ConfigError, match="must be one or more of one kind of task"):
+            ConditionEvaluation.pooled(wrong)

@@ -1,0 +1,97 @@
+"""A turning picture and a whole small network: one cyclic dial, and how far apart its stops may be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from workload_data import Split, grey, loader
+
+from pdiff_plugin import SnapshotStore, Task, WeightGenerator, swap_
+
+from .images import disc, rotated
+from .sweep import Condition, ExtraRow, Recipe, Sweep, Variant, run_name
+
+STEP = 15  # degrees between recorded angles
+
+
+class Angle(Sweep):
+    """All 66,970 values of an MLP on grey images, at 24 angles."""
+
+    name = "angle"
+    kinds = ("angle:cyclic=360",)
+    recipe = Recipe(
+        num_steps=600, batch_size=168, lr=1e-3, final_lr=1e-4, last_steps=60, every_n_steps=3, joint_steps=7200
+    )
+
+    def __init__(self, folder: Any, train: Split, test: Split, seed: int, smoke: bool = False) -> None:
+        super().__init__(folder, as_discs(train), as_discs(test), seed, smoke)
+
+    def build(self) -> nn.Module:
+        return grey_mlp()
+
+    def train_base(self, model: nn.Module) -> None:
+        """Six epochs in which every image is turned by an angle of its own."""
+        rng = torch.Generator().manual_seed(self.seed)
+        num_steps = 60 if self.smoke else 6 * 300
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=num_steps)
+        for _ in range(num_steps):
+            x, y = self.batch(rng)
+            angles = 360 * torch.rand(len(x), generator=rng)
+            optimizer.zero_grad()
+            F.cross_entropy(model(rotated(x, angles).flatten(1)), y).backward()
+            optimizer.step()
+            schedule.step()
+
+    def conditions(self) -> list[Condition]:
+        return [{"angle": float(angle)} for angle in range(0, 360, 30 if self.smoke else STEP)]
+
+    def variants(self) -> list[Variant]:
+        """Every angle that is not fitted is judged; of the missing quarter only those inside it."""
+        angles = [condition["angle"] for condition in self.conditions()]
+
+        def runs(is_meant: Callable[[float], bool]) -> list[str]:
+            return [run_name(number) for number, angle in enumerate(angles) if is_meant(angle)]
+
+        if self.smoke:
+            return [Variant("gaps of 60", runs(lambda angle: angle % 60 > 0), self.store)]
+        gaps = [Variant(f"gaps of {gap}", runs(lambda a, gap=gap: a % gap > 0), self.store) for gap in (30, 45, 60)]
+        others = runs(lambda angle: angle > 90 and angle % 30 > 0)
+        return [*gaps, Variant("a missing quarter", runs(lambda angle: 0 < angle < 90), self.store, others)]
+
+    def altered(self, x: Tensor, condition: Condition, rng: torch.Generator) -> Tensor:
+        return rotated(x, condition["angle"]).flatten(1)
+
+    def extra(self, variant: Variant, generator: WeightGenerator) -> dict[str, ExtraRow]:
+        """Turn the image back, and give it to the weights that were recorded upright."""
+        store = SnapshotStore.open(self.store)
+        rows = store.rows(indices=store.trajectory_index == store.trajectories.index(run_name(0)))
+        upright = copy.deepcopy(self.base())
+        swap_(upright, store.layout.unflatten(rows.mean(dim=0)))
+
+        def turned_back(condition: Condition) -> Task:
+            turned = rotated(self.test_split[0], condition["angle"])
+            x = rotated(turned, -condition["angle"]).flatten(1)
+            return Task(upright, loader((x, self.test_split[1]), 500), name=self.name)
+
+        return {"input turned back": turned_back}
+
+
+def as_discs(split: Split) -> Split:
+    """Grey images (N, 1, 32, 32), round."""
+    x, y = grey(split)
+    return x.view(-1, 1, 32, 32) * disc(32), y
+
+
+def grey_mlp() -> nn.Module:
+    """The network of w1."""
+    return nn.Sequential(
+        nn.Linear(1024, 64), nn.LayerNorm(64), nn.ReLU(),
+        nn.Linear(64, 16), nn.LayerNorm(16), nn.ReLU(),
+        nn.Linear(16, 10),
+    )  # fmt: skip
