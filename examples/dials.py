@@ -30,7 +30,7 @@ from dial_workloads import WORKLOADS, Sweep, Variant
 from torch import nn
 from workload_data import cifar10, synthetic
 
-from pdiff_plugin import ConditionEvaluation, DiffusionConfig, FitConfig, evaluate_conditions, fit
+from pdiff_plugin import ConditionEvaluation, DiffusionConfig, FitConfig, SubspaceConfig, evaluate_conditions, fit
 from pdiff_plugin.config import ConditionConfig
 
 COMMANDS = ("record", "judge", "table")
@@ -77,6 +77,7 @@ def judge(sweep: Sweep) -> None:
             continue
         config = FitConfig(
             seed=sweep.seed,
+            autoencoder=SubspaceConfig(latent_dim=sweep.latent_dim),
             diffusion=DiffusionConfig(max_steps=50) if sweep.smoke else DiffusionConfig(),
             condition=ConditionConfig(kinds=sweep.kinds, hold_out=(*variant.held_out, *variant.ignored)),
         )

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from workload_data import Split, loader
 
-from pdiff_plugin import PDiffRecorder, SnapshotStore, Task, WeightGenerator, WeightSet
+from pdiff_plugin import PDiffRecorder, SnapshotStore, SubspaceConfig, Task, WeightGenerator, WeightSet
 
 Condition = dict[str, Any]
 ExtraRow = Callable[[Condition], WeightSet | Mapping[str, Tensor] | Task]
@@ -84,6 +84,8 @@ class Sweep:
     kinds: tuple[str, ...] = ()
     """As `pdiff fit --kinds` takes them."""
     layers: Any = "all"
+    latent_dim = SubspaceConfig.latent_dim
+    """Of the fit; more where many runs have little in common."""
     num_tests = 2000
     """Test images at each condition."""
     num_unlabelled = 0
