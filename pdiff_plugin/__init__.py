@@ -58,6 +58,7 @@ if _TYPE_CHECKING:
     from pdiff_plugin.recording.checkpoints import import_checkpoints as import_checkpoints
     from pdiff_plugin.recording.collect import collect as collect
     from pdiff_plugin.recording.recorder import PDiffRecorder as PDiffRecorder
+    from pdiff_plugin.snapshots.conditions import set_conditions as set_conditions
     from pdiff_plugin.snapshots.layout import Layout as Layout
     from pdiff_plugin.snapshots.store import SnapshotStore as SnapshotStore
 
@@ -74,6 +75,7 @@ _HOME = {
     "EvaluateConfig": "config",
     "Evaluation": "evaluation.result",
     "ConditionConfig": "config",
+    "set_conditions": "snapshots.conditions",
     "FitConfig": "config",
     "Layout": "snapshots.layout",
     "PDiffError": "errors",
@@ -118,6 +120,7 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "SnapshotStore",
     "Layout",
     "ConditionConfig",
+    "set_conditions",
     "FitConfig",
     "SubspaceConfig",
     "ConvConfig",

@@ -26,7 +26,7 @@ def test_every_public_name_loads_and_is_listed() -> None:
 
 def test_the_names_that_the_documentation_promises_are_public() -> None:
     promised = {
-        "PDiffRecorder", "collect", "SnapshotStore", "Layout", "ConditionConfig", "FitConfig", "fit",
+        "PDiffRecorder", "collect", "SnapshotStore", "Layout", "ConditionConfig", "set_conditions", "FitConfig", "fit",
         "WeightGenerator", "WeightSet", "swapped", "swap_", "ensemble_from_diffusion", "DiffusionEnsemble", "Dial",
         "Task", "evaluate", "PDiffError", "RecorderConfig", "CollectConfig", "Perturb", "Reinit", "Cycle",
         "SamplingConfig", "EvaluateConfig", "evaluate_conditions", "ConditionEvaluation",

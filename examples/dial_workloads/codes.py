@@ -26,7 +26,6 @@ class Codes(Sweep):
     """A head 256-32-2 (8,290 values) per code: 250 fitted, and held out 30 next to one of these and 30 further away."""
 
     name = "codes"
-    latent_dim = 200  # 64 keep but three quarters of the variance, and the fit says so
     recipe = Recipe(
         num_steps=300,
         batch_size=256,

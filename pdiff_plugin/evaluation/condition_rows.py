@@ -45,7 +45,7 @@ Role = Literal["trained", "generated", "control", "cheap", "ceiling", "other", "
 
 TRAINED, GENERATED, SHUFFLED = "trained", "generated", "shuffled"
 AVERAGE, CEILING, BASE, BASE_BN, JOINT = "average of all", "span ceiling", "base", "base, BN", "joint"
-GENERATED_AVERAGE, NETWORK = "generated average", "network"
+GENERATED_AVERAGE, NETWORK, TWO_NEAREST = "generated average", "network", "2 nearest"
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ ROWS = {
     GENERATED_AVERAGE: RowSpec("the average of generated members", "generated", Look("#D55E00", "s", (0, (4, 2)))),
     SHUFFLED: RowSpec("members generated for another condition", "control", Look("#777777", "X", (0, (1, 1)))),
     "nearest": RowSpec("the nearest condition", "cheap", Look("#56B4E9", "v")),
+    TWO_NEAREST: RowSpec("the mean of the two nearest conditions", "cheap", Look("#56B4E9", "p", (0, (4, 1)))),
     "neighbours": RowSpec("the mean of the nearest conditions", "cheap", Look("#0072B2", "^", (0, (4, 1, 1, 1)))),
     "ridge": RowSpec("ridge regression", "cheap", Look("#009E73", "D", (0, (4, 2)))),
     "gp": RowSpec("a Gaussian process", "cheap", Look("#009E73", "P")),
@@ -84,7 +85,16 @@ ROWS = {
 }  # fmt: skip
 """Every row, in the order of the table; those of a user and a few steps of training come after them."""
 # Row -> kind of centre whose weights mix it.
-_MIXED = {AVERAGE: "mean", "nearest": "nearest", "neighbours": "neighbours", "ridge": "ridge", "gp": "gp"}
+_MIXED = {
+    AVERAGE: "mean",
+    "nearest": "nearest",
+    TWO_NEAREST: "neighbours",
+    "neighbours": "neighbours",
+    "ridge": "ridge",
+    "gp": "gp",
+}
+# Settings that are not left to the recorded conditions: leaving one of few out says little of a gap half as wide.
+_FIXED: dict[str, dict[str, float]] = {TWO_NEAREST: {"k": 2}}
 # A few steps of training start from each of these.
 _STARTS = {"average": AVERAGE, "nearest": "nearest", "generated": GENERATED_AVERAGE}
 
@@ -144,7 +154,8 @@ class RowMaker:
         self.trainer = Trainer(train, config.seed) if train is not None else None
         self.features = generator.variables.encode([place.condition for place in places])  # (C, F)
         self.settings = {
-            row: fit_centre(kind, recorded.features, recorded.latents).settings for row, kind in _MIXED.items()
+            row: _FIXED.get(row) or fit_centre(kind, recorded.features, recorded.latents).settings
+            for row, kind in _MIXED.items()
         }
         self.mixtures = {
             row: CENTRES[kind].weights(self.features, recorded.features, **self.settings[row])

@@ -15,8 +15,6 @@ from torch import Tensor
 from pdiff_plugin.evaluation.kind import TaskKind
 from pdiff_plugin.evaluation.metrics import standard_error
 
-# Share of what training at a condition gains on the average of all that counts as a gain.
-MIN_SHARE = 0.05
 # 97.5 % points of Student's t with 1, 2, ... degrees of freedom.
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
@@ -108,12 +106,12 @@ class Recovery:
     score_error: float
 
 
-def difference(kind: TaskKind, name: str, one: Series, other: Series, scale: float) -> Difference:
+def difference(kind: TaskKind, name: str, one: Series, other: Series) -> Difference:
     """``one`` minus ``other``, over the conditions that have both."""
     both = ~(one.loss.isnan() | other.loss.isnan())
     loss, score = (one.loss - other.loss)[both], (one.score - other.score)[both]
     n, better, worse = len(loss), int((loss < 0).sum()), int((loss > 0).sum())
-    needed = max(kind.needed(other.loss[both]), MIN_SHARE * scale) if n else math.nan
+    needed = kind.needed(other.loss[both]) if n else math.nan
     return Difference(
         name, _mean(loss), _error(loss), _mean(score), _error(score), n, better, sign_test(better, worse), needed
     )

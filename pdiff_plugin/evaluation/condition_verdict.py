@@ -2,8 +2,7 @@
 
 The unit is the condition: differences are paired over conditions, with the standard error of their mean. Two standard
 errors decide, more where there are few conditions (the 95 % points of Student's t). A gain in loss counts from 1 % of
-the other row's loss (or the gain of the task's kind), and from a twentieth of what training at the condition gains on
-the average of all: in units of what there is to gain.
+the other row's loss, or the gain of the task's kind.
 
 *won* against a row: the loss is lower, surely, by what counts, and the score is not surely lower.
 *excluded*: the conditions rule out a gain that counts, or the score is surely lower.
@@ -131,13 +130,12 @@ def judge_conditions(
         train_seconds: what training at one of them costs, if that is known.
         where: start of the sentence.
     """
-    scale = max(0.0, float((rows[AVERAGE].loss - rows[TRAINED].loss).mean()))
     cheap = {name: series for name, series in rows.items() if spec_of(name).role == "cheap"}
     fair, chosen = best_by_others(cheap)
     everything = {**rows, BEST_CHEAP: fair}
 
     def minus(one: str, other: str) -> Difference:
-        return difference(kind, other, everything[one], everything[other], scale)
+        return difference(kind, other, everything[one], everything[other])
 
     case = _Case(
         kind=kind,
@@ -241,8 +239,12 @@ class _Case:
         is_how = (
             "is better"
             if rival.is_lost
+            else "is as good but for less than would count"
+            if rival.is_excluded and rival.is_lower
             else "is at least as good"
             if rival.is_excluded
+            else "is worse"
+            if rival.is_won
             else "is not told apart from them"
         )
         return f"{self._named(rival.name)} {is_how} ({self._found(rival)})"

@@ -57,8 +57,8 @@ def measure_conditions(
     _warn_of_few_values(generator)
     if found["explained"] <= max(0.0, found["explained_shuffled"]):
         logger.warning(
-            "the conditions explain nothing of how the runs differ: shuffled at random they predict held-out runs as "
-            "well. Members at a condition will be no better than the average.",
+            "conditions that were left out are predicted by the others no better than if conditions are shuffled: they "
+            "explain nothing of how the runs differ, or lie too far apart. Trust members only where they were judged."
         )
     if are_independent(generator, split):
         logger.warning(

@@ -43,7 +43,11 @@ def part_to_fit(store: SnapshotStore, config: FitConfig) -> SnapshotStore:
         held = matching(known, hold_out, "condition.hold_out")
         store = store.only([name for name in store.trajectories if name not in held])
     _check_num_snapshots(store)
-    variables_of(store, config)
+    if variables_of(store, config) is None and store.conditions and config.condition.use:
+        logger.warning(
+            "fewer than %d different conditions say nothing of what lies between them: runs are only numbered",
+            MIN_CONDITIONS,
+        )
     return store
 
 

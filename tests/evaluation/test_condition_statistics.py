@@ -28,15 +28,15 @@ def series(*loss: float, score: float = 0.5) -> Series:
 
 
 def test_differences_are_paired_over_conditions() -> None:
-    found = difference(CLASSIFICATION, "b", series(1.0, 2.0, 3.0), series(1.1, 2.3, 3.2), scale=1.0)
+    found = difference(CLASSIFICATION, "b", series(1.0, 2.0, 3.0), series(1.1, 2.3, 3.2))
     assert found.loss == pytest.approx(-0.2)
     assert found.loss_error == pytest.approx(0.1 / math.sqrt(3))
     assert (found.num_better, found.num_conditions) == (3, 3)
-    assert found.needed == pytest.approx(0.05)  # a twentieth of what there is to gain, more than 1 % of 2.2
+    assert found.needed == pytest.approx(0.022)  # 1 % of 2.2
 
 
 def test_conditions_without_a_row_are_left_out_of_its_differences() -> None:
-    found = difference(CLASSIFICATION, "b", series(1.0, 2.0, 3.0), series(2.0, math.nan, 4.0), scale=0.0)
+    found = difference(CLASSIFICATION, "b", series(1.0, 2.0, 3.0), series(2.0, math.nan, 4.0))
     assert found.num_conditions == 2
     assert found.loss == pytest.approx(-1.0)
 
