@@ -211,7 +211,9 @@ class WeightGenerator(GeneratorParts):
                 raise UnknownConditionError(
                     "the condition", told, "values within the recorded range; extrapolate allows others"
                 )
-            logger.warning("%s Nothing was learned there.", told)
+            if told not in self.warned:
+                self.warned.add(told)
+                logger.warning("%s Nothing was learned there.", told)
         return found
 
     def told_of(self, condition: Mapping[str, Any]) -> str:

@@ -67,6 +67,7 @@ class GeneratorParts:
         alignment: orders of hidden units in which its trajectories were read, or None. Members have them in the order
             of the first trajectory.
         path: file or folder that it was loaded from, or None.
+        warned: what it has warned of, once each.
     """
 
     layout: Layout
@@ -82,6 +83,7 @@ class GeneratorParts:
     one_step: nn.Module | None = None
     alignment: Alignment | None = None
     path: Path | None = None
+    warned: set[str] = field(default_factory=set, init=False, repr=False)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file and return its path; a folder gets ``generator.safetensors``."""
