@@ -41,6 +41,8 @@ _NUM_NEIGHBOURS = 3
 # Choices are made by this many held-out conditions, in several trainings where a fifth of them is less.
 _MIN_HELDOUT = 8
 _MAX_FOLDS = 4
+# Of a diffusion that learns all: too few steps cost far more than too many, and the gaps that held-out conditions leave
+# are twice as wide as those that members are then made for, so that they ask for fewer.
 _LEAST_STEPS = 500
 
 History = list[dict[str, float]]
@@ -136,40 +138,43 @@ def train_condition_diffusion(
         runtime: checkpoints and progress.
         on_history: told the history of each training after each measurement.
     """
-    wanted = config.condition.centre
-    kind: str = wanted if wanted != "auto" else "mean"
-    num_steps: int | None = None
-    report: dict[str, Any] = {"num_conditions": len(cloud.features)}
-    if folds := _folds(cloud, config):
-        centres = runtime.on_rank_0(lambda: [_fit_centres(fold, config) for fold in folds])
-        alone = {
-            one: _mean(
-                fold.error(found[one](fold.heldout.features)) for fold, found in zip(folds, centres, strict=True)
-            )
-            for one in ALL_KINDS
-        }
-        tried = {
-            one: _try([found[one] for found in centres], folds, config, runtime, on_history)
-            for one in _kinds_to_try(wanted, alone, config)
-        }
-        kind = min(tried, key=lambda one: tried[one][0])
-        num_steps = tried[kind][1]
-        if (
-            kind == "mean"
-        ):  # too few steps cost far more than too many, and held-out conditions leave gaps twice as wide
-            num_steps = max(num_steps, min(_LEAST_STEPS, config.diffusion.max_steps))
-        report |= {
-            "num_heldout": sum(len(fold.heldout.features) for fold in folds),
-            "heldout_error": tried[kind][0],
-            "centre_errors": alone,
-            "diffusion_errors": {one: error for one, (error, _) in tried.items()},
-        }
+    kind, num_steps, report = _choose(cloud, config, runtime, on_history)
     centre = runtime.on_rank_0(lambda: fit_centre(kind, cloud.features, cloud.means, config.seed))
     frames = condition_frames(centre, cloud.latents, cloud.features[cloud.place])
     denoiser, history = _train(frames, cloud, None, config, runtime, "diffusion", on_history, num_steps)
     report |= {"centre": kind, "centre_settings": dict(centre.settings), "diffusion_steps": int(history[-1]["step"])}
     report |= _explained(cloud, config.seed)
     return FittedCondition(frames, denoiser, history, report)
+
+
+def _choose(
+    cloud: Cloud, config: FitConfig, runtime: Runtime, on_history: Callable[[History], None]
+) -> tuple[str, int | None, dict[str, Any]]:
+    """Kind of centre and number of steps (None: all) that do best at held-out conditions, and what was found."""
+    wanted, folds = config.condition.centre, _folds(cloud, config)
+    report: dict[str, Any] = {"num_conditions": len(cloud.features)}
+    if not folds:
+        return "mean" if wanted == "auto" else wanted, None, report
+    fitted = runtime.on_rank_0(lambda: [_fit_centres(fold, config) for fold in folds])
+    by_kind = {kind: [centres[kind] for centres in fitted] for kind in ALL_KINDS}
+    alone = {
+        kind: _mean(fold.error(centre(fold.heldout.features)) for fold, centre in zip(folds, centres, strict=True))
+        for kind, centres in by_kind.items()
+    }
+    tried = {
+        kind: _try(by_kind[kind], folds, config, runtime, on_history) for kind in _kinds_to_try(wanted, alone, config)
+    }
+    kind = min(tried, key=lambda kind: tried[kind][0])
+    error, num_steps = tried[kind]
+    if kind == "mean":
+        num_steps = max(num_steps, min(_LEAST_STEPS, config.diffusion.max_steps))
+    report |= {
+        "num_heldout": sum(len(fold.heldout.features) for fold in folds),
+        "heldout_error": error,
+        "centre_errors": alone,
+        "diffusion_errors": {kind: error for kind, (error, _) in tried.items()},
+    }
+    return kind, num_steps, report
 
 
 @dataclass(frozen=True)
