@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,6 +30,7 @@ from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.progress import OnProgress, Progress, timed
 from pdiff_plugin.recording.recorder import PDiffRecorder
 from pdiff_plugin.snapshots.conditions import Condition
+from pdiff_plugin.snapshots.tensor_files import load_tensors, save_tensors
 
 ANGLES = tuple(range(0, 360, 15))
 GAP = 30  # degrees between fitted angles
@@ -120,7 +120,7 @@ def record(folder: Path, store: Path, seed: int, on_progress: OnProgress | None 
     torch.manual_seed(seed)
     model = build_model()
     train(model, anywhere, BASE_STEPS, BASE_LR)
-    save_file(model.state_dict(), folder / "base.safetensors")
+    save_tensors(folder / "base.safetensors", model.state_dict(), "pt", 1)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for number, angle in enumerate(ANGLES):
         model.load_state_dict(base)
@@ -135,7 +135,7 @@ def record(folder: Path, store: Path, seed: int, on_progress: OnProgress | None 
 def load_task(folder: Path, angle: float) -> Task:
     """The network that every training started from, and the test images at an angle."""
     model = build_model()
-    model.load_state_dict(load_file(folder / "base.safetensors"))
+    model.load_state_dict(load_tensors(folder / "base.safetensors", "pt", 1)[0])
     images, labels = digits()[1]
     data = TensorDataset(rotated(images, angle), labels)
     return Task(model.eval(), DataLoader(data, 900), name="rotated digits")

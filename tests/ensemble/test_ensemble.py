@@ -435,8 +435,8 @@ class FakeGenerator:
         self.layout = Layout.from_tensors({n: t for n, t in named_tensors(model).items() if n in names})
         self.model, self.asked = model, None
 
-    def sample(self, num_members, **options):
-        self.asked = options
+    def sample(self, num_members, sampling, **options):
+        self.asked = {**vars(sampling), **options}
         return perturbed(self.model, self.layout.names, num_members)
 
 
@@ -444,11 +444,13 @@ def test_a_generator_gives_the_members(model, x):
     generator = FakeGenerator(model, ["1.weight", "3.bias"])
     rng = torch.Generator()
 
-    ensemble = ensemble_from_diffusion(model, generator, num_members=7, temperature=0.5, rng=rng, sampler="ddim")
+    ensemble = ensemble_from_diffusion(
+        model, generator, num_members=7, condition={"angle": 5}, temperature=0.5, rng=rng, sampler="ddim"
+    )
 
     assert ensemble.members(x).shape == (7, B, C)
-    defaults = {"num_sampling_steps": None, "eta": 0.0, "diversity": 1.0, "trajectory": None}
-    assert generator.asked == defaults | {"temperature": 0.5, "rng": rng, "sampler": "ddim"}
+    asked = {"temperature": 0.5, "rng": rng, "sampler": "ddim", "condition": {"angle": 5}}
+    assert generator.asked == vars(SamplingConfig()) | asked
 
 
 def test_settings_of_sampling_may_come_as_one_object_with_single_changes(model):
