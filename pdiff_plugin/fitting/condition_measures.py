@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from pdiff_plugin.fitting.centre_stage import leading
 from pdiff_plugin.fitting.condition_stage import Cloud, FittedCondition
 from pdiff_plugin.generator.autoencoder import Encoded
+from pdiff_plugin.generator.centres import bordered, choose_settings
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.variables import FEW_VALUES
 from pdiff_plugin.snapshots.files import json_safe
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _DIGITS = 6
 _JITTER = 1e-9
+_NUM_SHUFFLES = 19
+_MAX_SHUFFLED = 200
 # The mean of R independent starts is 1/sqrt(R) as long as each of them; of one start it is about as long.
 _FEW_TIMES_CHANCE = 1.5
 _MIN_RUNS = 8
@@ -39,14 +43,14 @@ def measure_conditions(
 ) -> dict[str, Any]:
     """The report of a fit on conditions, with a warning where they cannot be learned from.
 
-    ``condition`` holds ``heldout_error`` (of the mean of samples at conditions held out, in latents, as a share of the
+    ``condition`` holds ``heldout_error`` (of single samples at conditions held out, in latents, as a share of the
     average's), the same of every centre alone and of each diffusion that was tried, the chosen ``centre``, the
     ``ceiling`` (share of what a condition's mean differs from the others' that lies in their span: no generator made of
     these runs comes nearer, by weights), and ``explained`` (share that regressions predict, leaving each
     condition out in turn) beside the most that conditions shuffled at random reach.
     """
     found = {name: json_safe(value, _DIGITS) for name, value in fitted.report.items()}
-    found["ceiling"] = json_safe(ceiling(gram, cloud.place), _DIGITS)
+    found |= {"ceiling": json_safe(ceiling(gram, cloud.place), _DIGITS), **_explained(cloud, generator.config.seed)}
     report = {
         "fidelity": encoded.fidelity,
         "fidelity_is_ok": encoded.fidelity >= generator.config.autoencoder.min_fidelity,
@@ -84,12 +88,25 @@ def ceiling(gram: Tensor, place: Tensor) -> float:
     R = len(inner)
     centred = inner - inner.mean(dim=0) - inner.mean(dim=1, keepdim=True) + inner.mean()
     total = centred.diagonal().sum() * (R / (R - 1)) ** 2
-    bordered = torch.ones(R + 1, R + 1, dtype=torch.float64)
     # A little on the diagonal: where there are more conditions than directions, the others span everything.
-    bordered[:R, :R] = centred + _JITTER * centred.diagonal().mean() * torch.eye(R, dtype=torch.float64)
-    bordered[R, R] = 0.0
-    lost = (1.0 / torch.linalg.inv(bordered).diagonal()[:R]).clamp_min(0.0).sum()
+    inverse = torch.linalg.inv(bordered(centred, _JITTER * float(centred.diagonal().mean())))
+    lost = (1.0 / inverse.diagonal()[:R]).clamp_min(0.0).sum()
     return float(1.0 - lost / total.clamp_min(1e-300))
+
+
+def _explained(cloud: Cloud, seed: int) -> dict[str, Any]:
+    """Share of what conditions differ by that others predict, each left out in turn; and the same for shuffled ones."""
+    rng = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(cloud.features), generator=rng)[:_MAX_SHUFFLED]
+    features, means = cloud.features[chosen], cloud.means[chosen]
+    means = (means - means.mean(dim=0)) * leading(means).sqrt()
+    total = max(float(means.double().square().sum(dim=1).mean()), 1e-30)
+
+    def share(features: Tensor) -> float:
+        return 1.0 - min(choose_settings(kind, features, means)[1] for kind in ("neighbours", "ridge")) / total
+
+    shuffled = [share(features[torch.randperm(len(means), generator=rng)]) for _ in range(_NUM_SHUFFLES)]
+    return {"explained": round(share(features), 4), "explained_shuffled": round(max(shuffled), 4)}
 
 
 def _warn_of_few_values(generator: WeightGenerator) -> None:
@@ -101,7 +118,7 @@ def _warn_of_few_values(generator: WeightGenerator) -> None:
         if 1 < count < FEW_VALUES:
             logger.warning(
                 "%s was recorded at %d different values only: what lies between them is a guess. Record %d or more, or "
-                "name it a category (--kinds %s:category).",
+                "name it a category (--condition %s:category).",
                 variable.name,
                 count,
                 FEW_VALUES,

@@ -19,24 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdiff_plugin.config import FitConfig, SamplingConfig
+from pdiff_plugin.config import FitConfig
 from pdiff_plugin.fitting.centre_stage import ALL_KINDS, fit_centre, leading, spread_choice
-from pdiff_plugin.fitting.diffusion_stage import Batches, DenoiserTraining
+from pdiff_plugin.fitting.diffusion_stage import Batches, DenoiserTraining, evenly_noised, sampled_briefly
 from pdiff_plugin.fitting.runtime import Runtime, pick_device
 from pdiff_plugin.fitting.training import seeded
-from pdiff_plugin.generator.centres import Centre, choose_settings
+from pdiff_plugin.generator.centres import Centre
 from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.condition_frames import ConditionFrames, condition_frames
 from pdiff_plugin.generator.denoiser import new_denoiser
-from pdiff_plugin.generator.diffusion import loss, noised_batch
-from pdiff_plugin.generator.samplers import run_sampler, sampler_for
+from pdiff_plugin.generator.diffusion import loss
 
-# Snapshots and samples at held-out conditions by which a denoiser is measured, and the steps to samples.
+# Snapshots and samples at held-out conditions by which a denoiser is measured.
 _EVAL_ROWS = 512
 _LEAST_SAMPLES, _MOST_SAMPLES = 4, 16
-_EVAL_STEPS = 8
-_NUM_SHUFFLES = 19
-_MAX_SHUFFLED = 200
 _NUM_NEIGHBOURS = 3
 # Choices are made by this many held-out conditions, in several trainings where a fifth of them is less.
 _MIN_HELDOUT = 8
@@ -143,7 +139,6 @@ def train_condition_diffusion(
     frames = condition_frames(centre, cloud.latents, cloud.features[cloud.place])
     denoiser, history = _train(frames, cloud, None, config, runtime, "diffusion", on_history, num_steps)
     report |= {"centre": kind, "centre_settings": dict(centre.settings), "diffusion_steps": int(history[-1]["step"])}
-    report |= _explained(cloud, config.seed)
     return FittedCondition(frames, denoiser, history, report)
 
 
@@ -188,16 +183,15 @@ class Fold:
 
 def _folds(cloud: Cloud, config: FitConfig) -> list[Fold]:
     """Random choices of the conditions to hold out; several where one would hold too few to choose by."""
-    fraction, R = config.condition.heldout_fraction, len(cloud.features)
-    if fraction == 0:
-        return []
-    count = int(spread_choice(cloud.features, fraction, config.seed).sum())
+    fraction, seed = config.condition.heldout_fraction, config.seed
+    count = int(spread_choice(cloud.features, fraction, seed).sum()) if fraction > 0 else 0
+    num_folds = min(_MAX_FOLDS, math.ceil(_MIN_HELDOUT / count)) if count else 0
     folds = []
-    for number in range(min(_MAX_FOLDS, math.ceil(_MIN_HELDOUT / max(1, count)))):
-        held = spread_choice(cloud.features, fraction, config.seed + number)
+    for number in range(num_folds):
+        held = spread_choice(cloud.features, fraction, seed + number)
         train, heldout = cloud.only(~held), cloud.only(held)
         folds.append(Fold(train, heldout, Errors(train, heldout)))
-    return folds if 0 < count < R else []
+    return folds
 
 
 def _kinds_to_try(wanted: str, errors: dict[str, float], config: FitConfig) -> Sequence[str]:
@@ -278,10 +272,7 @@ class ConditionJudge:
         rng = torch.Generator().manual_seed(config.seed + 2)
         rows = torch.linspace(0, len(heldout.latents) - 1, _EVAL_ROWS).round().long()  # some several times, or not all
         x0 = frames.to_local(heldout.latents, heldout.condition)[rows].to(device)
-        noise = torch.randn(x0.shape, generator=rng, dtype=torch.float32).to(device)
-        uniform = (torch.arange(len(x0), dtype=torch.float32) + 0.5) / len(x0)
-        uniform = uniform[torch.randperm(len(x0), generator=rng)].to(device)
-        self.batch = noised_batch(x0, noise, uniform, config.diffusion)
+        self.batch = evenly_noised(x0, config.diffusion, rng)
         self.batch_condition = heldout.condition[rows].to(device)
         self.num_samples = max(_LEAST_SAMPLES, min(_MOST_SAMPLES, _EVAL_ROWS // len(heldout.features)))
         self.condition = Condition.of(heldout.features.repeat(self.num_samples, 1))
@@ -294,10 +285,7 @@ class ConditionJudge:
         if self.fold is None:
             return dict.fromkeys(("heldout_loss", "heldout_error", "heldout_error_of_mean", "novelty"), nan)
         value = float(loss(lambda x, t: denoiser(x, t, self.batch_condition), self.batch))
-        is_quick = sampler_for(self.process).needs == "preconditioned denoiser"
-        sampling = SamplingConfig(num_sampling_steps=_EVAL_STEPS if is_quick else None)
-        condition = self.condition.to(self.noise.device)
-        samples = run_sampler(denoiser, self.noise, condition, self.process, sampling).cpu()
+        samples = sampled_briefly(denoiser, self.noise, self.condition.to(self.noise.device), self.process).cpu()
         found = self.frames.to_latents(samples, self.condition).view(
             self.num_samples, len(self.fold.heldout.features), -1
         )
@@ -307,18 +295,3 @@ class ConditionJudge:
             "heldout_error_of_mean": self.fold.error(found.mean(dim=0)),
             "novelty": nan,
         }
-
-
-def _explained(cloud: Cloud, seed: int) -> dict[str, Any]:
-    """Share of what conditions differ by that others predict, each left out in turn; and the same for shuffled ones."""
-    rng = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(cloud.features), generator=rng)[:_MAX_SHUFFLED]
-    features, means = cloud.features[chosen], cloud.means[chosen]
-    means = (means - means.mean(dim=0)) * leading(means).sqrt()
-    total = max(float(means.double().square().sum(dim=1).mean()), 1e-30)
-
-    def share(features: Tensor) -> float:
-        return 1.0 - min(choose_settings(kind, features, means)[1] for kind in ("neighbours", "ridge")) / total
-
-    shuffled = [share(features[torch.randperm(len(means), generator=rng)]) for _ in range(_NUM_SHUFFLES)]
-    return {"explained": round(share(features), 4), "explained_shuffled": round(max(shuffled), 4)}

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pdiff_plugin.config import FitConfig, SamplingConfig
+from pdiff_plugin.config import DiffusionConfig, FitConfig, SamplingConfig
 from pdiff_plugin.fitting.distances import nearest_at_another_time, nearest_of_own_run, spread_about_means
 from pdiff_plugin.fitting.runtime import Runtime, pick_device
 from pdiff_plugin.fitting.training import Schedule, Training, compiled, seeded
@@ -257,6 +257,21 @@ def least_novelty(min_novelty: float, history: list[dict[str, float]], precondit
     return min_novelty * min(1.0, history[0]["novelty"])
 
 
+def evenly_noised(x0: Tensor, process: DiffusionConfig, rng: torch.Generator) -> NoisedBatch:
+    """Clean coordinates (B, k) at times spread evenly over [0, 1) and shuffled over the rows."""
+    noise = torch.randn(x0.shape, generator=rng, dtype=torch.float32).to(x0)
+    uniform = (torch.arange(len(x0), dtype=torch.float32) + 0.5) / len(x0)
+    uniform = uniform[torch.randperm(len(x0), generator=rng)].to(x0)
+    return noised_batch(x0, noise, uniform, process)
+
+
+def sampled_briefly(denoiser: nn.Module, noise: Tensor, condition: Condition, process: DiffusionConfig) -> Tensor:
+    """Samples of the noise (B, k): a preconditioned flow's in a few steps, others' in their usual number."""
+    is_quick = sampler_for(process).needs == "preconditioned denoiser"
+    sampling = SamplingConfig(num_sampling_steps=_EVAL_STEPS if is_quick else None)
+    return run_sampler(denoiser, noise, condition, process, sampling)
+
+
 class Judge:
     """Measures a denoiser with noise and times that are fixed once.
 
@@ -278,12 +293,7 @@ class Judge:
         rng, kind = torch.Generator().manual_seed(config.seed + 2), torch.float32
         heldout = heldout.to(local.device)
         if self.has_heldout:
-            x0 = local[heldout].repeat(_EVAL_REPEATS, 1)
-            noise = torch.randn(x0.shape, generator=rng, dtype=kind).to(local)
-            # Times spread evenly over [0, 1) and shuffled over the snapshots.
-            uniform = (torch.arange(len(x0), dtype=kind) + 0.5) / len(x0)
-            uniform = uniform[torch.randperm(len(x0), generator=rng)].to(local)
-            self.batch = noised_batch(x0, noise, uniform, config.diffusion)
+            self.batch = evenly_noised(local[heldout].repeat(_EVAL_REPEATS, 1), config.diffusion, rng)
             self.batch_condition = condition[heldout].repeat(_EVAL_REPEATS)
         self.reference = float(nearest_at_another_time(local, labels).nanmedian())
         runs = torch.tensor(sorted(set(labels.tolist())), device=local.device)
@@ -297,10 +307,7 @@ class Judge:
         if self.has_heldout:
             found["heldout_loss"] = float(loss(lambda x, t: denoiser(x, t, self.batch_condition), self.batch))
         if self.config.diffusion.min_novelty > 0:
-            process = self.config.diffusion
-            is_quick = sampler_for(process).needs == "preconditioned denoiser"
-            sampling = SamplingConfig(num_sampling_steps=_EVAL_STEPS if is_quick else None)
-            samples = run_sampler(denoiser, self.noise, Condition(self.sample_labels), process, sampling)
+            samples = sampled_briefly(denoiser, self.noise, Condition(self.sample_labels), self.config.diffusion)
             found["spread_ratio"] = spread_about_means(samples, self.sample_labels) / max(self.spread, 1e-12)
             if self.reference > 0:  # false for NaN too: a trajectory may be too short for a reference
                 nearest = nearest_of_own_run(samples, self.sample_labels, self.local, self.labels)

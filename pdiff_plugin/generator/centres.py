@@ -85,7 +85,7 @@ def _kriging(cross: Tensor, own: Tensor, noise: float) -> Tensor:
     Each row sums to one.
     """
     border = torch.ones(len(cross), 1, dtype=torch.float64)
-    weights: Tensor = torch.linalg.solve(_bordered(own, noise), torch.cat([cross, border], dim=1).T)[:-1].T
+    weights: Tensor = torch.linalg.solve(bordered(own, noise), torch.cat([cross, border], dim=1).T)[:-1].T
     return weights
 
 
@@ -95,12 +95,13 @@ def _kriging_leave_one_out(own: Tensor, noise: float) -> Tensor:
     Leaving row i out needs no system of its own: its residual is row i of A⁻¹y over entry (i, i) of A⁻¹, with A the
     bordered kernel matrix (Dubrule 1983, Mathematical Geology 15, 687-699).
     """
-    inverse = torch.linalg.inv(_bordered(own, noise))[:-1, :-1]
+    inverse = torch.linalg.inv(bordered(own, noise))[:-1, :-1]
     weights: Tensor = -inverse / inverse.diagonal()[:, None]
     return weights.fill_diagonal_(0.0)
 
 
-def _bordered(own: Tensor, noise: float) -> Tensor:
+def bordered(own: Tensor, noise: float) -> Tensor:
+    """A kernel or Gram matrix (R, R) with ``noise`` added to its diagonal, in a border of ones: (R + 1, R + 1)."""
     R = len(own)
     out = torch.ones(R + 1, R + 1, dtype=torch.float64)
     out[:R, :R] = own + noise * torch.eye(R, dtype=torch.float64)

@@ -222,8 +222,10 @@ class WeightGenerator(GeneratorParts):
             return ""
         whole = {**self.conditions[0], **parse_condition(condition, "the condition")}
         outside = self.variables.outside(whole)
+        if not outside:
+            return ""
         near = describe_condition(self.variables.nearest(whole, self.conditions))
-        return f"{'; '.join(outside)}. The nearest recorded condition is {near}." if outside else ""
+        return f"{'; '.join(outside)}. The nearest recorded condition is {near}."
 
     def _asked(self, num_members: int, condition: Mapping[str, Any] | None, sampling: SamplingConfig) -> Condition:
         """Of each member: by its features, or by the run, one by name or all in turn."""
