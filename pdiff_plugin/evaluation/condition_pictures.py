@@ -17,7 +17,7 @@ from pdiff_plugin.evaluation.condition_findings import ConditionFindings, Judged
 from pdiff_plugin.evaluation.condition_rows import GENERATED, TRAINED, spec_of
 from pdiff_plugin.evaluation.condition_verdict import BEST_CHEAP
 from pdiff_plugin.evaluation.kind import Quantity
-from pdiff_plugin.evaluation.plots import WIDTH_IN, Array, Picture, style
+from pdiff_plugin.evaluation.plots import WIDTH_IN, Array, Picture, mark_beyond, style
 from pdiff_plugin.snapshots.conditions import Condition
 
 if TYPE_CHECKING:
@@ -178,15 +178,7 @@ def _differences(evaluation: ConditionFindings, group: str) -> Figure:
     for row, one in enumerate(found):
         look = spec_of(one.name).look
         if abs(one.loss) > reach:
-            is_left = one.loss < 0
-            axes.annotate(
-                f"  ← {one.loss:{quantity.format}}" if is_left else f"{one.loss:+{quantity.format}} →  ",
-                (-reach if is_left else reach, row),
-                ha="left" if is_left else "right",
-                va="center",
-                fontsize=8,
-                color=look.colour,
-            )
+            mark_beyond(axes, row, reach, f"{one.loss:+{quantity.format}}", look.colour)
             continue
         error = 0.0 if math.isnan(one.loss_error) else 2 * one.loss_error
         axes.errorbar(one.loss, row, xerr=error, color=look.colour, marker=look.marker, markersize=5, elinewidth=1)

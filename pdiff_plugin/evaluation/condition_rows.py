@@ -15,6 +15,7 @@ from functools import partial
 from typing import Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from pdiff_plugin.config import EvaluateConditionsConfig
 from pdiff_plugin.evaluation.baselines import Look, rng_for
@@ -27,7 +28,7 @@ from pdiff_plugin.evaluation.condition_weights import (
     encoded,
     mean_row,
     recorded_members,
-    usable_snapshots,
+    some_usable,
 )
 from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.centre_stage import fit_centre
@@ -161,11 +162,10 @@ class RowMaker:
             row: CENTRES[kind].weights(self.features, recorded.features, **self.settings[row])
             for row, kind in _MIXED.items()
         }
-        self.seconds_once: dict[str, float] = {}
-        started = time.perf_counter()
-        network = fit_centre(NETWORK, recorded.features, recorded.latents, config.seed)
-        self.expected = network(self.features)  # (C, K)
-        self.seconds_once[NETWORK] = time.perf_counter() - started
+        self.expected, seconds = _clocked(  # (C, K)
+            lambda: fit_centre(NETWORK, recorded.features, recorded.latents, config.seed)(self.features)
+        )
+        self.seconds_once = {NETWORK: seconds}
         self.partners = partners(places, config.seed)
         self._joint: Task | None = None
 
@@ -173,14 +173,17 @@ class RowMaker:
         """All rows at one of the conditions, one after the other."""
         place = self.places[number]
         yield from self._recorded(place)
-        yield from self._made_of_others(number)
+        made: dict[str, WeightSet] = {}
+        for name, one in self._made_of_others(number):
+            assert one.weights is not None
+            made[name] = one.weights
+            yield name, one
         yield from self._of_the_model(task)
         if self.trainer is not None:
-            yield from self._tuned(number, task)
+            starts = {start: made[row].member(0) for start, row in _STARTS.items()}
+            yield from self._tuned(number, task, starts)
         for name, make in self.extra.items():
-            started = time.perf_counter()
-            found = make(dict(place.condition))
-            seconds = time.perf_counter() - started
+            found, seconds = _clocked(partial(make, dict(place.condition)))
             if isinstance(found, Task):
                 yield name, Made(task=found, seconds=seconds)
             else:
@@ -190,9 +193,9 @@ class RowMaker:
     def _recorded(self, place: Place) -> Iterator[tuple[str, Made]]:
         """What was recorded at the condition, of each of its runs."""
         for number, run in enumerate(place.runs):
-            members = recorded_members(self.store, run, self.config.num_members)
-            yield TRAINED, Made(members, run=number)
-            mean = mean_row(self.store, usable_snapshots(self.store, run))[None]  # (1, D)
+            places = some_usable(self.store, run)
+            yield TRAINED, Made(recorded_members(self.store, places, self.config.num_members), run=number)
+            mean = mean_row(self.store, places)[None]  # (1, D)
             one = Recorded(self.store.layout, [place.condition], self.features[:0], mean, mean)
             yield "trained average", Made(one.mixed(torch.ones(1, 1, dtype=torch.float64)), run=number)
             yield CEILING, Made(self.generator.decode(encoded(self.generator, mean)), run=number)
@@ -225,7 +228,7 @@ class RowMaker:
             found, seconds = _clocked(lambda: recalibrated(task))
             yield BASE_BN, Made(task=found, seconds=seconds)
 
-    def _tuned(self, number: int, task: Task) -> Iterator[tuple[str, Made]]:
+    def _tuned(self, number: int, task: Task, starts: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Made]]:
         assert self.trainer is not None
         if self.config.joint_steps:
             if self._joint is None:
@@ -234,14 +237,9 @@ class RowMaker:
                 self.seconds_once[JOINT] = seconds
             yield JOINT, Made(task=replace(task, model=self._joint.model))
         condition = dict(self.places[number].condition)
-        starts = {
-            "average": self.recorded.mixed(self.mixtures[AVERAGE][number : number + 1]),
-            "nearest": self.recorded.mixed(self.mixtures["nearest"][number : number + 1]),
-            "generated": averaged(self._sampled(number, number)),
-        }
         for start, weights in starts.items():
             for steps in self.config.fine_tune_steps:
-                found, seconds = self.trainer.trained(task, weights.member(0), [condition], steps)
+                found, seconds = self.trainer.trained(task, weights, [condition], steps)
                 yield tuned_name(start, steps), Made(task=found, seconds=seconds)
 
 

@@ -46,8 +46,8 @@ def mean_row(store: SnapshotStore, places: Tensor) -> Tensor:
     return out
 
 
-def recorded_members(store: SnapshotStore, trajectory: str, num_members: int) -> WeightSet:
-    """Up to M snapshots of a trajectory, evenly spaced.
+def some_usable(store: SnapshotStore, trajectory: str) -> Tensor:
+    """As :func:`usable_snapshots`.
 
     Raises:
         UnusableSnapshotsError: all of them hold NaN or Inf.
@@ -57,6 +57,11 @@ def recorded_members(store: SnapshotStore, trajectory: str, num_members: int) ->
         raise UnusableSnapshotsError(
             f"{store.path}, {trajectory}", "no snapshot without NaN or Inf", "one at least", "Leave this run out."
         )
+    return places
+
+
+def recorded_members(store: SnapshotStore, places: Tensor, num_members: int) -> WeightSet:
+    """Up to M of the snapshots at ``places``, evenly spaced."""
     return WeightSet.from_flat(store.rows(indices=places[evenly_spaced(len(places), num_members)]), store.layout)
 
 

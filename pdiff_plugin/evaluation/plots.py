@@ -186,15 +186,7 @@ def paired_differences(evaluation: Evaluation) -> Figure | None:
     for row, c in enumerate(comparisons):
         look = look_of(c.name)
         if abs(c.loss) > reach:
-            is_left = c.loss < 0
-            axes.annotate(
-                f"  ← {_short(c.loss)}" if is_left else f"+{_short(c.loss)} →  ",
-                (-reach if is_left else reach, row),
-                ha="left" if is_left else "right",
-                va="center",
-                fontsize=8,
-                color=look.colour,
-            )
+            mark_beyond(axes, row, reach, f"{'' if c.loss < 0 else '+'}{_short(c.loss)}", look.colour)
             continue
         axes.errorbar(
             c.loss,
@@ -457,6 +449,19 @@ def _range_of(parts: Sequence[Array], share: float = 0.35) -> tuple[float, float
 
 def _legend_below(figure: Figure, axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+
+
+def mark_beyond(axes: Axes, row: int, reach: float, text: str, colour: str) -> None:
+    """Tell a difference that lies beyond the axis, -reach to reach, by its number; ``text`` with its sign."""
+    is_left = text.startswith("-")
+    axes.annotate(
+        f"  ← {text}" if is_left else f"{text} →  ",
+        (-reach if is_left else reach, row),
+        ha="left" if is_left else "right",
+        va="center",
+        fontsize=8,
+        color=colour,
+    )
 
 
 def _short(value: float, digits: int = 2) -> str:
