@@ -273,7 +273,6 @@ def fit(
         preset: Settings that the other flags change: `paper` is the published configuration of p-diff.
         autoencoder: Which one, if not the preset's; with --help, `--autoencoder conv` shows the settings of that.
     """
-    from pdiff_plugin.snapshots.conditions import describe_condition
     from pdiff_plugin.snapshots.remote import is_remote
 
     del preset, autoencoder  # they have chosen the settings that `config` started from, see _fit_from
@@ -289,9 +288,9 @@ def fit(
         describe.print_json(document)
         return
     describe.show_generator(document)
-    recorded = fitted.conditions[0] if fitted.conditions else {}
-    made_for = f" --condition {describe_condition(recorded)}" if recorded else ""
-    judged_at = " --conditions held-out" if recorded else ""
+    names = fitted.variables.names if fitted.variables else []
+    made_for = f" --condition {' '.join(f'{name}=VALUE' for name in names)}" if names else ""
+    judged_at = " --conditions held-out" if names else ""
     console.say(
         f"Next: pdiff generate {out}{made_for} --num-members 16 --out members   or   "
         f"pdiff evaluate {out} --task MODULE:FUNCTION{judged_at}"
