@@ -13,6 +13,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -60,6 +61,7 @@ def task(angle: float) -> Task:
 '''
 
 
+@cache  # reading them takes longer than the training at an angle
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Training and test images (n, 1, 8, 8) in [0, 1] and their classes, always split in the same way."""
     data = load_digits()
