@@ -4,49 +4,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from workload_data import Split, grey, loader
+from workload_data import loader
 
 from pdiff_plugin import SnapshotStore, Task, WeightGenerator, swap_
 
-from .images import disc, rotated
-from .sweep import Condition, ExtraRow, Recipe, Sweep, Variant, run_name
+from .grey_mlp import RECIPE, GreySweep
+from .images import rotated
+from .sweep import Condition, ExtraRow, Variant, run_name
 
 STEP = 15  # degrees between recorded angles
 
 
-class Angle(Sweep):
+class Angle(GreySweep):
     """All 66,970 values of an MLP on grey images, at 24 angles."""
 
     name = "angle"
     kinds = ("angle:cyclic=360",)
-    recipe = Recipe(
-        num_steps=600, batch_size=168, lr=1e-3, final_lr=1e-4, last_steps=60, every_n_steps=3, joint_steps=7200
-    )
+    recipe = RECIPE
 
-    def __init__(self, folder: Any, train: Split, test: Split, seed: int, smoke: bool = False) -> None:
-        super().__init__(folder, as_discs(train), as_discs(test), seed, smoke)
-
-    def build(self) -> nn.Module:
-        return grey_mlp()
-
-    def train_base(self, model: nn.Module) -> None:
-        """Six epochs in which every image is turned by an angle of its own."""
-        rng = torch.Generator().manual_seed(self.seed)
-        num_steps = 60 if self.smoke else 6 * 300
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=num_steps)
-        for _ in range(num_steps):
-            x, y = self.batch(rng)
-            angles = 360 * torch.rand(len(x), generator=rng)
-            optimizer.zero_grad()
-            F.cross_entropy(model(rotated(x, angles).flatten(1)), y).backward()
-            optimizer.step()
-            schedule.step()
+    def base_loss(self, model: nn.Module, rng: torch.Generator) -> Tensor:
+        """Of images every one of which is turned by an angle of its own."""
+        x, y = self.batch(rng)
+        angles = 360 * torch.rand(len(x), generator=rng)
+        return F.cross_entropy(model(rotated(x, angles).flatten(1)), y)
 
     def conditions(self) -> list[Condition]:
         return [{"angle": float(angle)} for angle in range(0, 360, 30 if self.smoke else STEP)]
@@ -80,18 +64,3 @@ class Angle(Sweep):
             return Task(upright, loader((x, self.test_split[1]), 500), name=self.name)
 
         return {"input turned back": turned_back}
-
-
-def as_discs(split: Split) -> Split:
-    """Grey images (N, 1, 32, 32), round."""
-    x, y = grey(split)
-    return x.view(-1, 1, 32, 32) * disc(32), y
-
-
-def grey_mlp() -> nn.Module:
-    """The network of w1."""
-    return nn.Sequential(
-        nn.Linear(1024, 64), nn.LayerNorm(64), nn.ReLU(),
-        nn.Linear(64, 16), nn.LayerNorm(16), nn.ReLU(),
-        nn.Linear(16, 10),
-    )  # fmt: skip

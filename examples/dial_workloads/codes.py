@@ -72,9 +72,9 @@ class Codes(Sweep):
         nn.init.zeros_(model[2].bias)
 
     def _load_features(self) -> None:
-        train = torch.load(self.folder / "train-features.pt").float()
+        train = torch.load(self.folder / "train-features.pt", weights_only=True).float()
         self._mean, self._std = train.mean(dim=0), train.std(dim=0) + 1e-6
-        test = torch.load(self.folder / "test-features.pt").float()
+        test = torch.load(self.folder / "test-features.pt", weights_only=True).float()
         self.train_split = (train - self._mean) / self._std, self._images[0][1]
         self.test_split = (test - self._mean) / self._std, self._images[1][1]
 

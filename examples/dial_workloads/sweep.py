@@ -158,7 +158,7 @@ class Sweep:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(model.state_dict(), path.with_suffix(".tmp"))
                 path.with_suffix(".tmp").rename(path)
-            model.load_state_dict(torch.load(path))
+            model.load_state_dict(torch.load(path, weights_only=True))
             self._base = model.eval()
         return self._base
 

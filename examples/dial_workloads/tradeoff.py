@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from workload_data import Split, loader
+from workload_data import loader
 
 from pdiff_plugin import SnapshotStore, Task, WeightGenerator
 
-from .angle import as_discs, grey_mlp
+from .grey_mlp import RECIPE, GreySweep
 from .images import noisy
-from .sweep import Condition, ExtraRow, Recipe, Sweep, Variant, run_name
+from .sweep import Condition, ExtraRow, Variant, run_name
 
 NOISE = 6.0  # with less, one network answers both about as well as two do
 
 
-class Tradeoff(Sweep):
+class Tradeoff(GreySweep):
     """(1 - share) x the loss on clean images + share x that on noisy ones, for an MLP; 21 shares, every other held out.
 
     It is judged on images of which that share is noisy, so that the loss there is the one that was trained.
     """
 
     name = "tradeoff"
-    recipe = Recipe(
-        num_steps=600, batch_size=168, lr=1e-3, final_lr=1e-4, last_steps=60, every_n_steps=3, joint_steps=6600
-    )
+    recipe = replace(RECIPE, joint_steps=6600)
 
-    def __init__(self, folder: Any, train: Split, test: Split, seed: int, smoke: bool = False) -> None:
-        super().__init__(folder, as_discs(train), as_discs(test), seed, smoke)
-
-    def build(self) -> nn.Module:
-        return grey_mlp()
-
-    def train_base(self, model: nn.Module) -> None:
-        """Six epochs in which the share is drawn anew for every batch."""
-        rng = torch.Generator().manual_seed(self.seed)
-        num_steps = 60 if self.smoke else 6 * 300
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=num_steps)
-        for _ in range(num_steps):
-            optimizer.zero_grad()
-            self.loss(model, {"share": float(torch.rand((), generator=rng))}, rng).backward()
-            optimizer.step()
-            schedule.step()
+    def base_loss(self, model: nn.Module, rng: torch.Generator) -> Tensor:
+        """At a share that is drawn anew for every batch."""
+        return self.loss(model, {"share": float(torch.rand((), generator=rng))}, rng)
 
     def conditions(self) -> list[Condition]:
         last = 8 if self.smoke else 20
