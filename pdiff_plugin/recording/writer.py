@@ -185,11 +185,20 @@ class BackgroundWriter:
             self._changed.notify_all()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            if self.trajectory is not None:
+                self.trajectory.close()
+
+    def _work(self) -> None:
         while True:
             with self._changed:
                 while not self._full and not self._closing:
                     # The open chunk's age is looked at now and then, so that its first row need not wake this thread.
                     self._changed.wait(CHUNK_SECONDS / 10)
+                    if self.trajectory is not None:
+                        self.trajectory.beat()
                     current = self._current
                     if current is not None and time.monotonic() - current.opened_at >= CHUNK_SECONDS:
                         self._close_chunk()
