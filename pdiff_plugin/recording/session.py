@@ -112,7 +112,7 @@ class Session:
         self._names: list[str] = []
         self._selected_from: dict[str, tuple[int, bool]] = {}
         self._layout: Layout | None = None
-        self._row_shapes: list[torch.Size] = []
+        self._sizes: list[int] = []
         self._read: Callable[[], list[Tensor]] = list
         self._drift = RestDrift(list)
         self._frozen: FrozenRest | None = None
@@ -228,11 +228,9 @@ class Session:
     def _record(self, info: RowInfo, found_inf: Tensor | None) -> None:
         writer = self._ready_writer()
         tensors = self._read()
-        for name, shape, tensor in zip(writer.layout.names, self._row_shapes, tensors, strict=True):
-            if tensor.shape != shape:  # copying would broadcast some of these, silently
-                raise LayoutMismatchError(name, str(tuple(shape)), str(tuple(tensor.shape)))
-        writer.add(tensors, info, found_inf)
-        if not writer.is_active:
+        if list(map(Tensor.numel, tensors)) != self._sizes:
+            _tell_other_shape(writer.layout, tensors)
+        if not writer.add(tensors, info, found_inf):
             self.outcome.error = writer.error
             return
         is_ring = self.window.total_steps is None
@@ -295,7 +293,7 @@ class Session:
                 self.is_writer = True
             local = {name: local_part(tensor) for name, tensor in tensors.items()}
             self._layout = Layout.from_tensors(local, selection.kinds)
-            self._row_shapes = [torch.Size(spec.shape) for spec in self._layout]
+            self._sizes = [spec.numel for spec in self._layout]
             self._read = _reader(self.model, self._layout.names)
             self._drift = RestDrift(_reader(self.model, rest_names(self.model, list(selection.tensors))))
         return self._layout
@@ -397,6 +395,13 @@ class Session:
 def _fingerprint(model: nn.Module) -> dict[str, tuple[int, bool]]:
     """Which object each tensor of ``model`` is, and whether it is trained."""
     return {name: (id(tensor), tensor.requires_grad) for name, tensor in named_tensors(model).items()}
+
+
+def _tell_other_shape(layout: Layout, tensors: Sequence[Tensor]) -> None:
+    """Raise about the first tensor of another size, which a copy would broadcast in silence; others it refuses."""
+    for spec, tensor in zip(layout, tensors, strict=True):
+        if tensor.numel() != spec.numel:
+            raise LayoutMismatchError(spec.name, str(spec.shape), str(tuple(tensor.shape)))
 
 
 def _reader(model: nn.Module, names: Sequence[str]) -> Callable[[], list[Tensor]]:

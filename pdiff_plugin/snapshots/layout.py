@@ -116,7 +116,7 @@ class Layout:
         """Length D of a flat vector."""
         return sum(spec.numel for spec in self.tensors)
 
-    @cached_property
+    @property
     def names(self) -> list[str]:
         return [spec.name for spec in self.tensors]
 
