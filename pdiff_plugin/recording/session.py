@@ -38,7 +38,7 @@ from pdiff_plugin.snapshots.conditions import (
     read_conditions,
     write_condition,
 )
-from pdiff_plugin.snapshots.files import remove_strays
+from pdiff_plugin.snapshots.files import ABANDONED_S, remove_strays
 from pdiff_plugin.snapshots.layout import DTYPES, LAYOUT_NAME, Layout, read_layout
 from pdiff_plugin.snapshots.ownership import holder
 from pdiff_plugin.snapshots.shards import (
@@ -260,7 +260,7 @@ class Session:
                     opened = TrajectoryWriter(folder, layout, dtype)
                     logger.warning("%s This training goes on in %s.", error, opened.folder)
                 for path in (store / "trajectories").glob("*"):
-                    remove_strays(path)
+                    remove_strays(path, min_age_s=ABANDONED_S)
                 if shapes is not None:
                     write_shapes(folder, shapes)
                 if condition is not None:

@@ -19,7 +19,7 @@ from pdiff_plugin.snapshots.processes import Process, this_process
 TEMP_MARK = ".tmp-"
 _TEMP_NAME = re.compile(rf"{re.escape(TEMP_MARK)}([0-9a-f]{{12}})-(\d{{1,9}})-(\d{{1,18}})-.*")
 # Nobody takes this long between two writes to one file.
-_ABANDONED_S = 24 * 3600.0
+ABANDONED_S = 24 * 3600.0
 
 
 def temporary(path: Path) -> Path:
@@ -31,12 +31,13 @@ def temporary(path: Path) -> Path:
     return path.with_name(f"{TEMP_MARK}{mine.machine}-{mine.pid}-{mine.started}-{uuid4().hex[:12]}-{path.name}")
 
 
-def remove_strays(folder: Path, *, min_age_s: float = _ABANDONED_S) -> None:
-    """Delete the temporary files in ``folder`` whose writers are gone.
+def remove_strays(folder: Path, *, min_age_s: float = math.inf) -> None:
+    """Delete the temporary files in ``folder`` whose writers are known to be gone.
 
     Args:
         folder: alone, without those below it.
-        min_age_s: of files whose writer may be on another machine, since they were last written to.
+        min_age_s: after which those are deleted, too, whose writer is not known, or is on another machine. Only for
+            folders where nobody else keeps files.
     """
     for path in folder.glob(f"{TEMP_MARK}*"):
         match = _TEMP_NAME.fullmatch(path.name)

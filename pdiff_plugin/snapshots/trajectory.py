@@ -21,7 +21,7 @@ from torch import Tensor
 from pdiff_plugin.errors import FormatError, TrajectoryExistsError
 from pdiff_plugin.snapshots.base import write_base
 from pdiff_plugin.snapshots.chunks import CHUNK_NAME, read_chunk, read_chunks, save_chunk
-from pdiff_plugin.snapshots.files import created, remove_strays
+from pdiff_plugin.snapshots.files import ABANDONED_S, created, remove_strays
 from pdiff_plugin.snapshots.layout import DTYPE_NAMES, FORMAT, FORMAT_VERSION, LAYOUT_NAME, Layout, read_layout
 from pdiff_plugin.snapshots.ownership import Ownership
 from pdiff_plugin.snapshots.shards import next_free_trajectory
@@ -66,7 +66,7 @@ class TrajectoryWriter:
 
     def _read(self, resume_step: int | None) -> None:
         """Find what the trajectory holds, and drop what comes after ``resume_step``."""
-        remove_strays(self.path)
+        remove_strays(self.path, min_age_s=ABANDONED_S)
         remove_strays(self.folder, min_age_s=0.0)
         chunks, problems = read_chunks(self.folder, self.layout, self.row_dtype)
         if chunks and resume_step is None:

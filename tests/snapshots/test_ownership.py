@@ -195,7 +195,31 @@ def test_temporary_files_of_the_dead_go_and_those_of_the_living_stay(tmp_path, o
     other.wait()
     os.utime(old, (0, 0))
     remove_strays(tmp_path)
+    assert (mine.exists(), theirs.exists(), elsewhere.exists(), old.exists()) == (True, False, True, True)
+    remove_strays(tmp_path, min_age_s=3600.0)
     assert (mine.exists(), theirs.exists(), elsewhere.exists(), old.exists()) == (True, False, True, False)
     remove_strays(tmp_path, min_age_s=0.0)
     assert (mine.exists(), elsewhere.exists()) == (True, False)
     assert Path(tmp_path / ".tmp-folder").is_dir()
+
+
+def test_the_next_writer_cleans_a_fit_members_and_an_evaluation(tmp_path, other):
+    """One rule for all folders: what a dead process was writing there goes."""
+    from pdiff_plugin import DiffusionConfig, FitConfig, fit
+    from pdiff_plugin.evaluation.result import Evaluation
+    from pdiff_plugin.generator.members import write_members
+
+    other.kill()
+    other.wait()
+    name = next(tmp_path.glob(f".tmp-*-{other.pid}-*")).name
+    store = tmp_path / "store"
+    layout = Layout.from_tensors({"w": torch.zeros(30)})
+    TrajectoryWriter(store, layout).write_chunk(torch.randn(40, 30), range(1, 41))
+    for folder in (store, store / "trajectories/run-001", tmp_path / "fit", tmp_path / "members", tmp_path / "judged"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"half")
+    TrajectoryWriter(store, layout, trajectory="run-001", resume_step=40)
+    generator = fit(store, FitConfig(diffusion=DiffusionConfig(max_steps=2)), out=tmp_path / "fit")
+    write_members(generator, tmp_path / "members", num_members=2)
+    Evaluation.load(Path(__file__).parents[1] / "data/evaluation-v1").save(tmp_path / "judged")
+    assert list(tmp_path.glob("*/**/.tmp-*")) == []
