@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 HTML_NAME = "report.html"
 FIGURES_DIR = "report-figures"
 _PNG_DPI = 200
+_PLAIN = "#777777"
 _COLOURS = {
     "worth it": "#009E73",
     "no better than averaging": "#E69F00",
@@ -100,7 +101,7 @@ def render_html(evaluation: Evaluation, drawn: list[Picture] | None = None) -> s
         facts=_facts(evaluation.details),
         outcome=evaluation.verdict.outcome,
         verdict=evaluation.verdict.sentence,
-        colour=_COLOURS[evaluation.verdict.outcome],
+        colour=_COLOURS.get(evaluation.verdict.outcome, _PLAIN),
         tables=[Table("Sets", headers, rows, evaluation.footnote, [look_of(row[0]).colour for row in rows])],
         drawn=pictures(evaluation) if drawn is None else drawn,
         groups=_groups(evaluation),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.errors import FormatError
+from pdiff_plugin.snapshots.files import is_number
 from pdiff_plugin.snapshots.layout import FORMAT, FORMAT_VERSION, Layout
 from pdiff_plugin.snapshots.tensor_files import from_json, load_tensors, save_tensors
 
@@ -81,9 +82,9 @@ def read_chunk(path: Path, layout: Layout, row_dtype: torch.dtype) -> Chunk:
     if rows.dtype != row_dtype or tuple(rows.shape) != (n, layout.num_values):
         expected = f"{row_dtype} ({n}, {layout.num_values})"
         raise FormatError(str(path), f"rows of {rows.dtype} {tuple(rows.shape)}", expected)
-    if not (_is_list(epochs, n) and all(epoch is None or _is_number(epoch) for epoch in epochs)):
+    if not (_is_list(epochs, n) and all(epoch is None or is_number(epoch) for epoch in epochs)):
         raise FormatError(str(path), "other epochs", f"{n} numbers or nulls")
-    if not (_is_list(metrics, n) and all(isinstance(m, dict) and all(map(_is_number, m.values())) for m in metrics)):
+    if not (_is_list(metrics, n) and all(isinstance(m, dict) and all(map(is_number, m.values())) for m in metrics)):
         raise FormatError(str(path), "other metrics", f"{n} objects of name -> number")
     return Chunk(path, steps.tolist(), epochs, metrics, rows)
 
@@ -108,7 +109,3 @@ def read_chunks(folder: Path, layout: Layout, row_dtype: torch.dtype) -> tuple[l
 
 def _is_list(found: object, length: int) -> bool:
     return isinstance(found, list) and len(found) == length
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
