@@ -20,6 +20,9 @@ class StateError(ValueError):
         super().__init__(name, found, expected)
         self.name, self.found, self.expected = name, found, expected
 
+    def __str__(self) -> str:
+        return f"tensor {self.name!r} {self.found}, expected {self.expected}"
+
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix``, without it."""
