@@ -200,7 +200,9 @@ class ConditionEvaluation(ConditionFindings):
                     raise ValueError("a best cheap row that is none")
             fitted = [parse_condition(condition, "a fitted condition") for condition in document["fitted"]]
             notes, details = [str(note) for note in document["notes"]], _details(document["details"])
-            return cls(str(document["task"]), kind, places, verdicts, fitted, notes, details)
+            found = cls(str(document["task"]), kind, places, verdicts, fitted, notes, details)
+            found.table_text()  # figures of other types than the metrics have are told here
+        return found
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``conditions.json`` and return its path."""

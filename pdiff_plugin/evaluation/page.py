@@ -21,8 +21,8 @@ from pdiff_plugin.evaluation.charts import Chart, charts, paint
 from pdiff_plugin.evaluation.choice import Choice, passes_text
 from pdiff_plugin.evaluation.kind import Metric
 from pdiff_plugin.evaluation.plots import Picture, pictures, style
-from pdiff_plugin.evaluation.result import Evaluation
-from pdiff_plugin.snapshots.files import replacing
+from pdiff_plugin.evaluation.result import ARRAYS_NAME, Evaluation
+from pdiff_plugin.snapshots.files import reading, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,15 +62,17 @@ def write_report(source: Evaluation | str | os.PathLike[str], out: str | os.Path
 
     Raises:
         EvaluationNotFoundError: the folder holds no evaluation.
+        FormatError: its files cannot be read, or drawn.
         MissingDependencyError: matplotlib or jinja2 is not installed.
     """
     if isinstance(source, Evaluation):
-        evaluation, folder = source, Path(out or ".")
-    else:
-        evaluation = Evaluation.load(source)
-        folder = Path(out) if out is not None else _folder_of(Path(source))
-    drawn = pictures(evaluation)
-    return write_page(folder, HTML_NAME, render_html(evaluation, drawn), drawn)
+        drawn = pictures(source)
+        return write_page(Path(out or "."), HTML_NAME, render_html(source, drawn), drawn)
+    evaluation, folder = Evaluation.load(source), _folder_of(Path(source))
+    with reading(str(folder / ARRAYS_NAME), "arrays of the sets in evaluation.json"):
+        drawn = pictures(evaluation)
+        html = render_html(evaluation, drawn)
+    return write_page(folder if out is None else Path(out), HTML_NAME, html, drawn)
 
 
 def write_page(folder: Path, name: str, html: str, drawn: Sequence[Picture]) -> Path:

@@ -137,7 +137,7 @@ class Evaluation:
         with reading(where, f"a {FORMAT} document"):
             details = _details(document["details"])
             kind = _kind_of(details)
-            return cls(
+            found = cls(
                 sets={name: _figures(found) for name, found in document["sets"].items()},
                 verdict=Verdict.from_json(document),
                 comparisons=[Comparison.from_json(one, kind) for one in document["comparisons"]],
@@ -146,6 +146,8 @@ class Evaluation:
                 details=details,
                 choices=[Choice.from_json(choice) for choice in document.get("choices", [])],
             )
+            found.table_text()  # figures of other types than the metrics have are told here
+        return found
 
     @property
     def kind(self) -> TaskKind:

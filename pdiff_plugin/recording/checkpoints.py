@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeGuard
 from zipfile import is_zipfile
 
 import torch
@@ -225,13 +225,13 @@ def _trainer_state(path: Path) -> dict[str, Any]:
     return found
 
 
-def _is_step(found: object) -> bool:
+def _is_step(found: object) -> TypeGuard[int]:
     """Whether a counter can be the step of a snapshot."""
     return type(found) is int and 0 <= found < 2**63
 
 
 def _epoch(found: object) -> float | None:
-    return float(found) if is_number(found) and math.isfinite(found) else None  # type: ignore[arg-type]  # a number
+    return float(found) if is_number(found) and math.isfinite(found) else None
 
 
 def _checked(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:

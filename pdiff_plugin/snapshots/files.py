@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from uuid import uuid4
 
 from pdiff_plugin.errors import FormatError, FormatVersionError
@@ -132,7 +132,7 @@ def reading(path: str, expected: str) -> Iterator[None]:
         raise FormatError(path, found, expected) from error
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of a document is a number, which fits into 64 bits if it is whole."""
     return isinstance(value, float) or (type(value) is int and -(2**63) <= value < 2**63)
 
@@ -143,9 +143,11 @@ def number_in(value: object) -> float:
     Raises:
         ValueError: it is none.
     """
-    if not (value is None or is_number(value)):
+    if value is None:
+        return math.nan
+    if not is_number(value):
         raise ValueError(f"a figure that is a {type(value).__name__}")
-    return math.nan if value is None else value  # type: ignore[return-value]  # a number, see above
+    return value
 
 
 def check_regular(path: Path) -> None:

@@ -21,7 +21,7 @@ from pdiff_plugin.evaluation.condition_page import write_condition_report
 from pdiff_plugin.evaluation.condition_result import ConditionEvaluation
 from pdiff_plugin.evaluation.condition_rows import AVERAGE, CEILING, GENERATED, SHUFFLED, TRAINED
 from pdiff_plugin.evaluation.kinds import KINDS
-from pdiff_plugin.evaluation.page import write_report
+from pdiff_plugin.evaluation.page import render_html, write_report
 from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.recording.recorder import PDiffRecorder
 from pdiff_plugin.snapshots.base import write_base
@@ -30,6 +30,7 @@ from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.store import SnapshotStore
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
+SCRIPT = "<script>alert"
 DATA = Path(__file__).parents[1] / "data"
 
 # What was read where -> what is written there, by doors that write.
@@ -63,7 +64,7 @@ class Target:
     name: str
     path: str
     door: Door
-    weight: int = 1
+    weight: float = 1
 
 
 # What is made on the spot.
@@ -256,8 +257,13 @@ def read_evaluation(folder: Path, _: Path) -> None:
         result.best(1)
 
 
-def report(folder: Path, out: Path) -> None:
-    write_report(folder, out)
+def report(folder: Path, _: Path) -> None:
+    result = pdiff.Evaluation.load(folder)
+    assert SCRIPT not in render_html(result, [])
+
+
+def drawn_report(folder: Path, out: Path) -> None:
+    assert SCRIPT not in write_report(folder, out).read_text(encoding="utf-8")
 
 
 def read_conditions(folder: Path, _: Path) -> None:
@@ -268,7 +274,7 @@ def read_conditions(folder: Path, _: Path) -> None:
 
 
 def report_conditions(folder: Path, out: Path) -> None:
-    write_condition_report(ConditionEvaluation.load(folder), out)
+    assert SCRIPT not in write_condition_report(ConditionEvaluation.load(folder), out).read_text(encoding="utf-8")
 
 
 def go_on(store: str) -> Door:
@@ -339,9 +345,10 @@ TARGETS = [
     Target("evaluation", "evaluation-v1/evaluation.json", read_evaluation, 5),
     Target("arrays of an evaluation", "evaluation-v1/evaluation.safetensors", read_evaluation, 1),
     Target("report", "evaluation-v1/evaluation.json", report, 1),
-    Target("report with arrays", "evaluation-v1/evaluation.safetensors", report, 1),
+    Target("drawn report", "evaluation-v1/evaluation.json", drawn_report, 0.1),
+    Target("drawn report with arrays", "evaluation-v1/evaluation.safetensors", drawn_report, 0.3),
     Target("conditions", "conditions/conditions.json", read_conditions, 4),
-    Target("report over conditions", "conditions/conditions.json", report_conditions, 1),
+    Target("report over conditions", "conditions/conditions.json", report_conditions, 0.3),
     Target("fit.json", "unfinished/fit.json", go_on("store-v1-fitted"), 2),
     Target("fit checkpoint", "unfinished/diffusion.checkpoint.safetensors", go_on("store-v1-fitted"), 2),
     Target("statistics checkpoint", "unfinished/statistics.checkpoint.safetensors", go_on("store-v1-fitted"), 2),
