@@ -11,11 +11,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdiff_plugin.errors import MissingDependencyError
+from pdiff_plugin.errors import MissingDependencyError, visible
 from pdiff_plugin.evaluation.baselines import LOOKS, look_of
 from pdiff_plugin.evaluation.charts import Chart, charts, paint
 from pdiff_plugin.evaluation.choice import Choice, passes_text
@@ -154,7 +155,7 @@ def render_page(
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     marks = {mark for table in tables for mark in table.colours}
     colours = {"#ffffff", "#dddddd", "#444444", "#777777", *(look.colour for look in LOOKS.values()), *_DARK, *marks}
-    return template.render(
+    html: str = template.render(
         **words,
         colour=paint(colour),
         light={paint(one)[4:-1]: one for one in sorted(colours)},
@@ -172,6 +173,7 @@ def render_page(
             for picture in drawn
         ],
     )
+    return visible(html)
 
 
 def svg_text(figure: Figure, name: str, title: str) -> str:
@@ -189,7 +191,7 @@ def svg_text(figure: Figure, name: str, title: str) -> str:
     text = re.sub(r'(xlink:href="#|href="#|url\(#)', rf"\g<1>{name}-", text)
     for colour in sorted({"#dddddd", *(look.colour for look in LOOKS.values()), *_DARK}):
         text = re.sub(rf"((?:fill|stroke): ){colour}\b", rf"\g<1>{paint(colour)}", text, flags=re.IGNORECASE)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
 def _choices(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -228,7 +228,7 @@ def _network(
 
 
 def _names(document: Any) -> list[str]:
-    if not (isinstance(document, list) and document and all(isinstance(name, str) for name in document)):
+    if not (isinstance(document, list) and document and all(isinstance(n, str) and n.isprintable() for n in document)):
         raise TypeError("no list of names")
     return document
 

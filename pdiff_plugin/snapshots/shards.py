@@ -174,7 +174,9 @@ class World:
 
     @property
     def trajectories(self) -> list[str]:
-        return sorted(path.name for path in (self.folders[0] / "trajectories").glob("*") if path.is_dir())
+        found = (path for path in (self.folders[0] / "trajectories").glob("*") if path.is_dir())
+        # A name that cannot be printed is none that a writer takes, and would be in every warning.
+        return sorted(path.name for path in found if path.name.isprintable())
 
     def chunks(self, trajectory: str) -> tuple[list[list[Chunk]], list[str]]:
         """The chunks of a trajectory that each rank has written, and a sentence for each that cannot be read."""

@@ -150,7 +150,7 @@ def main(folder: Path, seed: int, first: int, last: int) -> None:
     """Run cases ``first`` to ``last`` of a seed."""
     report = sys.stdout
     logging.getLogger("pdiff_plugin").addHandler(logging.StreamHandler(io.TextIOWrapper(io.BytesIO(), "utf-8")))
-    wide = {"width": 200, "file": io.StringIO()}
+    wide = {"width": 200, "highlight": False, "file": io.StringIO()}
     console.out, console.err = Console(**wide), Console(**wide)
     if not (folder / "sandbox").exists():
         corpus.make(folder / "sandbox")
