@@ -15,7 +15,7 @@ from torch import nn
 
 import pdiff_plugin as pdiff
 from pdiff_plugin import describe
-from pdiff_plugin.config import DiffusionConfig, FitConfig, SubspaceConfig, TuneConfig
+from pdiff_plugin.config import ConditionConfig, DiffusionConfig, FitConfig, SubspaceConfig, TuneConfig
 from pdiff_plugin.evaluation.condition_findings import JudgedCondition, RowFigures, verdicts_of
 from pdiff_plugin.evaluation.condition_page import write_condition_report
 from pdiff_plugin.evaluation.condition_result import ConditionEvaluation
@@ -58,7 +58,7 @@ class Target:
         name: for people.
         path: of the file, inside the sandbox.
         door: called with the folder (the first part of ``path``) and a folder to write to.
-        weight: how often it is taken.
+        weight: how often it is taken; below 1 where it takes a second or more.
     """
 
     name: str
@@ -81,6 +81,7 @@ def make(sandbox: Path) -> None:
     shutil.copytree(sandbox / "store-v1-sharded", sandbox / "mixed")
     _write_run(sandbox / "mixed", "whole", 6)
     config = FitConfig(
+        condition=ConditionConfig(centre="gp"),
         autoencoder=SubspaceConfig(latent_dim=4),
         diffusion=DiffusionConfig(width=16, num_blocks=1, max_steps=6, eval_every_n_steps=2),
     )
