@@ -88,10 +88,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     wrong = set(row) ^ {one.name for one in fields(RowFigures)}
     if wrong:
         raise ValueError(f"a row with or without {sorted(wrong)[0]!r}")
-    return {
-        key: int(value) if key == "members" else number_in(value)
-        for key, value in row.items()
-    }
+    return {key: int(value) if key == "members" else number_in(value) for key, value in row.items()}
 
 
 @dataclass(frozen=True)

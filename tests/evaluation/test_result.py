@@ -125,6 +125,8 @@ def test_arrays_that_cannot_be_drawn_are_refused_by_their_file(tmp_path: Path, n
     pytest.importorskip("jinja2")
     path = folder_of(tmp_path) / "evaluation.safetensors"
     save_file(load_file(path) | {name: tensor}, path, {"format": "pdiff-evaluation", "format_version": "1"})
-    with pytest.raises(FormatError, match=r"evaluation\.safetensors: found .*expected arrays of the sets in evaluation"):
+    with pytest.raises(
+        FormatError, match=r"evaluation\.safetensors: found .*expected arrays of the sets in evaluation"
+    ):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()

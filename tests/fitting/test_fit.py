@@ -15,7 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pdiff_plugin import DiffusionConfig, FitConfig, Layout, SnapshotStore, SubspaceConfig, WeightGenerator, fit
-from pdiff_plugin.errors import FitExistsError, FormatError, FormatVersionError, StoreNotFoundError, UnusableSnapshotsError
+from pdiff_plugin.errors import (
+    FitExistsError,
+    FormatError,
+    FormatVersionError,
+    StoreNotFoundError,
+    UnusableSnapshotsError,
+)
 from pdiff_plugin.fitting import statistics_stage
 from pdiff_plugin.fitting.folder import FitFolder
 from pdiff_plugin.fitting.statistics_stage import nonfinite_names

@@ -115,7 +115,9 @@ def _write_run(store: Path, name: str | None, num: int, shift: float = 0.0) -> s
     if (store / "shards").exists():
         layout = SnapshotStore.open(store).layout
     else:
-        layout = Layout.from_tensors({key: t for key, t in model.state_dict(keep_vars=True).items() if t.dtype.is_floating_point})
+        layout = Layout.from_tensors(
+            {key: t for key, t in model.state_dict(keep_vars=True).items() if t.dtype.is_floating_point}
+        )
     writer = TrajectoryWriter(store, layout, trajectory=name)
     rows = 1.0 + shift + 0.1 * torch.randn(num, layout.num_values).cumsum(0).abs()
     half = num // 2
@@ -157,11 +159,13 @@ def _make_checkpoints(folder: Path) -> None:
     for number in (1, 2):
         inside = folder / "hf" / f"checkpoint-{number}"
         inside.mkdir(parents=True)
-        save_file({name: t.clone() + number for name, t in Net().state_dict().items()}, inside / "model-00001.safetensors")
+        save_file(
+            {name: t.clone() + number for name, t in Net().state_dict().items()}, inside / "model-00001.safetensors"
+        )
         names = dict.fromkeys(Net().state_dict(), "model-00001.safetensors")
         (inside / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
         (inside / "trainer_state.json").write_text(json.dumps({"global_step": number, "epoch": 0.5 * number}))
-    (folder / "table.csv").write_text("run,params_lr,style,many\na,0.1,ink,\"[1, 2]\"\nb,0.2,oil,\"[3, 4]\"\n")
+    (folder / "table.csv").write_text('run,params_lr,style,many\na,0.1,ink,"[1, 2]"\nb,0.2,oil,"[3, 4]"\n')
     (folder / "lines.jsonl").write_text('{"angle": 10.0, "style": "ink"}\n\n{"angle": 20, "style": "oil"}\n')
 
 

@@ -19,12 +19,18 @@ class Raw(str):
 
 
 NASTY = [
-    *(Raw(text) for text in ("null", "true", "false", "0", "-1", "1", "2", "3", "1.5", "-0.0", '""', '"x"', "[]", "{}")),
+    *(
+        Raw(text)
+        for text in ("null", "true", "false", "0", "-1", "1", "2", "3", "1.5", "-0.0", '""', '"x"', "[]", "{}")
+    ),
     *(Raw(text) for text in ("1e9", "1000000000", "4611686018427387904", "9223372036854775807", "9223372036854775808")),
     *(Raw(text) for text in ("18446744073709551616", "1e308", "1e400", "-1e400", "NaN", "Infinity", "-Infinity")),
     *(Raw(text) for text in ('"\\u001b[31mred"', '"\\ud800"', '"\\u0000"', '"../../decoy/x"', '"%s%n{0}"', '"1e999"')),
     *(Raw(text) for text in ('"\\"><script>alert(1)</script>"', '"$\\\\frac{$"', '"\\u202ex"', '"[red]x[/]"')),
-    *(Raw(text) for text in ("[null]", "[[[]]]", '{"a": 1}', '[1, "x"]', "[1e9, 1e9, 1e9]", "[0]", "[-1]", "[1, 2, 3]")),
+    *(
+        Raw(text)
+        for text in ("[null]", "[[[]]]", '{"a": 1}', '[1, "x"]', "[1e9, 1e9, 1e9]", "[0]", "[-1]", "[1, 2, 3]")
+    ),
     Raw("9" * 5000),
     Raw('"' + "9" * 5000 + '"'),
     Raw('"' + "y" * 100_000 + '"'),
@@ -118,9 +124,7 @@ def spoil_safetensors(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     if how == "metadata" and metadata:
         told = _spoil_metadata(metadata, rng)
         return _joined(dump({"__metadata__": metadata, **header}), body), told
-    tensors = {
-        name: [one["dtype"], one["shape"], body[slice(*one["data_offsets"])]] for name, one in header.items()
-    }
+    tensors = {name: [one["dtype"], one["shape"], body[slice(*one["data_offsets"])]] for name, one in header.items()}
     told = _spoil_tensors(tensors, rng) if tensors else "no tensors"
     return _with_tensors(metadata, tensors), told
 
@@ -157,7 +161,9 @@ def _spoil_tensors(tensors: dict[str, list[Any]], rng: random.Random) -> str:
     dtype, shape, data = tensors[name]
     size = ITEM_BYTES[dtype]
     num = len(data) // size
-    how = rng.choice(("dtype", "shape", "values", "values", "order", "gone", "renamed", "scalar", "empty", "fewer", "more"))
+    how = rng.choice(
+        ("dtype", "shape", "values", "values", "order", "gone", "renamed", "scalar", "empty", "fewer", "more")
+    )
     if how == "dtype":
         other = rng.choice([one for one in ITEM_BYTES if one != dtype])
         raw = (data * 8)[: num * ITEM_BYTES[other]]
