@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pdiff_plugin.errors import ConfigError
 
@@ -32,6 +32,9 @@ Centre = Literal["auto", "mean", "nearest", "neighbours", "ridge", "gp", "networ
 Layers = str | Sequence[str] | Callable[[str, "Tensor"], bool]
 
 C = TypeVar("C")
+
+# Ten times what anybody uses. A generator's own settings come out of its file, and it is sampled by them.
+_MAX_TIMESTEPS = 10_000
 
 
 def configured(kind: type[C], config: C | None, changes: Mapping[str, Any]) -> C:
@@ -62,6 +65,27 @@ def _check(name: str, value: float, low: float, high: float = float("inf")) -> N
 def _check_choice(name: str, value: str, kind: Any) -> None:
     if value not in get_args(kind):
         raise ConfigError(name, value, f"must be one of {', '.join(get_args(kind))}")
+
+
+def _typed(kind: type[C], values: dict[str, Any]) -> C:
+    """Settings from a document, each of the type that its field has."""
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and not _is_of(value, hints[name]):
+            raise ConfigError(name, value, f"must be of the type {getattr(hints[name], '__name__', hints[name])}")
+    return kind(**values)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    inner = get_args(hint)
+    if hint is float:
+        return type(value) in (int, float)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_of(one, inner[0]) for one in value)
+    if get_origin(hint) is Literal:
+        return type(value) is str and value in inner
+    # Of several types one; a bool is no number.
+    return any(_is_of(value, one) for one in inner) if inner else type(value) is hint
 
 
 def check_sampler(sampler: Sampler, prediction_type: PredictionType) -> None:
@@ -377,7 +401,7 @@ class DiffusionConfig:
         _check_choice("prediction_type", self.prediction_type, PredictionType)
         _check_choice("network", self.network, Network)
         _check_choice("lr_schedule", self.lr_schedule, LrSchedule)
-        _check("num_timesteps", self.num_timesteps, 2)
+        _check("num_timesteps", self.num_timesteps, 2, _MAX_TIMESTEPS)
         if not 0.0 < self.beta_start <= self.beta_end:
             raise ConfigError("beta_start", self.beta_start, f"must be above 0 and at most beta_end={self.beta_end}")
         _check("beta_end", self.beta_end, self.beta_start, 0.999)
@@ -404,7 +428,7 @@ class DiffusionConfig:
         if self.sampler == "one-step" and not self.distill_steps:
             raise ConfigError("sampler", self.sampler, "goes with distill_steps above 0")
         if self.num_sampling_steps is not None:
-            _check("num_sampling_steps", self.num_sampling_steps, 1, float("inf") if is_flow else self.num_timesteps)
+            _check("num_sampling_steps", self.num_sampling_steps, 1, _MAX_TIMESTEPS if is_flow else self.num_timesteps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -478,6 +502,13 @@ class FitConfig:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> FitConfig:
+        """What :meth:`to_json` gave, or an earlier release did.
+
+        Raises:
+            KeyError, TypeError, AttributeError: a part that is missing or none, or a setting that is not known.
+            ConfigError: a value of another type, or out of range.
+        """
+
         def plain(part: dict[str, Any]) -> dict[str, Any]:
             # JSON has no tuples.
             return {key: tuple(value) if isinstance(value, list) else value for key, value in part.items()}
@@ -487,14 +518,12 @@ class FitConfig:
         kind = autoencoder.pop("kind", "conv" if "channels" in autoencoder else "subspace")
         if kind not in AUTOENCODER_CONFIGS:
             raise ConfigError("autoencoder.kind", kind, f"must be one of {', '.join(AUTOENCODER_CONFIGS)}")
-        return cls(
-            **{
-                **document,
-                "autoencoder": AUTOENCODER_CONFIGS[kind](**autoencoder),
-                "diffusion": DiffusionConfig(**plain(document["diffusion"])),
-                "condition": ConditionConfig(**plain(document.get("condition", {}))),
-            }
-        )
+        parts = {
+            "autoencoder": _typed(AUTOENCODER_CONFIGS[kind], autoencoder),
+            "diffusion": _typed(DiffusionConfig, plain(document["diffusion"])),
+            "condition": _typed(ConditionConfig, plain(document.get("condition", {}))),
+        }
+        return _typed(cls, {**document, **parts})
 
     @classmethod
     def paper(cls, *, seed: int = 0, device: str = "auto") -> FitConfig:

@@ -6,7 +6,6 @@ Results go to stdout; progress, logs and errors go to stderr, so that ``pdiff in
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,13 +20,11 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pdiff_plugin.errors import visible
 from pdiff_plugin.progress import OnProgress, Progress
 
 _PLAIN_LINE_EVERY_S = 10.0
 _NO_LIMIT = 1_000_000  # characters in a line
-# Names of tensors, runs and folders come out of strangers' files: what would move the cursor, colour the rest of the
-# screen or turn the direction of text is shown as an escape instead.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -60,7 +57,7 @@ def table(
         for number in columns:
             made.add_column(headers[number], justify="right" if numeric and number else "left", overflow="fold")
         for row in rows:
-            made.add_row(*(Text(_visible(row[number])) for number in columns))
+            made.add_row(*(Text(visible(row[number])) for number in columns))
         return made
 
     def width_of(columns: Sequence[int]) -> int:
@@ -78,7 +75,7 @@ def table(
             blocks[-1] = [*blocks[-1], number]
     for block in blocks:
         part = grid(block)
-        part.title = Text(_visible(title)) if block is blocks[0] else None
+        part.title = Text(visible(title)) if block is blocks[0] else None
         # One column too wide for the terminal is left to the terminal to wrap: a figure cut short is a wrong figure.
         part.width = width_of(block) if numeric else min(width_of(block), limit)
         out.print(part, crop=False)
@@ -88,18 +85,18 @@ def table(
 
 def say(text: str) -> None:
     """Print a line of a result on stdout, as it is."""
-    out.print(_visible(text), markup=False, soft_wrap=True)
+    out.print(visible(text), markup=False, soft_wrap=True)
 
 
 def tell(text: str) -> None:
     """Print a line about what is going on, on stderr."""
-    err.print(_visible(text), markup=False, soft_wrap=True)
+    err.print(visible(text), markup=False, soft_wrap=True)
 
 
 def error(exception: BaseException) -> None:
     """Print an error on stderr: one panel that says what was found, what was expected and the next move."""
     err.print(
-        Panel(Text(_visible(str(exception))), title=type(exception).__name__, title_align="left", border_style="red")
+        Panel(Text(visible(str(exception))), title=type(exception).__name__, title_align="left", border_style="red")
     )
 
 
@@ -115,12 +112,7 @@ def log_to_stderr() -> None:
 
 class _VisibleMessage(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return _visible(super().format(record))
-
-
-def _visible(text: str) -> str:
-    """``text`` with its control characters as escapes; line breaks and tabs stay."""
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+        return visible(super().format(record))
 
 
 @contextmanager
@@ -164,4 +156,4 @@ def _plain_lines() -> Callable[[Progress], None]:
 
 def _metrics_text(report: Progress) -> str:
     metrics = (f"{name} {value:.4g}" for name, value in report.metrics.items())
-    return "  ".join([*filter(None, [_visible(report.text)]), *metrics])
+    return "  ".join([*filter(None, [visible(report.text)]), *metrics])

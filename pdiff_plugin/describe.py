@@ -186,7 +186,7 @@ def show_trials(folder: Path, document: dict[str, Any]) -> None:
 
     columns = ["score", *SPACE, "max_steps", "copy_ratio"]
     rows = [
-        ["default" if trial["is_default"] else str(number), *(_text(trial[column]) for column in columns)]
+        ["default" if trial["is_default"] else str(number), *(_text(trial.get(column, "-")) for column in columns)]
         for number, trial in enumerate(document["trials"], start=1)
     ]
     console.table(f"tuned {folder}", ["trial", *columns], rows, note=f"score: {document['score']}; lower is better")

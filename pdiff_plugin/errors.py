@@ -36,7 +36,9 @@ survives the pickle trip home from a worker process.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from typing import Any
 
 __all__ = [
@@ -72,8 +74,28 @@ __all__ = [
 ]
 
 
+# Names of tensors, runs and folders come out of strangers' files: what would move the cursor, colour the rest of the
+# screen, turn the direction of text or cannot be encoded is shown as an escape instead.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_MAX_FOUND = 400  # characters of what a file holds in an error
+
+
+def visible(text: str) -> str:
+    """``text`` with its control characters as escapes; line breaks and tabs stay."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
 class PDiffError(Exception):
-    """Base of all errors raised on purpose. Each one is a dataclass; its ``args`` are the text that it shows."""
+    """Base of all errors raised on purpose. Each one is a dataclass; its ``args`` are the text that it shows.
+
+    The text has no control characters, whatever the names in it.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__str__" in vars(cls):
+            tell = cls.__str__
+            setattr(cls, "__str__", wraps(tell)(lambda self: visible(tell(self))))  # noqa: B010 (mypy refuses the other)
 
     def __post_init__(self) -> None:
         # OSError would read two arguments as errno and strerror: here they are neither, and both stay None.
@@ -204,7 +226,9 @@ class FormatError(PDiffError, ValueError):
     advice: str = "Check the path; if it is right, copy the file again or write it anew."
 
     def __str__(self) -> str:
-        return f"{self.path}: found {self.found}, expected {self.expected}. {self.advice}".rstrip()
+        found = str(self.found)
+        found = found if len(found) <= _MAX_FOUND else f"{found[:_MAX_FOUND]}..."
+        return f"{self.path}: found {found}, expected {self.expected}. {self.advice}".rstrip()
 
 
 @dataclass(eq=False)

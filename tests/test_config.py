@@ -20,7 +20,7 @@ from pdiff_plugin.errors import ConfigError
         (DiffusionConfig, {"sampler": "ddim"}, "sampler = 'ddim'.*'flow', 'heun' or 'dpm-solver\\+\\+'"),
         (DiffusionConfig, {"sampler": "flow", "prediction_type": "epsilon"}, "sampler = 'flow'.*'ddim', 'ddpm'"),
         (DiffusionConfig, {"sampler": "one-step"}, "sampler = 'one-step'.*distill_steps above 0"),
-        (DiffusionConfig, {"num_sampling_steps": 0}, "num_sampling_steps = 0.*at least 1"),
+        (DiffusionConfig, {"num_sampling_steps": 0}, "num_sampling_steps = 0.*must be from 1 to"),
         (DiffusionConfig, {"num_sampling_steps": 1001, "prediction_type": "epsilon"}, "from 1 to 1000"),
         (DiffusionConfig, {"beta_start": 0.0}, "beta_start = 0.0.*above 0"),
         (DiffusionConfig, {"width": 65}, "width = 65.*even"),

@@ -46,6 +46,17 @@ def test_notes_and_a_subclass_of_somebody_else_survive_pickling_too() -> None:
     assert pickle.loads(pickle.dumps(Theirs("a", "b"))).args == ("a", "b")
 
 
+def test_names_in_errors_do_not_reach_the_terminal_as_control_characters() -> None:
+    error = errors.FormatError("a\x1b[2J", "the tensor 'b\u202e\ud800'", "another")
+    assert str(error).startswith("a\\x1b[2J: found the tensor 'b\\u202e\\ud800', expected another.")
+    assert error.args == (str(error),)
+    assert error.path == "a\x1b[2J"
+
+
+def test_what_a_file_holds_is_told_in_part_where_it_is_long() -> None:
+    assert len(str(errors.FormatError("a", "x" * 100_000, "less"))) < 1000
+
+
 class Theirs(errors.PDiffError):
     """An error of a user's own."""
 

@@ -45,7 +45,7 @@ from pdiff_plugin.generator.alignment import reader
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.generator_file import FILE_NAME
 from pdiff_plugin.progress import OnProgress, Progress
-from pdiff_plugin.snapshots.files import read_json, write_json
+from pdiff_plugin.snapshots.files import is_number, parse_json, read_json, reading, write_json
 from pdiff_plugin.snapshots.fingerprint import fingerprint, fingerprint_of_first_columns
 from pdiff_plugin.snapshots.shards import layout_files
 from pdiff_plugin.snapshots.statistics import transform
@@ -184,10 +184,8 @@ def _open(
     mine = json.loads(json.dumps(mine))  # as it will be read again: with lists for tuples
     path = folder / "tune.json"
     if path.exists() and not fresh:
-        found = read_json(path, FORMAT, FORMAT_VERSION)
+        found = _read(path)
         found.setdefault("fingerprint", mine["fingerprint"])  # which searches of old do not have
-        # By way of the dataclass, so that a setting which came later has its default.
-        found["config"] = json.loads(json.dumps(FitConfig.from_json(found["config"]).to_json()))
         for key in ("store", "snapshots", "fingerprint", "config", "search", "score"):
             if found.get(key) != mine[key]:
                 what = "on other snapshots" if key in ("snapshots", "fingerprint") else f"with another {key}"
@@ -202,6 +200,29 @@ def _open(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, mine)
     return mine
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The document of a ``tune.json``.
+
+    Raises:
+        FormatError: it is none.
+        FormatVersionError: from a newer release.
+    """
+    found = read_json(path, FORMAT, FORMAT_VERSION)
+    with reading(str(path), f"a {FORMAT} document; --fresh replaces it"):
+        # By way of the dataclass, so that a setting which came later has its default.
+        found["config"] = json.loads(json.dumps(FitConfig.from_json(found["config"]).to_json()))
+        if found["status"] not in ("running", "finished"):
+            raise ValueError(f"the status {found['status']!r}")
+        for trial in found["trials"]:
+            _check_trial(trial)
+    return found
+
+
+def _check_trial(trial: dict[str, Any]) -> None:
+    if not is_number(trial["score"]) or type(trial["is_default"]) is not bool:
+        raise ValueError("a trial without a score, or of unknown settings")
 
 
 def _search(
@@ -265,7 +286,10 @@ def _reports_of(work: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The best of a trial's own reports, as a list of at most one."""
     reports = []
     for path in sorted(work.glob(f"{_key(settings)}-*/trial.json")):
-        reports.append({**json.loads(path.read_text(encoding="utf-8")), "folder": str(path.parent)})
+        found = parse_json(path.read_bytes(), str(path), "what a trial reported")
+        with reading(str(path), "what a trial reported"):
+            _check_trial(found)
+        reports.append({**found, "folder": str(path.parent)})
     return sorted(reports, key=lambda report: report["score"])[:1]
 
 

@@ -265,10 +265,15 @@ class DiffusionEnsemble(nn.Module):
                 left as it was.
         """
         tensors, header = load_tensors(Path(path), FORMAT, FORMAT_VERSION)
-        settings = from_json(Path(path), header, "settings")
-        if not isinstance(settings, dict):
-            raise FormatError(str(path), f"settings {settings!r}", "a JSON object of settings")
-        ensemble, shared = cls(model, _under("members/", tensors), **(settings | options)), _under("model/", tensors)
+        settings = _settings(str(path), from_json(Path(path), header, "settings"))
+        members, shared = _under("members/", tensors), _under("model/", tensors)
+        if not members or min(tensor.ndim for tensor in members.values()) < 1:
+            raise FormatError(str(path), "no members, or some of no number", "members/NAME (M, *shape)")
+        for name, tensor in named_tensors(model).items():
+            stored = members.get(name, shared.get(name, tensor))
+            if stored.is_floating_point() != tensor.is_floating_point():
+                raise LayoutMismatchError(name, str(stored.dtype), str(tensor.dtype), str(path))
+        ensemble = cls(model, members, **(settings | options))
         for name, tensor in named_tensors(model).items():
             if name not in shared and name not in ensemble.names:
                 raise LayoutMismatchError(name, "no such tensor", str(tuple(tensor.shape)), str(path))
@@ -337,6 +342,21 @@ def ensemble_from_diffusion(
 def _at_least_float32(tensor: Tensor) -> Tensor:
     # In bfloat16 a mean over members would drown in rounding.
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _settings(path: str, found: object) -> dict[str, Any]:
+    """Those of a file that this release knows.
+
+    Raises:
+        FormatError: one is of another type.
+    """
+    if not isinstance(found, dict):
+        raise FormatError(path, f"settings of type {type(found).__name__}", "a JSON object of settings")
+    known = {"strategy": (str,), "task": (str,), "class_axis": (int,), "member_chunk": (int, type(None))}
+    for name, kinds in known.items():
+        if name in found and type(found[name]) not in kinds:
+            raise FormatError(path, f"{name} {found[name]!r}", f"a value of type {kinds[0].__name__}")
+    return {name: found[name] for name in known if name in found}
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

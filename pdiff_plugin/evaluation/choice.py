@@ -26,7 +26,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -44,6 +44,7 @@ from pdiff_plugin.evaluation.task import Task, evaluating
 from pdiff_plugin.evaluation.verdict import NUM_ERRORS_OF_MEAN, half_mask
 from pdiff_plugin.generator import members as member_files
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.snapshots.files import is_number, number_in
 from pdiff_plugin.snapshots.tensor_files import save_tensors
 
 FILE_NAME = "best.safetensors"
@@ -210,9 +211,25 @@ class Choice:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Choice:
-        """Read what :meth:`to_json` gave."""
-        beside = {name: Beside(**other) for name, other in document["beside"].items()}
-        return cls(**{**document, "members": tuple(document["members"]), "beside": beside})
+        """Read what :meth:`to_json` gave.
+
+        Raises:
+            ValueError: a figure or a name that is none.
+        """
+        beside = {name: _beside(other) for name, other in document["beside"].items()}
+        known = {field.name: document[field.name] for field in fields(cls) if field.name in document}
+        for name, value in known.items():
+            if name in ("set", "text", "kind", "by") and not isinstance(value, str):
+                raise ValueError(f"{name} of a choice that is no text")
+            if name in ("num_passes", "num_items", "budget") and not is_number(value):
+                raise ValueError(f"{name} of a choice that is no number")
+        known |= {name: number_in(document[name]) for name in ("loss", "score")}
+        if known["kind"] not in KINDS or known.get("by", "loss") not in get_args(By):
+            raise ValueError(f"a choice of kind {known['kind']!r} by {known.get('by')!r}")
+        members = tuple(document["members"])
+        if not members or not all(type(member) is int and member >= 0 for member in members):
+            raise ValueError("a choice of other members than numbers from 0")
+        return cls(**{**known, "members": members, "beside": beside})
 
     def __getstate__(self) -> dict[str, Any]:
         # Material holds open files and a user's loaders: a copy in another process tells what was chosen.
@@ -223,6 +240,10 @@ class Choice:
         if self._material is None:
             raise WeightsNotKeptError(f"{self.budget:g}")
         return self._material
+
+
+def _beside(document: Mapping[str, Any]) -> Beside:
+    return Beside(**{field.name: number_in(document[field.name]) for field in fields(Beside)})
 
 
 def passes_text(budget: float) -> str:
@@ -284,7 +305,10 @@ def best(choices: Sequence[Choice], num_passes: float, by: By = "loss") -> Choic
         raise ConfigError("choices", "none", "must be told by the evaluation; evaluate again, on four items or more")
     if by not in get_args(By):
         raise ConfigError("by", by, f"must be one of {', '.join(get_args(By))}")
-    return [c for c in choices if c.by == by and c.budget <= num_passes * (1 + _ROUNDING)][-1]
+    found = [c for c in choices if c.by == by and c.budget <= num_passes * (1 + _ROUNDING)]
+    if not found:
+        raise ConfigError("choices", f"none by {by}", "must be told by the evaluation; evaluate again")
+    return found[-1]
 
 
 def without_luck(values: Tensor) -> Tensor:

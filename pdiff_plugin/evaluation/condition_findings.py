@@ -18,7 +18,8 @@ from pdiff_plugin.evaluation.condition_statistics import Series
 from pdiff_plugin.evaluation.condition_verdict import ConditionVerdict, judge_conditions
 from pdiff_plugin.evaluation.kind import TaskKind
 from pdiff_plugin.evaluation.kinds import KINDS
-from pdiff_plugin.snapshots.conditions import Condition
+from pdiff_plugin.snapshots.conditions import Condition, parse_condition
+from pdiff_plugin.snapshots.files import number_in
 
 INSIDE, OUTSIDE = "inside", "outside"
 
@@ -72,12 +73,14 @@ class JudgedCondition:
         rows = {name: RowFigures(**_numbers(row)) for name, row in document["rows"].items()}
         if GENERATED not in rows or TRAINED not in rows:
             raise ValueError("a condition without generated or trained members")
+        if not all(isinstance(text, str) for text in (*document["runs"], *document["outside"])):
+            raise ValueError("runs or sentences that are no text")
         return cls(
-            dict(document["condition"]),
+            parse_condition(document["condition"], "a judged condition"),
             tuple(document["runs"]),
             tuple(document["outside"]),
             rows,
-            None if spread is None else (float(spread[0]), float(spread[1])),
+            None if spread is None else (number_in(spread[0]), number_in(spread[1])),
         )
 
 
@@ -85,10 +88,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     wrong = set(row) ^ {one.name for one in fields(RowFigures)}
     if wrong:
         raise ValueError(f"a row with or without {sorted(wrong)[0]!r}")
-    return {
-        key: int(value) if key == "members" else math.nan if value is None else float(value)
-        for key, value in row.items()
-    }
+    return {key: int(value) if key == "members" else number_in(value) for key, value in row.items()}
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,26 @@ _WIDTH, _HEIGHT = 60, 12  # of the text, in characters
 _LOOKS = (("#000000", "o"), ("#D55E00", "^"), ("#0072B2", "s"), ("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"))
 
 
+def alike(conditions: Sequence[Condition]) -> list[Condition]:
+    """Those with the names and kinds that most have: a store reports the others, and holds them all the same."""
+    kinds = [tuple((name, kind_of(value)) for name, value in sorted(one.items())) for one in conditions]
+    usual = Counter(kinds).most_common(1)
+    return [one for one, kind in zip(conditions, kinds, strict=True) if kind == usual[0][0]]
+
+
 def summary(conditions: Sequence[Condition]) -> list[dict[str, Any]]:
     """Of each name: ``kind`` in words, ``num_values`` that differ, and ``low`` and ``high`` of numbers (of a list, over
-    all of its places) or the ``values`` of what is none. All R ``conditions`` have the same names and kinds.
+    all of its places) or the ``values`` of what is none; of those conditions that are :func:`alike`.
     """
     found: list[dict[str, Any]] = []
+    conditions = alike(conditions)
     for name in conditions[0] if conditions else ():
         values = [condition[name] for condition in conditions if name in condition]
-        kind, different = kind_of(values[0]).removeprefix("a "), {str(value): value for value in values}
+        kind = kind_of(values[0]).removeprefix("a ")
+        different = {tuple(value) if isinstance(value, list) else value: value for value in values}
         about: dict[str, Any] = {"name": name, "kind": kind, "num_values": len(different)}
         if kind in ("text", "true or false"):
-            found.append({**about, "values": [different[text] for text in sorted(different)]})
+            found.append({**about, "values": sorted(different.values(), key=str)})
         else:
             numbers = [one for value in values for one in (value if isinstance(value, list) else [float(value)])]
             found.append({**about, "low": min(numbers), "high": max(numbers)})
@@ -44,11 +53,9 @@ def axes_of(about: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def draw_text(conditions: Sequence[Condition], names: Sequence[str]) -> str:
     """The conditions as dots along a line, or in a box for two ``names``; a digit where several (``+``: many) meet."""
+    conditions = alike(conditions)
     scales = [[float(condition[name]) for condition in conditions] for name in names]  # type: ignore[arg-type]  # numbers
-    places = [
-        [round((value - min(values)) / (max(values) - min(values)) * (size - 1)) for value in values]
-        for values, size in zip(scales, (_WIDTH, _HEIGHT), strict=False)
-    ]
+    places = [_places(values, size) for values, size in zip(scales, (_WIDTH, _HEIGHT), strict=False)]
     counts = Counter(zip(places[0], places[1] if len(names) > 1 else [0] * len(conditions), strict=True))
     marks = {place: "•" if count == 1 else str(count) if count < 10 else "+" for place, count in counts.items()}
     low, high = f"{min(scales[0]):g}", f"{max(scales[0]):g}"
@@ -63,6 +70,12 @@ def draw_text(conditions: Sequence[Condition], names: Sequence[str]) -> str:
     return "\n".join([*lines, f"{'':{margin}}  {low} {names[0]:^{max(_WIDTH - len(low) - len(high) - 2, 1)}} {high}"])
 
 
+def _places(values: Sequence[float], size: int) -> list[int]:
+    """Where values are on a line of ``size`` characters."""
+    low, span = min(values) / 2, max(values) / 2 - min(values) / 2  # half of each: their difference may be no float
+    return [round((value / 2 - low) / (span or 1.0) * (size - 1)) for value in values]
+
+
 def save_picture(conditions: Sequence[Condition], path: Path) -> None:
     """Draw the conditions into a PNG file, as dots along a line or in a plane; another look for each value of the first
     name that is text, or true or false.
@@ -71,6 +84,7 @@ def save_picture(conditions: Sequence[Condition], path: Path) -> None:
         ConfigError: no numbers that vary, or more than two.
         MissingDependencyError: matplotlib is not installed.
     """
+    conditions = alike(conditions)
     about = summary(conditions)
     names = axes_of(about)
     if len(names) not in (1, 2):

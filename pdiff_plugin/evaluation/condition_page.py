@@ -44,7 +44,7 @@ def write_condition_report(evaluation: ConditionEvaluation, folder: str | os.Pat
         facts=" ".join([f"{evaluation.title}, {evaluation.details.get('num_values', 0):,} values.", *evaluation.notes]),
         outcome=first.outcome,
         verdict=evaluation.sentence,
-        colour=_COLOURS[first.outcome],
+        colour=_COLOURS.get(first.outcome, "#777777"),
         tables=[_table(evaluation, group) for group in groups],
         drawn=drawn,
         groups=[(heading, list(flattened(entries))) for heading, entries in _entries(evaluation) if entries],

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pdiff_plugin.errors import ConfigError, EvaluationNotFoundError, FormatError
+from pdiff_plugin.errors import ConfigError, EvaluationNotFoundError
 from pdiff_plugin.evaluation.condition_findings import ConditionFindings, JudgedCondition, verdicts_of
 from pdiff_plugin.evaluation.condition_pictures import save_picture
 from pdiff_plugin.evaluation.condition_rows import GENERATED, spec_of
@@ -23,7 +23,8 @@ from pdiff_plugin.evaluation.condition_verdict import BEST_CHEAP, ConditionVerdi
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.metrics import standard_error
 from pdiff_plugin.evaluation.result import text_table
-from pdiff_plugin.snapshots.files import json_safe, read_json, write_json
+from pdiff_plugin.snapshots.conditions import parse_condition
+from pdiff_plugin.snapshots.files import is_number, json_safe, read_json, reading, write_json
 
 FORMAT = "pdiff-conditions"
 FORMAT_VERSION = 1
@@ -183,7 +184,7 @@ class ConditionEvaluation(ConditionFindings):
         Raises:
             FormatError: it is something else.
         """
-        try:
+        with reading(where, f"a {FORMAT} document"):
             kind = document["kind"]
             if kind not in KINDS:
                 raise ValueError(f"a task of kind {kind!r}")
@@ -192,13 +193,16 @@ class ConditionEvaluation(ConditionFindings):
             if set(verdicts) != {place.group for place in places}:
                 raise ValueError("verdicts on other conditions than those that are there")
             for group, verdict in verdicts.items():
-                if len(verdict.cheap_by_condition) != sum(place.group == group for place in places):
+                mine = [place for place in places if place.group == group]
+                if len(verdict.cheap_by_condition) != len(mine):
                     raise ValueError("a verdict on another number of conditions")
-            fitted = [dict(condition) for condition in document["fitted"]]
-            notes, details = list(document["notes"]), dict(document["details"])
-            return cls(str(document["task"]), kind, places, verdicts, fitted, notes, details)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise FormatError(where, f"{type(error).__name__} {error}", f"a {FORMAT} document") from error
+                if not all(row in place.rows for row, place in zip(verdict.cheap_by_condition, mine, strict=True)):
+                    raise ValueError("a best cheap row that is none")
+            fitted = [parse_condition(condition, "a fitted condition") for condition in document["fitted"]]
+            notes, details = [str(note) for note in document["notes"]], _details(document["details"])
+            found = cls(str(document["task"]), kind, places, verdicts, fitted, notes, details)
+            found.table_text()  # figures of other types than the metrics have are told here
+        return found
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``conditions.json`` and return its path."""
@@ -229,6 +233,17 @@ class ConditionEvaluation(ConditionFindings):
             MissingDependencyError: matplotlib is not installed.
         """
         save_picture(self, Path(path))
+
+
+def _details(found: Mapping[str, Any]) -> dict[str, Any]:
+    groups = ("settings", "seconds", "seconds_once", "provenance", "generator")
+    if not all(isinstance(found.get(name, {}), dict) for name in groups):
+        raise ValueError(f"one of {', '.join(groups)} that is no object")
+    if not all(isinstance(found.get("generator", {}).get(name, {}), dict) for name in ("report", "provenance")):
+        raise ValueError("a report or a provenance of the generator that is no object")
+    if not is_number(found.get("num_values", 0)):
+        raise ValueError("num_values that is no number")
+    return dict(found)
 
 
 def _mean_text(values: list[float], form: str, *, with_error: bool = True) -> str:

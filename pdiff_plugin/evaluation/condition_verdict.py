@@ -30,10 +30,9 @@ To be better than every row needs no correction for their number, as each single
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar
 
 from pdiff_plugin.evaluation.condition_rows import (
     AVERAGE,
@@ -52,6 +51,9 @@ from pdiff_plugin.evaluation.condition_statistics import (
     recovered,
 )
 from pdiff_plugin.evaluation.kind import TaskKind
+from pdiff_plugin.snapshots.files import number_in
+
+F = TypeVar("F", Recovery, Difference)
 
 Outcome = Literal[
     "worth it",
@@ -96,27 +98,31 @@ class ConditionVerdict:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> ConditionVerdict:
-        """What :meth:`to_json` gave; null stands for what is undefined.
+        """What :meth:`to_json` gave; null stands for what is undefined, and an outcome may be that of a newer release.
 
         Raises:
-            ValueError: an outcome that is none.
+            ValueError: an outcome that is no text, or a figure that is none.
         """
-        if document["outcome"] not in get_args(Outcome):
-            raise ValueError(f"the outcome {document['outcome']!r}")
+        if not isinstance(document["outcome"], str):
+            raise ValueError("an outcome that is no text")
         return cls(
-            outcome=document["outcome"],
+            outcome=document["outcome"],  # type: ignore[arg-type]  # any text, see above
             sentence=str(document["sentence"]),
             num_conditions=int(document["num_conditions"]),
             best_cheap=str(document["best_cheap"]),
             cheap_by_condition=list(document["cheap_by_condition"]),
-            recovery={name: Recovery(**_floats(document["recovery"][name])) for name in (GENERATED, BEST_CHEAP)},
-            headroom=Difference(**_floats(document["headroom"])),
-            differences=[Difference(**_floats(one)) for one in document["differences"]],
+            recovery={name: _figures(Recovery, document["recovery"][name]) for name in (GENERATED, BEST_CHEAP)},
+            headroom=_figures(Difference, document["headroom"]),
+            differences=[_figures(Difference, one) for one in document["differences"]],
         )
 
 
-def _floats(document: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: math.nan if value is None else value for key, value in document.items()}
+def _figures(kind: type[F], document: Mapping[str, Any]) -> F:
+    values: dict[str, Any] = {}
+    for key in (field.name for field in fields(kind)):
+        number = 0.0 if key == "name" else number_in(document[key])
+        values[key] = str(document[key]) if key == "name" else int(number) if key.startswith("num_") else number
+    return kind(**values)
 
 
 def judge_conditions(

@@ -11,18 +11,19 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdiff_plugin.errors import MissingDependencyError
+from pdiff_plugin.errors import MissingDependencyError, visible
 from pdiff_plugin.evaluation.baselines import LOOKS, look_of
 from pdiff_plugin.evaluation.charts import Chart, charts, paint
 from pdiff_plugin.evaluation.choice import Choice, passes_text
 from pdiff_plugin.evaluation.kind import Metric
 from pdiff_plugin.evaluation.plots import Picture, pictures, style
-from pdiff_plugin.evaluation.result import Evaluation
-from pdiff_plugin.snapshots.files import replacing
+from pdiff_plugin.evaluation.result import ARRAYS_NAME, Evaluation
+from pdiff_plugin.snapshots.files import reading, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 HTML_NAME = "report.html"
 FIGURES_DIR = "report-figures"
 _PNG_DPI = 200
+_PLAIN = "#777777"
 _COLOURS = {
     "worth it": "#009E73",
     "no better than averaging": "#E69F00",
@@ -61,15 +63,17 @@ def write_report(source: Evaluation | str | os.PathLike[str], out: str | os.Path
 
     Raises:
         EvaluationNotFoundError: the folder holds no evaluation.
+        FormatError: its files cannot be read, or drawn.
         MissingDependencyError: matplotlib or jinja2 is not installed.
     """
     if isinstance(source, Evaluation):
-        evaluation, folder = source, Path(out or ".")
-    else:
-        evaluation = Evaluation.load(source)
-        folder = Path(out) if out is not None else _folder_of(Path(source))
-    drawn = pictures(evaluation)
-    return write_page(folder, HTML_NAME, render_html(evaluation, drawn), drawn)
+        drawn = pictures(source)
+        return write_page(Path(out or "."), HTML_NAME, render_html(source, drawn), drawn)
+    evaluation, folder = Evaluation.load(source), _folder_of(Path(source))
+    with reading(str(folder / ARRAYS_NAME), "arrays of the sets in evaluation.json"):
+        drawn = pictures(evaluation)
+        html = render_html(evaluation, drawn)
+    return write_page(folder if out is None else Path(out), HTML_NAME, html, drawn)
 
 
 def write_page(folder: Path, name: str, html: str, drawn: Sequence[Picture]) -> Path:
@@ -100,7 +104,7 @@ def render_html(evaluation: Evaluation, drawn: list[Picture] | None = None) -> s
         facts=_facts(evaluation.details),
         outcome=evaluation.verdict.outcome,
         verdict=evaluation.verdict.sentence,
-        colour=_COLOURS[evaluation.verdict.outcome],
+        colour=_COLOURS.get(evaluation.verdict.outcome, _PLAIN),
         tables=[Table("Sets", headers, rows, evaluation.footnote, [look_of(row[0]).colour for row in rows])],
         drawn=pictures(evaluation) if drawn is None else drawn,
         groups=_groups(evaluation),
@@ -151,7 +155,7 @@ def render_page(
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     marks = {mark for table in tables for mark in table.colours}
     colours = {"#ffffff", "#dddddd", "#444444", "#777777", *(look.colour for look in LOOKS.values()), *_DARK, *marks}
-    return template.render(
+    html: str = template.render(
         **words,
         colour=paint(colour),
         light={paint(one)[4:-1]: one for one in sorted(colours)},
@@ -169,6 +173,7 @@ def render_page(
             for picture in drawn
         ],
     )
+    return visible(html)
 
 
 def svg_text(figure: Figure, name: str, title: str) -> str:
@@ -186,7 +191,7 @@ def svg_text(figure: Figure, name: str, title: str) -> str:
     text = re.sub(r'(xlink:href="#|href="#|url\(#)', rf"\g<1>{name}-", text)
     for colour in sorted({"#dddddd", *(look.colour for look in LOOKS.values()), *_DARK}):
         text = re.sub(rf"((?:fill|stroke): ){colour}\b", rf"\g<1>{paint(colour)}", text, flags=re.IGNORECASE)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
 def _choices(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,19 @@ from pdiff_plugin.evaluation.choice import SHOWN_BUDGETS, By, Choice, best
 from pdiff_plugin.evaluation.kind import Metric, TaskKind
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.verdict import Comparison, Verdict
-from pdiff_plugin.snapshots.files import json_safe, read_json, remove_strays, write_json
+from pdiff_plugin.snapshots.files import is_number, json_safe, read_json, reading, remove_strays, write_json
 from pdiff_plugin.snapshots.tensor_files import load_tensors, save_tensors
 
 FORMAT = "pdiff-evaluation"
 FORMAT_VERSION = 1
 JSON_NAME = "evaluation.json"
+# What is shown of the details by more than its text.
+_DETAILS: dict[str, type[Any]] = {
+    **dict.fromkeys(("num_items", "num_snapshots", "num_values", "num_draws"), int),
+    **dict.fromkeys(("trajectories", "parameters"), list),
+    **dict.fromkeys(("generator", "provenance"), dict),
+    "changed_since_fit": str,
+}
 ARRAYS_NAME = "evaluation.safetensors"
 
 
@@ -117,18 +124,31 @@ class Evaluation:
             path = path / JSON_NAME
         if not path.is_file():
             raise EvaluationNotFoundError(str(folder))
-        document = read_json(path, FORMAT, FORMAT_VERSION)
         arrays = path.with_name(ARRAYS_NAME)
-        return cls(
-            document["sets"],
-            Verdict(document["verdict_outcome"], document["verdict"], document["verdict_numbers"]),
-            [Comparison.from_json(c, _kind_of(document["details"])) for c in document["comparisons"]],
-            document["seconds"],
-            document["cost"],
-            document["details"],
-            load_tensors(arrays, FORMAT, FORMAT_VERSION)[0] if arrays.is_file() else {},
-            [Choice.from_json(choice) for choice in document.get("choices", [])],
-        )
+        loaded = cls.from_json(read_json(path, FORMAT, FORMAT_VERSION), str(path))
+        return replace(loaded, arrays=load_tensors(arrays, FORMAT, FORMAT_VERSION)[0] if arrays.is_file() else {})
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], where: str = JSON_NAME) -> Evaluation:
+        """What :meth:`to_json` gave, without arrays. An outcome that this release does not know is one all the same.
+
+        Raises:
+            FormatError: it is something else.
+        """
+        with reading(where, f"a {FORMAT} document"):
+            details = _details(document["details"])
+            kind = _kind_of(details)
+            found = cls(
+                sets={name: _figures(found) for name, found in document["sets"].items()},
+                verdict=Verdict.from_json(document),
+                comparisons=[Comparison.from_json(one, kind) for one in document["comparisons"]],
+                seconds=_figures(document["seconds"]),
+                cost={name: _figures(found) for name, found in document["cost"].items()},
+                details=details,
+                choices=[Choice.from_json(choice) for choice in document.get("choices", [])],
+            )
+            found.table_text()  # figures of other types than the metrics have are told here
+        return found
 
     @property
     def kind(self) -> TaskKind:
@@ -164,11 +184,11 @@ class Evaluation:
                 told = [kind.metric(kind.ensemble_score), kind.metric(kind.ensemble_loss)]
                 headers += [f"{data}: {quantity.title}" for quantity in (kind.score, kind.loss)]
                 for row, name in zip(rows, names, strict=True):
-                    row += _cells(self.sets[name][key], told)
+                    row += _cells(self.sets[name].get(key, {}), told)
             elif which == "ood_auroc":
                 headers.append(f"{data}: AUROC")
                 for row, name in zip(rows, names, strict=True):
-                    row.append(format_figure(self.sets[name][key], ".3f"))
+                    row.append(format_figure(self.sets[name].get(key), ".3f"))
         return headers, rows
 
     def told_choices(self, *budgets: float) -> list[str]:
@@ -214,6 +234,26 @@ def format_figure(value: Any, kind: str) -> str:
 def _cells(figures: Mapping[str, Any], told: Sequence[Metric]) -> list[str]:
     # A figure may be younger than what was saved.
     return [format_figure(figures.get(metric.key), metric.format) for metric in told]
+
+
+def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures by name, one level deep on other data, as they stand in a file."""
+    for name, value in found.items():
+        if name.startswith("shifted/"):
+            _figures(value)
+        elif not (value is None or is_number(value)):
+            raise ValueError(f"{name} that is no number")
+    return dict(found)
+
+
+def _details(found: Mapping[str, Any]) -> dict[str, Any]:
+    for name, kind in _DETAILS.items():
+        if not isinstance(found.get(name, kind()), kind) or (kind is int and not is_number(found.get(name, 0))):
+            raise ValueError(f"{name} that is no {kind.__name__}")
+    for name in ("report", "config", "provenance"):
+        if not isinstance(found.get("generator", {}).get(name, {}), dict):
+            raise ValueError(f"{name} of the generator that is no dict")
+    return dict(found)
 
 
 def _kind_of(details: Mapping[str, Any]) -> TaskKind:

@@ -53,6 +53,7 @@ from torch import Tensor
 from pdiff_plugin.evaluation.baselines import SNAPSHOTS
 from pdiff_plugin.evaluation.kind import MIN_GAIN, Scores, TaskKind
 from pdiff_plugin.evaluation.metrics import standard_error
+from pdiff_plugin.snapshots.files import is_number
 from pdiff_plugin.snapshots.movement import ADVICE, Movement
 
 Outcome = Literal[
@@ -71,7 +72,10 @@ NUM_ERRORS_OF_MEAN = 2.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """An outcome, the sentence that tells it, and the two numbers that decided it."""
+    """An outcome, the sentence that tells it, and the two numbers that decided it.
+
+    What a newer release found may have an outcome that is none of :data:`Outcome`.
+    """
 
     outcome: Outcome
     sentence: str
@@ -79,6 +83,20 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Verdict:
+        """As it stands in evaluation.json.
+
+        Raises:
+            ValueError: it does not.
+        """
+        outcome, sentence, numbers = (document[key] for key in ("verdict_outcome", "verdict", "verdict_numbers"))
+        if not (isinstance(outcome, str) and isinstance(sentence, str)):
+            raise ValueError("a verdict that is no text")
+        if not all(value is None or is_number(value) for value in numbers.values()):
+            raise ValueError("deciding numbers that are none")
+        return cls(outcome, sentence, dict(numbers))  # type: ignore[arg-type]  # any text, see above
 
 
 @dataclass(frozen=True)
@@ -138,11 +156,18 @@ class Comparison:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], kind: TaskKind) -> Comparison:
-        """Read what :meth:`to_json` gave."""
+        """Read what :meth:`to_json` gave.
+
+        Raises:
+            ValueError: a figure that is none.
+        """
         names = {_in_words(field.name, kind): field.name for field in fields(cls)}
+        known = {names[key]: value for key, value in document.items() if key in names}
+        for name, value in known.items():
+            if not (isinstance(value, str) if name == "name" else value is None or is_number(value)):
+                raise ValueError(f"{name} of a comparison that is {value!r}")
         # JSON knows no infinity, which the error of a single random member is.
-        values: dict[str, Any] = {names[key]: math.inf if value is None else value for key, value in document.items()}
-        return cls(**values)
+        return cls(**{name: math.inf if value is None else value for name, value in known.items()})  # type: ignore[arg-type]
 
 
 def _in_words(name: str, kind: TaskKind) -> str:

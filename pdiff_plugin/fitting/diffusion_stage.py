@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from pdiff_plugin.generator.denoiser import new_denoiser
 from pdiff_plugin.generator.diffusion import NoisedBatch, loss, noised_batch
 from pdiff_plugin.generator.frames import Frames
 from pdiff_plugin.generator.samplers import run_sampler, sampler_for
+from pdiff_plugin.snapshots.files import is_number
 from pdiff_plugin.snapshots.split import Split
 
 # Draws of noise and time per held-out snapshot: fixed ones, so that two measurements differ by the weights alone.
@@ -189,6 +191,14 @@ class DenoiserTraining(Training):
     @seconds.setter
     def seconds(self, value: float) -> None:
         self._seconds_before, self._started = value, time.perf_counter()
+
+    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        if not (is_number(state["best_loss"]) and is_number(state["seconds"]) and is_number(state["best_step"])):
+            raise ValueError("a best loss, a best step or seconds that are no number")
+        for one in state["history"]:
+            if not all(is_number(one[key]) for key in ("step", "train_loss", "heldout_loss", "novelty")):
+                raise ValueError("a history of other things than figures")
+        super()._restore(tensors, state)
 
     @property
     def goes_on(self) -> bool:

@@ -14,7 +14,7 @@ from pdiff_plugin.errors import FitExistsError
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.generator_file import FILE_NAME
-from pdiff_plugin.snapshots.files import json_safe, read_json, remove_strays, write_json
+from pdiff_plugin.snapshots.files import is_number, json_safe, read_json, reading, remove_strays, write_json
 from pdiff_plugin.snapshots.fingerprint import fingerprint, fingerprint_of_first_columns
 from pdiff_plugin.snapshots.remote import is_remote, mirrored
 from pdiff_plugin.snapshots.store import SnapshotStore
@@ -58,9 +58,8 @@ class FitFolder:
         if path is None:
             return opened
         if (path / "fit.json").exists() and not fresh:
-            found = read_json(path / "fit.json", FORMAT, FORMAT_VERSION)
-            # By way of the dataclass, so that a setting which came later has its default.
-            if FitConfig.from_json(found["config"]) != config:
+            found, settings = _read(path / "fit.json")
+            if settings != config:
                 raise FitExistsError(str(path), "other settings")
             # Fits of old, and those that began on a store in a bucket, do not have it.
             known = found.get("fingerprint") or mine["fingerprint"]
@@ -108,6 +107,24 @@ class FitFolder:
     def write(self) -> None:
         if self.path is not None:
             write_json(self.path / "fit.json", self.document)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], FitConfig]:
+    """The document of a ``fit.json``, and its settings.
+
+    Raises:
+        FormatError: it is none.
+        FormatVersionError: from a newer release.
+    """
+    found = read_json(path, FORMAT, FORMAT_VERSION)
+    with reading(str(path), f"a {FORMAT} document; fresh=True (--fresh) replaces it"):
+        # By way of the dataclass, so that a setting which came later has its default.
+        settings = FitConfig.from_json(found["config"])
+        if not all(isinstance(found[key], str) for key in ("status", "store", "snapshots")):
+            raise TypeError("a status, a store or snapshots that are no text")
+        if not isinstance(found["history"], list) or not all(map(is_number, found["seconds"].values())):
+            raise TypeError("a history or seconds that are none")
+    return found, settings
 
 
 def local_folder(out: str) -> AbstractContextManager[Path]:

@@ -8,7 +8,8 @@ Ray.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pdiff_plugin.errors import FormatError
 from pdiff_plugin.progress import OnProgress, Progress
+from pdiff_plugin.snapshots.files import reading
 from pdiff_plugin.snapshots.tensor_files import from_json, load_tensors, save_tensors
 
 T = TypeVar("T")
@@ -89,13 +91,27 @@ class Runtime:
         path = self.folder / f"{name}{CHECKPOINT_SUFFIX}" if self.folder else None
         if path is None or not path.is_file():
             return None
-        try:
+        with self.restoring(name):
             tensors, header = load_tensors(path, CHECKPOINT_FORMAT, CHECKPOINT_VERSION)
             state = from_json(path, header, "state")
-        except FormatError as error:
-            raise FormatError(str(path), error.found, "a checkpoint; use --fresh", "") from error
+            if not isinstance(state, dict):
+                raise TypeError(f"a state that is a {type(state).__name__}")
         # Cloned, because the file may be replaced while its memory map is in use.
         return {key: tensor.clone() for key, tensor in tensors.items()}, state
+
+    @contextmanager
+    def restoring(self, name: str) -> Iterator[None]:
+        """Rebuild a stage from its checkpoint: where that does not fit, the error says how to begin anew.
+
+        Raises:
+            FormatError: in place of whatever the checkpoint led to.
+        """
+        path = f"{self.folder}/{name}{CHECKPOINT_SUFFIX}"
+        try:
+            with reading(path, "a checkpoint"):
+                yield
+        except FormatError as error:
+            raise FormatError(path, error.found, "a checkpoint; use --fresh", "") from error
 
     def drop_checkpoints(self) -> None:
         """Delete the checkpoints of a finished fit."""

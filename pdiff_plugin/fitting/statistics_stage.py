@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from pdiff_plugin.config import FitConfig
 from pdiff_plugin.errors import ConditionError, UnusableSnapshotsError
 from pdiff_plugin.fitting.runtime import Runtime
 from pdiff_plugin.generator.alignment import Alignment, align, reader
+from pdiff_plugin.generator.state import check_finite, check_shapes
 from pdiff_plugin.generator.variables import Variables
 from pdiff_plugin.snapshots.conditions import matching
 from pdiff_plugin.snapshots.split import Split
@@ -91,11 +93,8 @@ def measure_store(
     """
     saved = runtime.load_checkpoint("statistics")
     if saved is not None:
-        tensors, state = saved
-        found = Alignment.from_state(store.layout, tensors, state["alignment"]) if config.align != "none" else None
-        split = _split(store, tensors["rows"], config)
-        split = replace(split, reader=reader(store, found))
-        return split, Statistics(tensors["gram"], tensors["scales"]), found
+        with runtime.restoring("statistics"):
+            return _restored(store, config, *saved)
     split, statistics, alignment = without_nonfinite(
         len(store), lambda rows: _measure(store, rows, config, runtime), partial(_check_dropped, store)
     )
@@ -112,6 +111,21 @@ def measure_store(
         tensors |= alignment.state_dict()
     runtime.save_checkpoint("statistics", tensors, {"alignment": alignment.report if alignment else {}})
     return split, statistics, alignment
+
+
+def _restored(
+    store: SnapshotStore, config: FitConfig, tensors: dict[str, Tensor], state: dict[str, Any]
+) -> tuple[Split, Statistics, Alignment | None]:
+    found = Alignment.from_state(store.layout, tensors, state["alignment"]) if config.align != "none" else None
+    check_shapes(tensors, {"rows": ("N",)}, (torch.int64,))
+    check_shapes(tensors, {"gram": ("N", "N"), "scales": (len(store.layout.tensors),)}, (torch.float64,))
+    check_finite(tensors, ("gram", "scales"))
+    rows = tensors["rows"]
+    if len(rows) != len(tensors["gram"]) or bool((rows.diff() <= 0).any()) or not 0 <= rows[0] <= rows[-1] < len(store):
+        raise ValueError("rows that are not places in the store, in order")
+    split = replace(_split(store, rows, config), reader=reader(store, found))
+    _check_runs(split)
+    return split, Statistics(tensors["gram"], tensors["scales"]), found
 
 
 def _measure(

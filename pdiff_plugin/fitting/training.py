@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pdiff_plugin.config import FitConfig, LrSchedule
 from pdiff_plugin.fitting.runtime import Runtime
+from pdiff_plugin.generator.state import check_shapes, load_module, under
 from pdiff_plugin.progress import terminate
 
 F = TypeVar("F", bound=Callable[..., Tensor | tuple[Tensor, ...]])
@@ -172,21 +173,35 @@ class Training:
         self.runtime.save_checkpoint(self.stage, tensors, {name: getattr(self, name) for name in self.counters})
 
     def restore(self) -> None:
-        """Go on where the checkpoint was written, if there is one."""
+        """Go on where the checkpoint was written, if there is one.
+
+        Raises:
+            FormatError: it does not fit.
+        """
         saved = self.runtime.load_checkpoint(self.stage)
-        if saved is None:
-            return
-        tensors, state = saved
+        if saved is not None:
+            with self.runtime.restoring(self.stage):
+                self._restore(*saved)
+
+    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         for prefix, module in self.modules.items():
-            module.load_state_dict(_strip(tensors, f"{prefix}."))
+            load_module(module, tensors, f"{prefix}.")
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _strip(tensors, "optimizer.").items():
+        for name, tensor in under(tensors, "optimizer.").items():
             index, key = name.split(".", 1)
+            # AdamW believes what it is given, and writes beyond the end of a moment that is too short.
+            shape = () if key == "step" else tuple(self.parameters[int(index)].shape)
+            check_shapes(tensors, {f"optimizer.{name}": shape}, (torch.float32,))
             moments.setdefault(int(index), {})[key] = tensor
+        if moments and {len(moments), *map(len, moments.values())} != {len(self.parameters), len(moments[0])}:
+            raise ValueError("an optimizer of other parameters")
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.rng.set_state(tensors["rng"])
         for name, tensor in self.tensors.items():
+            check_shapes(tensors, {name: tuple(tensor.shape)})
             tensor.copy_(tensors[name])
+        if type(state["step"]) is not int or not 0 <= state["step"] <= self.schedule.max_steps:
+            raise ValueError(f"step {state['step']!r} of {self.schedule.max_steps}")
         for name in self.counters:
             setattr(self, name, state[name])
 
@@ -229,7 +244,3 @@ def float32_by_default() -> Iterator[None]:
 def compiled(call: F, config: FitConfig) -> F:
     """``call``, compiled if asked for."""
     return cast(F, torch.compile(call)) if config.compile else call
-
-
-def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

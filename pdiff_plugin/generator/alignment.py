@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.generator.state import StateError, check_shapes, under
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 from pdiff_plugin.snapshots.statistics import ColumnReader, NonFiniteRowsError, column_blocks, transform
 from pdiff_plugin.snapshots.store import SnapshotStore
@@ -182,8 +183,19 @@ class Alignment:
 
     @classmethod
     def from_state(cls, layout: Layout, state: Mapping[str, Tensor], report: dict[str, Any]) -> Alignment:
-        found = {key.removeprefix(_PREFIX): t for key, t in state.items() if key.startswith(_PREFIX)}
-        return cls(layout, found, report)
+        """What :meth:`state_dict` gave, under the prefix that it has there.
+
+        Raises:
+            StateError: a tensor that is no order of the units of each layer.
+        """
+        found = cls(layout, under(state, _PREFIX), report)
+        num_units = sum(width for _, width in found.stack.layers)
+        check_shapes(found.permutations, dict.fromkeys(found.permutations, (num_units,)), (torch.int64,))
+        for name, permutation in found.permutations.items():
+            for order in found.stack.split(permutation):
+                if not torch.equal(order.sort().values, torch.arange(len(order))):
+                    raise StateError(name, "with other numbers", "the units of each layer, each once")
+        return found
 
     def columns(self, trajectory: str, lo: int, hi: int) -> Tensor:
         """Columns of a recorded row that are read at [lo, hi), (hi - lo,) int64."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, product
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pdiff_plugin.generator.layers import Linear
-from pdiff_plugin.generator.state import check_shapes, load_module
+from pdiff_plugin.generator.state import check_finite, check_shapes, rebuilt
 
 # (features (B, F), recorded features (R, F)) -> weights (B, R), in float64.
 Weights = Callable[[Tensor, Tensor], Tensor]
@@ -222,16 +223,20 @@ class Centre:
 
         Raises:
             ValueError: an unknown kind, or settings that it does not have.
-            StateError: a tensor is missing or of another shape.
+            StateError: a tensor is missing, of another shape or not finite.
         """
         kind, settings = document["kind"], {name: float(value) for name, value in document["settings"].items()}
         known = set(CENTRES[kind].settings) if kind in CENTRES else set()
         if kind not in (*CENTRES, "network") or set(settings) != known:
             raise ValueError(f"a centre {kind!r} with the settings {', '.join(settings) or 'none'}")
         check_shapes(state, {"features": ("R", "F"), "means": ("R", "K")})
-        features, means, network = state["features"].clone(), state["means"].clone(), None
+        check_finite(state, ("features", "means"))
+        features, means = (state[name].to(torch.float32, copy=True) for name in ("features", "means"))
+        network = None
         if kind == "network":
-            network = CentreNetwork(features.shape[1], means.shape[1])
-            load_module(network, {name: state[name] for name in state if name.startswith("network.")}, "network.")
-            network.requires_grad_(False).eval()
-        return cls(kind, settings, features, means, network)
+            own = {name: state[name] for name in state if name.startswith("network.")}
+            network = rebuilt(partial(CentreNetwork, features.shape[1], means.shape[1]), own, "network.")
+            network.requires_grad_(False)
+        centre = cls(kind, settings, features, means, network)
+        centre(features[:1])  # settings that lead to no weights are told here, and not to whoever samples
+        return centre

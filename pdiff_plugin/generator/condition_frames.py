@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pdiff_plugin.generator.centres import Centre
 from pdiff_plugin.generator.condition import Condition
-from pdiff_plugin.generator.state import check_shapes, under
+from pdiff_plugin.generator.state import check_finite, check_shapes, under
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class ConditionFrames:
         """From the centre's own document and what :meth:`state_dict` gave; raises as :meth:`Centre.from_state`."""
         centre = Centre.from_state(document, under(state, "centre."))
         check_shapes(state, {"std": (1, centre.means.shape[1]), "scale": ()})
-        return cls(centre, state["std"].clone(), float(state["scale"]))
+        check_finite(state, ("std", "scale"))
+        return cls(centre, state["std"].to(torch.float32, copy=True), float(state["scale"]))
 
 
 def condition_frames(centre: Centre, latents: Tensor, features: Tensor) -> ConditionFrames:

@@ -10,6 +10,7 @@ width of one chunk, K = C k latent width in all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from pdiff_plugin.config import ConvConfig
 from pdiff_plugin.generator.autoencoder import BLOCK_VALUES, ROWS_AT_A_TIME
 from pdiff_plugin.generator.layers import BatchNorm1d, Conv1d, ConvTranspose1d, Linear
-from pdiff_plugin.generator.state import check_shapes, load_module
+from pdiff_plugin.generator.state import StateError, check_shapes, rebuilt
 from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.statistics import ColumnReader, column_blocks, inverse_transform, transform
 
@@ -171,6 +172,7 @@ class ConvAutoencoder:
     @classmethod
     def from_state(cls, layout: Layout, config: ConvConfig, state: Mapping[str, Tensor]) -> ConvAutoencoder:
         check_shapes(state, {"mean": (layout.num_values,), "scales": (len(layout.tensors),)})
-        network = ConvNetwork(layout.num_values, config)
-        load_module(network, state, "network.")
-        return cls(layout, config, network.eval(), state["mean"], state["scales"])
+        if not 0 < len(config.channels) <= len(state):
+            raise StateError("network", f"of {len(state)} tensors", f"those of {len(config.channels)} layers")
+        network = rebuilt(partial(ConvNetwork, layout.num_values, config), state, "network.")
+        return cls(layout, config, network, state["mean"].float(), state["scales"].float())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.generator.condition import Condition
-from pdiff_plugin.generator.state import check_shapes
+from pdiff_plugin.generator.state import check_finite, check_shapes
 
 # Directions with less than this share of a trajectory's variance are noise of the arithmetic.
 _LEAST_SHARE = 1e-9
@@ -81,9 +81,10 @@ class Frames:
         k = "k" if "axes" in state else "K"
         axes = {"axes": ("R", "K", k)} if "axes" in state else {}
         check_shapes(state, {"centre": ("R", "K"), **axes, "std": ("R", k), "scale": ()})
+        check_finite(state, ("centre", "axes", "std", "scale"))
         # In memory of their own: the last digit of a product depends on the alignment, which in a file is any.
-        own = {name: tensor.clone() for name, tensor in state.items()}
-        return cls(own["centre"], own.get("axes"), own["std"], float(own["scale"]))
+        own = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+        return cls(own["centre"], own.get("axes"), own["std"], float(state["scale"]))
 
 
 def fit_frames(latents: Tensor, trajectory: Tensor, num_trajectories: int, width: int) -> Frames:

@@ -29,10 +29,11 @@ from pdiff_plugin.generator.condition_frames import ConditionFrames
 from pdiff_plugin.generator.conv import ConvAutoencoder
 from pdiff_plugin.generator.denoiser import new_denoiser, new_one_step
 from pdiff_plugin.generator.frames import Frames
-from pdiff_plugin.generator.state import StateError, check_shapes, load_module, under
+from pdiff_plugin.generator.state import StateError, check_shapes, rebuilt, under
 from pdiff_plugin.generator.subspace import SubspaceAutoencoder
 from pdiff_plugin.generator.variables import Variables
 from pdiff_plugin.snapshots.conditions import Value, parse_condition
+from pdiff_plugin.snapshots.files import is_number, reading
 from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.tensor_files import from_json, load_tensors, save_tensors
 
@@ -129,54 +130,56 @@ class GeneratorParts:
             path = path / FILE_NAME
         if not path.is_file():
             raise GeneratorNotFoundError(str(path.parent if path.name == FILE_NAME else path))
-        file = _File(path)
-        config = file.header("config", FitConfig.from_json)
-        layout = file.header("layout", partial(Layout.from_json, path=str(path)))
-        trajectories = file.header("trajectories", list)
-        report = file.header("report", dict)
-        with file.part("autoencoder.") as state:
-            autoencoder = AUTOENCODERS[config.autoencoder.kind].from_state(layout, config.autoencoder, state)
-        variables, conditions = None, []
-        frames: Frames | ConditionFrames
-        if file.has("variables"):
-            variables = file.header("variables", Variables.from_json)
-            conditions = file.header("conditions", partial(_conditions, variables, len(trajectories)))
-            with file.part("frames.") as state:
-                sizes = {
-                    "centre.features": ("R", variables.num_features),
-                    "centre.means": ("R", autoencoder.latent_dim),
-                }
-                check_shapes(state, sizes)
-                frames = file.header("centre", partial(ConditionFrames.from_state, state=state))
-        else:
-            with file.part("frames.") as state:
-                check_shapes(state, {"centre": (len(trajectories), autoencoder.latent_dim)})
-                frames = Frames.from_state(state)
-        with file.part("denoiser.") as state:
-            denoiser = _loaded(new_denoiser(config, frames), state)
-        with file.part("one_step.") as state:
-            one_step = _loaded(new_one_step(config, frames), state) if state else None
-        alignment = None
-        if config.align != "none":
+        with reading(str(path), f"a {FORMAT} file"):
+            return cls(**_read_parts(_File(path)), path=given)
+
+
+def _read_parts(file: _File) -> dict[str, Any]:
+    """What :class:`GeneratorParts` is made of, each part checked against the others."""
+    config = file.header("config", FitConfig.from_json)
+    layout = file.header("layout", partial(Layout.from_json, path=str(file.path)))
+    trajectories = file.header("trajectories", _names)
+    report = file.header("report", _report)
+    with file.part("autoencoder.") as state:
+        autoencoder = AUTOENCODERS[config.autoencoder.kind].from_state(layout, config.autoencoder, state)
+    variables, conditions = None, []
+    frames: Frames | ConditionFrames
+    if file.has("variables"):
+        variables = file.header("variables", Variables.from_json)
+        conditions = file.header("conditions", partial(_conditions, variables, len(trajectories)))
+        with file.part("frames.") as state:
+            sizes = {
+                "centre.features": ("R", variables.num_features),
+                "centre.means": ("R", autoencoder.latent_dim),
+            }
+            check_shapes(state, sizes)
+            frames = file.header("centre", partial(ConditionFrames.from_state, state=state))
+    else:
+        with file.part("frames.") as state:
+            check_shapes(state, {"centre": (len(trajectories), autoencoder.latent_dim)})
+            frames = Frames.from_state(state)
+    with file.part("denoiser.") as state:
+        denoiser = _network(new_denoiser, config, frames, state)
+    with file.part("one_step.") as state:
+        one_step = _network(new_one_step, config, frames, state) if state else None
+    alignment = None
+    if config.align != "none":
+        with file.part("alignment."):
             alignment = Alignment.from_state(layout, file.tensors, report.get("alignment", {}))
-            with file.part("alignment.") as state:
-                num_units = sum(width for _, width in alignment.stack.layers)
-                check_shapes(state, dict.fromkeys(state, (num_units,)))
-        return cls(
-            layout=layout,
-            config=config,
-            autoencoder=autoencoder,
-            frames=frames,
-            denoiser=denoiser,
-            trajectories=trajectories,
-            variables=variables,
-            conditions=conditions,
-            report=report,
-            provenance=file.header("provenance", dict),
-            one_step=one_step,
-            alignment=alignment,
-            path=given,
-        )
+    return {
+        "layout": layout,
+        "config": config,
+        "autoencoder": autoencoder,
+        "frames": frames,
+        "denoiser": denoiser,
+        "trajectories": trajectories,
+        "variables": variables,
+        "conditions": conditions,
+        "report": report,
+        "provenance": file.header("provenance", _mapping),
+        "one_step": one_step,
+        "alignment": alignment,
+    }
 
 
 class _File:
@@ -211,9 +214,40 @@ class _File:
             raise FormatError(str(self.path), found, error.expected) from error
 
 
-def _loaded(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    load_module(module, state)
-    return module.eval()
+def _network(
+    make: Callable[[FitConfig, Frames | ConditionFrames], nn.Module],
+    config: FitConfig,
+    frames: Frames | ConditionFrames,
+    state: Mapping[str, Tensor],
+) -> nn.Module:
+    settings = config.diffusion
+    num_layers = len(settings.conv_channels) if settings.network == "conv" else settings.num_blocks
+    if num_layers > len(state):
+        raise StateError("network", f"of {len(state)} tensors", f"those of {num_layers} layers")
+    return rebuilt(partial(make, config, frames), state)
+
+
+def _names(document: Any) -> list[str]:
+    if not (isinstance(document, list) and document and all(isinstance(n, str) and n.isprintable() for n in document)):
+        raise TypeError("no list of names")
+    return document
+
+
+def _mapping(document: Any) -> dict[str, Any]:
+    if not isinstance(document, dict):
+        raise TypeError(f"a {type(document).__name__}, no object")
+    return document
+
+
+def _report(document: Any) -> dict[str, Any]:
+    """What the fit measured, with what is worked with checked: the rest is shown."""
+    report = _mapping(document)
+    for point in report.get("diversity_curve", []):
+        if not (is_number(point["spread_ratio"]) and is_number(point["temperature"])):
+            raise ValueError("a diversity curve of other things than numbers")
+    _mapping(report.get("alignment", {}))
+    _mapping(report.get("condition", {}))
+    return report
 
 
 def _conditions(variables: Variables, num_trajectories: int, document: Any) -> list[dict[str, Value]]:

@@ -82,4 +82,6 @@ class SubspaceAutoencoder:
     def from_state(cls, layout: Layout, config: SubspaceConfig, state: Mapping[str, Tensor]) -> SubspaceAutoencoder:
         D, num_tensors = layout.num_values, len(layout.tensors)
         check_shapes(state, {"mean": (D,), "basis": ("K", D), "scales": (num_tensors,), "latent_scale": ()})
-        return cls(layout, state["mean"], state["basis"], state["scales"], float(state["latent_scale"]))
+        check_shapes(state, {"basis": ("K", D)}, (torch.float32, torch.bfloat16))
+        mean, scales = state["mean"].float(), state["scales"].float()
+        return cls(layout, mean, state["basis"], scales, float(state["latent_scale"]))

@@ -7,16 +7,18 @@ file cannot run code), ``.safetensors``, a sharded index of either, and the ``ch
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import math
 import os
 import pickle
 import re
+import struct
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, TypeGuard
 from zipfile import is_zipfile
 
 import torch
@@ -25,11 +27,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pdiff_plugin.config import Layers, RecorderConfig
-from pdiff_plugin.errors import CheckpointError, LayoutMismatchError
+from pdiff_plugin.errors import CheckpointError, FormatError, LayoutMismatchError
 from pdiff_plugin.recording.runs import Conditions, runs_of
 from pdiff_plugin.recording.selection import select
 from pdiff_plugin.recording.writer import CHUNK_BYTES, CHUNK_ROWS
 from pdiff_plugin.snapshots.conditions import write_condition
+from pdiff_plugin.snapshots.files import check_regular, is_number, parse_json
 from pdiff_plugin.snapshots.layout import DTYPES, LAYOUT_NAME, Layout, read_layout
 from pdiff_plugin.snapshots.store import SnapshotStore
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
@@ -47,6 +50,12 @@ _FOLDER_FILES = (
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "module")
 _EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+# What torch.load, safetensors and indices that are none lead to.
+_UNREADABLE = (
+    *(OSError, LookupError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError),
+    *(MemoryError, AssertionError, struct.error, SafetensorError, pickle.UnpicklingError),
+)
+_MAX_TIMES = 16  # that the tensors of a checkpoint may be larger than its file
 _STEP_KEYS = ("global_step", "step", "iteration", "num_updates", "epoch")
 
 
@@ -136,6 +145,9 @@ def _write_rows(writer: TrajectoryWriter, order: Sequence[tuple[int, Path]], ema
     for number, (step, path) in enumerate(order, start=1):
         checkpoint = _load(path, ema)
         base = _meet(checkpoint.state, layout)
+        for spec in layout:
+            if spec.name in base and not base[spec.name].is_floating_point():
+                raise LayoutMismatchError(spec.name, str(spec), f"{base[spec.name].dtype}", str(path))
         rows.append(layout.flatten(base))  # a copy: the state itself stays on disk
         steps.append(step)
         epochs.append(checkpoint.epoch)
@@ -194,35 +206,80 @@ def _natural(path: Path) -> list[Any]:
 
 def _load(path: Path, ema: bool) -> _Checkpoint:
     if (file := _weights(path)) is not None:
-        trainer = json.loads(text.read_text()) if (text := path / "trainer_state.json").is_file() else {}
+        trainer = _trainer_state(path / "trainer_state.json")
         number = re.search(r"(\d+)$", path.name)
         step = trainer.get("global_step", int(number[1]) if number else None)
-        return _Checkpoint(path, _read(file), {} if step is None else {"global_step": step}, trainer.get("epoch"))
+        counters = {"global_step": step} if _is_step(step) else {}
+        return _Checkpoint(path, _checked(file, _read(file)), counters, _epoch(trainer.get("epoch")))
     document = _read(path)
-    state = _state_dict(path, document, ema)
-    counters = {key: document[key] for key in _STEP_KEYS if isinstance(document.get(key), int)}
-    epoch = document.get("epoch")
-    return _Checkpoint(path, state, counters, float(epoch) if isinstance(epoch, int | float) else None)
+    state = _checked(path, _state_dict(path, document, ema))
+    counters = {key: document[key] for key in _STEP_KEYS if _is_step(document.get(key))}
+    return _Checkpoint(path, state, counters, _epoch(document.get("epoch")))
+
+
+def _trainer_state(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    found = parse_json(path.read_bytes(), str(path), "the state of a trainer")
+    if not isinstance(found, dict):
+        raise FormatError(str(path), f"a {type(found).__name__}", "the state of a trainer")
+    return found
+
+
+def _is_step(found: object) -> TypeGuard[int]:
+    """Whether a counter can be the step of a snapshot."""
+    return type(found) is int and 0 <= found < 2**63
+
+
+def _epoch(found: object) -> float | None:
+    return float(found) if is_number(found) and math.isfinite(found) else None
+
+
+def _checked(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, which have to be in its file: one that repeats a value may ask for any memory.
+
+    Raises:
+        CheckpointError: naming the first that is not.
+    """
+    # Tied tensors count several times; an index is smaller than its files, whose tensors cannot repeat.
+    left = math.inf if path.name.endswith(".index.json") else _MAX_TIMES * path.stat().st_size
+    for name, tensor in state.items():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "of no values" if tensor.is_meta else "quantised" if tensor.is_quantized else f"{tensor.layout}"
+            raise CheckpointError(str(path), f"tensor {name!r} is {kind}", "Save it dense, with its values.")
+        left -= tensor.numel() * tensor.element_size()
+        if left < 0:
+            raise CheckpointError(
+                str(path),
+                f"tensor {name!r} of shape {tuple(tensor.shape)} has more values than a file of this size holds",
+                "Save it without expand().",
+            )
+    return state
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        check_regular(path)
         if path.name.endswith(".index.json"):
-            parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            index = parse_json(path.read_bytes(), str(path), "an index of weights")
+            parts = sorted({PurePath(part).name for part in index["weight_map"].values()})
             return {name: tensor for part in parts for name, tensor in _read(path.with_name(part)).items()}
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         # timm keeps its command line's settings in its checkpoints; a Namespace is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch on what it finds in the file: what matters is told as an error
             document = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except (OSError, KeyError, EOFError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+    except CheckpointError:
+        raise
+    except _UNREADABLE as error:
         if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 str(path),
                 f"it is a pickle that needs {unsafe[1]}, and building that can run code from the file",
                 "If you trust it, load it yourself and save its state_dict alone.",
             ) from error
-        reason = str(error).split("WeightsUnpickler error: ")[-1].splitlines()[0]
+        reason = (str(error) or type(error).__name__).split("WeightsUnpickler error: ")[-1].splitlines()[0]
         raise CheckpointError(str(path), f"it is unreadable ({reason})", "Give complete checkpoint files.") from error
     if not isinstance(document, Mapping):
         raise CheckpointError(str(path), f"it holds a {type(document).__name__}", "Give a state dict or a checkpoint.")
@@ -250,7 +307,7 @@ def _layout(store: Path, first: _Checkpoint, layers: Layers, model: nn.Module | 
     if (store / LAYOUT_NAME).is_file():
         return read_layout(store)[0]
     if model is None:
-        model = _skeleton(next(_renamed(first.state)))
+        model = _skeleton(next(_renamed(first.state)), first.path)
         return select(model, layers, averaged=True).layout
     selection = select(model, layers, averaged=True)
     state = _meet(first.state, selection.layout)
@@ -289,23 +346,33 @@ def _renamed(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
             yield dict(zip(names, state.values(), strict=True))
 
 
-def _skeleton(state: dict[str, Tensor]) -> nn.Module:
-    """Modules that hold ``state``, of the classes that its names and shapes speak for."""
+def _skeleton(state: dict[str, Tensor], path: Path) -> nn.Module:
+    """Modules that hold the ``state`` of a checkpoint, of the classes that its names and shapes speak for.
+
+    Raises:
+        CheckpointError: naming the first tensor that no module can hold.
+    """
     root = nn.Module()
     for name, tensor in state.items():
-        prefix, _, leaf = name.rpartition(".")
-        module = root
-        path = prefix.split(".") if prefix else []
-        for depth, part in enumerate(path):
-            if part not in module._modules:
-                owner = ".".join(path[: depth + 1])
-                module.add_module(part, _empty(_class_of(owner, state)))
-            module = module._modules[part]  # type: ignore[assignment]  # it was just put there
-        if leaf in ("running_mean", "running_var", "num_batches_tracked") or not tensor.is_floating_point():
-            module.register_buffer(leaf, tensor)
-        else:
-            module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        try:
+            _put(root, name, tensor, state)
+        except (KeyError, AttributeError) as error:
+            raise CheckpointError(
+                str(path), f"no network has a tensor of the name {name!r} ({error})", "Give model=, or leave it out."
+            ) from error
     return root
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor, state: dict[str, Tensor]) -> None:
+    *owners, leaf = name.split(".")
+    for depth, part in enumerate(owners):
+        if part not in module._modules:
+            module.add_module(part, _empty(_class_of(".".join(owners[: depth + 1]), state)))
+        module = module._modules[part]  # type: ignore[assignment]  # it was just put there
+    if leaf in ("running_mean", "running_var", "num_batches_tracked") or not tensor.is_floating_point():
+        module.register_buffer(leaf, tensor)
+    else:
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def _class_of(prefix: str, state: dict[str, Tensor]) -> type[nn.Module]:

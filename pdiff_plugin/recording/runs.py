@@ -23,6 +23,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -35,6 +36,7 @@ from pdiff_plugin.snapshots.conditions import (
     parse_value,
     read_conditions,
 )
+from pdiff_plugin.snapshots.files import check_regular
 
 StrPath = str | os.PathLike[str]
 Conditions = Mapping[str, Mapping[str, Any]] | Callable[[Path], Mapping[str, Any]] | StrPath
@@ -121,11 +123,16 @@ def read_table(path: StrPath, columns: Sequence[str] = ()) -> dict[str, dict[str
     """
     path = Path(path)
     try:
+        check_regular(path)
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(str(path), str(error), "a CSV file with a row for each run", "Check the path.") from error
-    reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=text.partition("\n")[0].count))
-    header = [name or "" for name in reader.fieldnames or []]
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    try:
+        lines = list(csv.reader(io.StringIO(text), delimiter=delimiter))
+    except csv.Error as error:
+        raise FormatError(str(path), f"no table ({error})", "a CSV file with a row for each run") from error
+    header = lines[0] if lines else []
     named = {name.strip().lower(): name for name in reversed(header)}
     key = next((named[name] for name in KEYS if name in named), None)
     if key is None:
@@ -133,9 +140,10 @@ def read_table(path: StrPath, columns: Sequence[str] = ()) -> dict[str, dict[str
         raise FormatError(str(path), f"columns {', '.join(header) or 'none'}", expected, "Add or rename one.")
     wanted = _columns(path, header, columns)
     table: dict[str, dict[str, Any]] = {}
-    for row in reader:
-        name = (row[key] or "").strip()
-        cells = {short: (row[column] or "").strip() for short, column in wanted.items()}
+    for line in lines[1:]:
+        row = dict(zip_longest(header, line[: len(header)], fillvalue=""))
+        name = row[key].strip()
+        cells = {short: row[column].strip() for short, column in wanted.items()}
         values = {short: _parse_cell(cell) for short, cell in cells.items() if cell}
         if name and table.setdefault(name, values) != values:
             found = f"two rows with other values for {name!r} in column {key!r}"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.errors import FormatError
+from pdiff_plugin.snapshots.files import is_number
 from pdiff_plugin.snapshots.layout import FORMAT, FORMAT_VERSION, Layout
 from pdiff_plugin.snapshots.tensor_files import from_json, load_tensors, save_tensors
 
@@ -77,28 +78,37 @@ def read_chunk(path: Path, layout: Layout, row_dtype: torch.dtype) -> Chunk:
         raise FormatError(str(path), f"the tensors {', '.join(tensors) or '(none)'}", "rows and steps")
     if steps.dtype != torch.int64 or steps.ndim != 1:
         raise FormatError(str(path), f"steps of {steps.dtype} {tuple(steps.shape)}", "torch.int64 (n,)")
+    if len(steps) and not (steps[0] >= 0 and bool((steps.diff() > 0).all())):
+        raise FormatError(str(path), "steps that do not rise", "whole numbers from 0, each above the one before")
     n = len(steps)
     if rows.dtype != row_dtype or tuple(rows.shape) != (n, layout.num_values):
         expected = f"{row_dtype} ({n}, {layout.num_values})"
         raise FormatError(str(path), f"rows of {rows.dtype} {tuple(rows.shape)}", expected)
-    if not (_is_list(epochs, n) and all(epoch is None or _is_number(epoch) for epoch in epochs)):
+    if not (_is_list(epochs, n) and all(epoch is None or is_number(epoch) for epoch in epochs)):
         raise FormatError(str(path), "other epochs", f"{n} numbers or nulls")
-    if not (_is_list(metrics, n) and all(isinstance(m, dict) and all(map(_is_number, m.values())) for m in metrics)):
+    if not (_is_list(metrics, n) and all(isinstance(m, dict) and all(map(is_number, m.values())) for m in metrics)):
         raise FormatError(str(path), "other metrics", f"{n} objects of name -> number")
     return Chunk(path, steps.tolist(), epochs, metrics, rows)
 
 
 def read_chunks(folder: Path, layout: Layout, row_dtype: torch.dtype) -> tuple[list[Chunk], list[str]]:
-    """All readable chunks of a trajectory in order, and a sentence for each that is not.
+    """All readable chunks of a trajectory in order, and a sentence for each that is not, or whose steps are no later
+    than those before.
 
     Anything else in the folder (temporary files of a killed writer, strays) is ignored.
     """
-    chunks, problems = [], []
+    chunks: list[Chunk] = []
+    problems: list[str] = []
     for path in sorted(
         (p for p in folder.iterdir() if CHUNK_NAME.fullmatch(p.name)), key=lambda p: (len(p.name), p.name)
     ):
         try:
-            chunks.append(read_chunk(path, layout, row_dtype))
+            chunk = read_chunk(path, layout, row_dtype)
+            last = next((before.steps[-1] for before in reversed(chunks) if before.steps), -1)
+            if chunk.steps and chunk.steps[0] <= last:
+                found = f"step {chunk.steps[0]} first"
+                raise FormatError(str(path), found, f"steps above {last}, the last of the chunk before")
+            chunks.append(chunk)
         except FileNotFoundError:
             continue  # a ring has dropped it meanwhile
         except FormatError as error:
@@ -108,7 +118,3 @@ def read_chunks(folder: Path, layout: Layout, row_dtype: torch.dtype) -> tuple[l
 
 def _is_list(found: object, length: int) -> bool:
     return isinstance(found, list) and len(found) == length
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -11,7 +11,6 @@ in the same place, so that there is one for a trajectory, whoever recorded it.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pdiff_plugin.errors import ConditionError, FormatError, FormatVersionError, StoreNotFoundError
-from pdiff_plugin.snapshots.files import read_json, write_json
+from pdiff_plugin.snapshots.files import check_regular, parse_json, read_json, write_json
 from pdiff_plugin.snapshots.shards import layout_files
 
 FORMAT = "pdiff-condition"
@@ -94,16 +93,17 @@ def read_condition_lines(path: Path) -> list[Condition]:
         ConditionError: no such file, no condition in it, or a line that is none, by its number.
     """
     try:
+        check_regular(path)
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, FormatError) as error:
         raise ConditionError(str(path), f"no text that can be read ({error})", "a JSON mapping a line") from error
     found = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                document = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                document = parse_json(line, where, "a JSON mapping")
+            except FormatError as error:
                 raise ConditionError(where, line[:60], 'a JSON mapping, as in {"angle": 45}') from error
             found.append(parse_condition(document, where))
     if not found:
@@ -115,6 +115,7 @@ def _read_vector(path: Path, where: str) -> Any:
     import numpy as np
 
     try:
+        check_regular(path)
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ConditionError(where, f"@{path}, which cannot be read ({error})", "a .npy file of numbers") from error

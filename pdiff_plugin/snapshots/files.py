@@ -6,11 +6,12 @@ import json
 import math
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from uuid import uuid4
 
 from pdiff_plugin.errors import FormatError, FormatVersionError
@@ -20,6 +21,9 @@ TEMP_MARK = ".tmp-"
 _TEMP_NAME = re.compile(rf"{re.escape(TEMP_MARK)}([0-9a-f]{{12}})-(\d{{1,9}})-(\d{{1,18}})-.*")
 # Nobody takes this long between two writes to one file.
 ABANDONED_S = 24 * 3600.0
+# What a document of ours needs is a tenth of this; whoever walks through one may call itself for every level.
+_MAX_DEPTH = 64
+_MAX_DIGITS = 308  # of a whole number: a longer one is no float
 
 
 def temporary(path: Path) -> Path:
@@ -120,12 +124,96 @@ def read_json(path: Path, name: str, version: int) -> dict[str, Any]:
         FormatError: not JSON, or another format.
         FormatVersionError: from a newer release.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # a text that is no UTF-8 is a ValueError, too
-        raise FormatError(str(path), f"unreadable JSON ({error})", f"a {name} document") from error
+    check_regular(path)
+    document = parse_json(path.read_bytes(), str(path), f"a {name} document")
     check_format(str(path), document if isinstance(document, dict) else {}, name, version)
     return dict(document)
+
+
+def parse_json(text: str | bytes, path: str, expected: str) -> Any:
+    """What a JSON text of at most 64 levels and whole numbers of at most 308 digits says.
+
+    Raises:
+        FormatError: it is no such text; ``path`` says where it stands.
+    """
+    try:
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        document = json.loads(text, parse_int=_parse_int)
+        if "\\ud" in text.lower():  # half of a surrogate pair can be escaped, but neither printed nor written
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
+        _check_depth(document)
+    except (ValueError, RecursionError) as error:  # a text that is no UTF-8 is a ValueError, too
+        raise FormatError(path, f"unreadable JSON ({error})", expected) from error
+    return document
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(digits)
+
+
+def _check_depth(document: Any) -> None:
+    level = [document]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            item
+            for one in level
+            if isinstance(one, dict | list)
+            for item in (one.values() if isinstance(one, dict) else one)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"more than {_MAX_DEPTH} levels")
+
+
+@contextmanager
+def reading(path: str, expected: str) -> Iterator[None]:
+    """Rebuild something from a document: what Python says of one that is of another shape names the file.
+
+    Raises:
+        FormatError: in place of what a wrong type, a missing key or a number out of range leads to.
+    """
+    try:
+        yield
+    except (FormatError, FormatVersionError):
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
+        found = f"what cannot be read ({type(error).__name__}: {error})"
+        raise FormatError(path, found, expected) from error
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of a document is a number, which fits into 64 bits if it is whole."""
+    return isinstance(value, float) or (type(value) is int and -(2**63) <= value < 2**63)
+
+
+def number_in(value: object) -> float:
+    """A figure of a document, in which null stands for what is undefined.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if value is None:
+        return math.nan
+    if not is_number(value):
+        raise ValueError(f"a figure that is a {type(value).__name__}")
+    return value
+
+
+def check_regular(path: Path) -> None:
+    """Check that there is a file: to open a FIFO waits until somebody writes into it, and a device need never end.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        FormatError: there is something else.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
+        found = next((text for is_one, text in kinds if is_one(mode)), "a device")
+        raise FormatError(str(path), found, "a file")
 
 
 def check_format(path: str, header: Mapping[str, object], name: str, version: int) -> None:

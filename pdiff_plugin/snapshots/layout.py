@@ -37,6 +37,9 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_VALUES = 2**63 - 1
+# torch takes 64 sizes, one of which is that of a batch, and 2^63 bytes.
+_MAX_DIMENSIONS = 60
+_MAX_NUMEL = 2**47
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,11 @@ class Layout:
                 raise FormatError(path, f"{count} tensors of the name {name!r}", "each name once")
         if layout.num_values > _MAX_VALUES:
             raise FormatError(path, f"{layout.num_values} values in a row", f"at most {_MAX_VALUES}")
+        for spec in layout:
+            # Also where a size of 0 leaves nothing of it: torch works out the strides all the same.
+            if len(spec.shape) > _MAX_DIMENSIONS or prod(max(size, 1) for size in spec.shape) > _MAX_NUMEL:
+                found = f"{spec.name!r} of shape {reprlib.repr(spec.shape)}"
+                raise FormatError(path, found, f"at most {_MAX_DIMENSIONS} sizes and {_MAX_NUMEL} values")
         return layout
 
     def to_json(self) -> list[dict[str, Any]]:

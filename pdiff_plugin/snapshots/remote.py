@@ -63,7 +63,7 @@ def copy_store(url: str, folder: Path, share: Callable[[int], slice] | None = No
         local = folder / PurePosixPath(str(remote)).relative_to(root)
         local.parent.mkdir(parents=True, exist_ok=True)
         local.write_bytes(fs.cat_file(str(remote)))
-    for world in read_worlds(folder):
+    for world in read_worlds(folder)[0]:
         columns = share(world.layout.num_values) if share else slice(0, world.layout.num_values)
         for rank, place in enumerate(world.folders):
             own = [(lo, hi) for owner, lo, hi in world.ranges(columns.start, columns.stop) if owner == rank]

@@ -19,7 +19,7 @@ import reprlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from itertools import groupby
 from pathlib import Path
 
@@ -104,29 +104,45 @@ def layout_files(store: Path) -> list[Path]:
     return [path for path in (store / LAYOUT_NAME, *sorted(store.glob(f"shards/*/{LAYOUT_NAME}"))) if path.is_file()]
 
 
-def read_worlds(store: Path) -> list[World]:
+def read_worlds(store: Path) -> tuple[list[World], list[str]]:
     """Those who wrote into ``store``: ranks that trained together, the smallest number first, after those that had
-    the whole model.
+    the whole model. And a sentence for each that cannot be read, if others can.
 
     Raises:
-        FormatError: the folders of some ranks are missing, or do not belong together.
+        FormatError: nothing can be read: a layout that is none, folders of ranks that are missing or do not belong
+            together.
+        FormatVersionError: from a newer release.
         LayoutMismatchError: they recorded other tensors.
     """
     by_size: dict[int, dict[int, Path]] = {}
     for path in layout_files(store):
         if path.parent != store and (match := re.fullmatch(r"rank-(\d+)-of-(\d+)", path.parent.name)):
             by_size.setdefault(int(match[2]), {})[int(match[1])] = path.parent
-    for size, folders in by_size.items():
-        if missing := sorted(set(range(size)) - set(folders)):
-            raise FormatError(
-                str(store / "shards"), f"no snapshots of rank {missing[0]}", f"one folder for each of {size} ranks"
-            )
-    worlds = [World([store])] if (store / LAYOUT_NAME).is_file() else []
-    for size, folders in sorted(by_size.items()):
-        worlds.append(World([folders[rank] for rank in range(size)], _read_shapes(folders[0] / SHAPES_NAME)))
+    makers = [partial(World, [store])] if (store / LAYOUT_NAME).is_file() else []
+    makers += [partial(_read_ranks, store, size, folders) for size, folders in sorted(by_size.items())]
+    worlds: list[World] = []
+    errors: list[FormatError] = []
+    for make in makers:
+        try:
+            worlds.append(make())
+        except FormatError as error:
+            errors.append(error)
+    if errors and not worlds:
+        raise errors[0]
     for world in worlds[1:]:
         worlds[0].layout.check_same(world.layout, f"the store {store}")
-    return worlds
+    return worlds, [f"{error} What was recorded there is left out." for error in errors]
+
+
+def _read_ranks(store: Path, size: int, folders: Mapping[int, Path]) -> World:
+    """The world of ``size`` ranks, of which these folders are there."""
+    # The size stands in the name of a folder: it may be anything.
+    missing = next((rank for rank in range(size) if rank not in folders), None)
+    if missing is not None or not size:
+        raise FormatError(
+            str(store / "shards"), f"no snapshots of rank {missing}", f"one folder for each of {size} ranks"
+        )
+    return World([folders[rank] for rank in range(size)], _read_shapes(folders[0] / SHAPES_NAME))
 
 
 class World:
@@ -158,7 +174,9 @@ class World:
 
     @property
     def trajectories(self) -> list[str]:
-        return sorted(path.name for path in (self.folders[0] / "trajectories").glob("*") if path.is_dir())
+        found = (path for path in (self.folders[0] / "trajectories").glob("*") if path.is_dir())
+        # A name that cannot be printed is none that a writer takes, and would be in every warning.
+        return sorted(path.name for path in found if path.name.isprintable())
 
     def chunks(self, trajectory: str) -> tuple[list[list[Chunk]], list[str]]:
         """The chunks of a trajectory that each rank has written, and a sentence for each that cannot be read."""
@@ -187,9 +205,15 @@ class World:
         parts = [base for base in bases if base is not None]
         if len(parts) < len(self.folders):
             return None
-        for name in self._shapes.keys() & parts[0]:
-            if lacking := [folder for folder, part in zip(self.folders, parts, strict=True) if name not in part]:
-                raise FormatError(str(lacking[0] / "trajectories" / trajectory), f"a base without {name}", "its part")
+        for name in sorted(self._shapes.keys() & parts[0]):
+            first = parts[0][name]
+            for folder, part in zip(self.folders, parts, strict=True):
+                own = part.get(name, torch.empty(()))
+                if not own.ndim or own.shape[1:] != first.shape[1:] or own.dtype != first.dtype:
+                    found = f"{own.dtype} {tuple(own.shape)}" if name in part else "nothing"
+                    expected = f"a part as rank 0 has it, {first.dtype} {tuple(first.shape)}"
+                    path = str(folder / "trajectories" / trajectory)
+                    raise FormatError(path, f"a base with {found} for {name}", expected)
         return {
             name: torch.cat([part[name] for part in parts]) if name in self._shapes else tensor
             for name, tensor in parts[0].items()

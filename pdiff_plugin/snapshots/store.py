@@ -45,10 +45,10 @@ class SnapshotStore:
         problems: one sentence per file that could not be read; what it holds is left out.
     """
 
-    def __init__(self, path: Path, worlds: Sequence[World]) -> None:
+    def __init__(self, path: Path, worlds: Sequence[World], problems: Sequence[str] = ()) -> None:
         self.path, self.layout, self._worlds = path, worlds[0].layout, worlds
         self.row_dtype: torch.dtype = reduce(torch.promote_types, (world.row_dtype for world in worlds))
-        self.problems: list[str] = []
+        self.problems: list[str] = list(problems)
         self.trajectories: list[str] = []
         self._chunks: list[tuple[int, Chunk | JoinedChunk]] = []
         self._base_headers: dict[str, dict[str, str]] = {}
@@ -74,16 +74,16 @@ class SnapshotStore:
 
         Raises:
             StoreNotFoundError: no such folder, or one without ``layout.json`` and shards.
-            FormatError: its layout cannot be read, or a rank's snapshots are missing.
+            FormatError: its layout cannot be read, or a rank's snapshots are missing, and nothing else is there.
             FormatVersionError: written by a newer release.
         """
         path = Path(path)
         if not path.is_dir():
             raise StoreNotFoundError(str(path), "it is a file" if path.exists() else "there is no such folder")
-        worlds = read_worlds(path)
+        worlds, problems = read_worlds(path)
         if not worlds:
             raise StoreNotFoundError(str(path), "it has no layout.json")
-        return cls(path, worlds)
+        return cls(path, worlds, problems)
 
     def only(self, trajectories: Sequence[str]) -> SnapshotStore:
         """The same store as if it held these trajectories alone, in its own order.

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pdiff_plugin.errors import FormatError, UnsupportedTensorError
-from pdiff_plugin.snapshots.files import check_format, replacing
+from pdiff_plugin.snapshots.files import check_format, check_regular, parse_json, replacing
 
 # https://github.com/huggingface/safetensors#format
 _DTYPE_CODES = {
@@ -166,17 +166,17 @@ def from_json(path: Path, header: Mapping[str, str], key: str) -> Any:
     Raises:
         FormatError: there is no such key, or no JSON under it.
     """
+    expected = f"a header with JSON as {key}"
     try:
-        return json.loads(header[key])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise FormatError(
-            str(path), f"{reprlib.repr(header.get(key))} as {key}", f"a header with JSON as {key}"
-        ) from error
+        return parse_json(header.get(key, ""), str(path), expected)
+    except FormatError as error:
+        raise FormatError(str(path), f"{reprlib.repr(header.get(key))} as {key}", expected) from error
 
 
 @contextmanager
 def _opened(path: Path, name: str, version: int) -> Iterator[tuple[Any, dict[str, str]]]:
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             opened: Any = file
             header = opened.metadata() or {}

@@ -10,10 +10,10 @@ import torch
 
 from pdiff_plugin import ConditionConfig, DiffusionConfig, FitConfig, WeightGenerator, fit
 from pdiff_plugin.config import TuneConfig
-from pdiff_plugin.errors import ConfigError, FitExistsError
+from pdiff_plugin.errors import ConfigError, FitExistsError, FormatError
 
 pytest.importorskip("ray")
-from pdiff_plugin.cluster.tune import SPACE, HeldoutScore, _configured, _open, energy_distance, tune
+from pdiff_plugin.cluster.tune import SPACE, HeldoutScore, _configured, _key, _open, _reports_of, energy_distance, tune
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 from pdiff_plugin.snapshots.split import heldout_blocks
 
@@ -135,3 +135,33 @@ def test_a_search_does_not_replace_a_fit(make_store, tmp_path):
     with pytest.raises(FitExistsError, match="holds another fit"):
         tune(make_store(name="again"), QUICK, TuneConfig(), out=tmp_path / "fit")
     assert json.loads((tmp_path / "fit" / "fit.json").read_text()) == json.loads(before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"config": {"autoencoder": {}}}, "KeyError: 'diffusion'"),
+        ({"status": "paused"}, "the status 'paused'"),
+        ({"trials": [[]]}, "TypeError"),
+        ({"trials": [{"score": "low", "is_default": True}]}, "a trial without a score"),
+        ({"trials": [{"score": 1.0}]}, "KeyError: 'is_default'"),
+    ],
+)
+def test_a_document_of_something_else_is_refused_by_its_path(make_store, tmp_path, changes, text):
+    store = make_store()
+    arguments = store, FitConfig(), TuneConfig(), tmp_path / "tune", None
+    _open(*arguments, fresh=False)
+    path = tmp_path / "tune" / "tune.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(FormatError) as caught:
+        _open(*arguments, fresh=False)
+    assert str(caught.value).startswith(f"{path}: found ")
+    assert text in str(caught.value)
+
+
+def test_a_trial_whose_report_is_damaged_is_told_by_its_path(tmp_path):
+    folder = tmp_path / f"{_key({'lr': 1})}-1"
+    folder.mkdir()
+    (folder / "trial.json").write_text('{"score": ')
+    with pytest.raises(FormatError, match=r"trial\.json: found unreadable JSON"):
+        _reports_of(tmp_path, {"lr": 1})

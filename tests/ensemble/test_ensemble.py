@@ -477,3 +477,32 @@ def test_a_generator_of_another_model_is_refused_before_it_draws(model):
         ensemble_from_diffusion(nn.Sequential(nn.Linear(2, 2)).eval(), generator)
 
     assert generator.asked is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensors", "error", "text"),
+    [
+        ("[]", {}, FormatError, "found settings of type list, expected a JSON object of settings"),
+        ('{"class_axis": 1.5}', {}, FormatError, "found class_axis 1.5, expected a value of type int"),
+        ('{"strategy": null}', {}, FormatError, "found strategy None, expected a value of type str"),
+        ('{"task": "juggling"}', {}, ConfigError, "task = 'juggling': it must be one of"),
+        ("{}", {"members/1.weight": torch.tensor(3.0)}, FormatError, "found no members, or some of no number"),
+        ("{}", {"members/1.weight": torch.zeros(2, 5, dtype=torch.int64)}, LayoutMismatchError, "torch.int64"),
+    ],
+)
+def test_a_file_of_other_settings_or_members_is_refused(tmp_path, settings, tensors, error, text):
+    net = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5)).eval()
+    stored = {f"model/{name}": tensor for name, tensor in net.state_dict().items() if name != "1.weight"}
+    header = {"format": "pdiff-ensemble", "format_version": "1", "settings": settings}
+    save_file({**stored, "members/1.weight": torch.zeros(2, 5), **tensors}, tmp_path / "e.safetensors", header)
+    with pytest.raises(error) as caught:
+        DiffusionEnsemble.load(tmp_path / "e.safetensors", net)
+    assert text in str(caught.value)
+
+
+def test_settings_that_a_newer_release_has_added_are_left_out(tmp_path):
+    net = nn.Sequential(nn.Linear(3, 5)).eval()
+    header = {"format": "pdiff-ensemble", "format_version": "1", "settings": '{"mood": "good", "task": "regression"}'}
+    members = {f"members/{name}": torch.stack([tensor] * 2) for name, tensor in net.state_dict().items()}
+    save_file(members, tmp_path / "e.safetensors", header)
+    assert DiffusionEnsemble.load(tmp_path / "e.safetensors", net).task == "regression"

@@ -38,6 +38,18 @@ def test_the_summary_has_kind_number_and_range_of_each_name() -> None:
     assert summary([]) == []
 
 
+def test_a_condition_unlike_the_others_is_left_out_of_the_picture() -> None:
+    odd: list[Condition] = [{"a": "ink"}, {"a": 0}, {"a": 10}, {"b": 3}, {"a": [1.0]}]
+    assert summary(odd) == [{"name": "a", "kind": "number", "num_values": 2, "low": 0.0, "high": 10.0}]
+    assert draw_text(odd, ["a"]).endswith("] 10")
+
+
+def test_numbers_at_the_ends_of_floats_and_equal_ones_of_two_types_have_a_place() -> None:
+    assert summary([{"a": 1}, {"a": 1.0}])[0]["num_values"] == 1
+    assert re.fullmatch(r"a  -1e\+308 \[•.{58}•\] 1e\+308", draw_text([{"a": -1e308}, {"a": 1e308}], ["a"]))
+    assert draw_text([{"a": 10**30}, {"a": 10**30 + 1}], ["a"]).count("2") == 1
+
+
 def test_one_number_is_a_line_of_dots() -> None:
     text = draw_text([{"a": 0}, {"a": 10}, {"a": 10}, *[{"a": 5}] * 12], ["a"])
     assert re.fullmatch(r"a  0 \[• {28,29}\+ {28,29}2\] 10", text)

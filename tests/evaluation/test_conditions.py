@@ -296,11 +296,11 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
 
     assert "format version 2; this release reads versions up to 1" in str(refused({"format_version": 2}).value)
     assert "found format 'other'" in str(refused({"format": "other"}).value)
-    assert "KeyError 'rows'" in str(refused({"conditions": [{"seed_spread": None}]}).value)
+    assert "KeyError: 'rows'" in str(refused({"conditions": [{"seed_spread": None}]}).value)
     assert "a task of kind 'cake'" in str(refused({"kind": "cake"}).value)
     assert "verdicts on other conditions" in str(refused({"verdicts": {}}).value)
     verdict = document["verdicts"]["inside"]
-    assert "the outcome 'nice'" in str(refused({"verdicts": {"inside": verdict | {"outcome": "nice"}}}).value)
+    assert "an outcome that is no text" in str(refused({"verdicts": {"inside": verdict | {"outcome": 3}}}).value)
     with pytest.raises(EvaluationNotFoundError, match=r"holds no conditions\.json"):
         ConditionEvaluation.load(tmp_path)
 
@@ -482,3 +482,31 @@ def test_evaluations_of_several_seeds_are_judged_over_all_their_conditions(tmp_p
     for wrong in ([], [found[0], dataclasses.replace(found[1], kind_name="regression")]):
         with pytest.raises(ConfigError, match="must be one or more of one kind of task"):
             ConditionEvaluation.pooled(wrong)
+
+
+def test_an_outcome_of_a_newer_release_is_drawn_plainly(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = judged(tmp_path, linear, linear).save(tmp_path / "out")
+    document = json.loads(path.read_text())
+    verdict = document["verdicts"]["inside"] | {"outcome": "too good to be true", "mood": "good"}
+    path.write_text(json.dumps(document | {"verdicts": {"inside": verdict}}))
+    from pdiff_plugin.evaluation.condition_page import write_condition_report
+
+    page = write_condition_report(ConditionEvaluation.load(path), tmp_path).read_text(encoding="utf-8")
+    assert "too good to be true" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"cheap_by_condition": ["cake"] * 12}, "another number of conditions|a best cheap row that is none"),
+        ({"headroom": {"name": "a"}}, "KeyError: 'loss'"),
+        ({"num_conditions": "many"}, "invalid literal for int"),
+    ],
+)
+def test_a_verdict_of_something_else_is_refused(tmp_path: Path, change: dict[str, Any], text: str) -> None:
+    path = judged(tmp_path, linear, linear).save(tmp_path / "out")
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"verdicts": {"inside": document["verdicts"]["inside"] | change}}))
+    with pytest.raises(FormatError, match=text):
+        ConditionEvaluation.load(path)

@@ -15,8 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pdiff_plugin import DiffusionConfig, FitConfig, Layout, SnapshotStore, SubspaceConfig, WeightGenerator, fit
-from pdiff_plugin.errors import FitExistsError, FormatVersionError, StoreNotFoundError, UnusableSnapshotsError
+from pdiff_plugin.errors import (
+    FitExistsError,
+    FormatError,
+    FormatVersionError,
+    StoreNotFoundError,
+    UnusableSnapshotsError,
+)
 from pdiff_plugin.fitting import statistics_stage
+from pdiff_plugin.fitting.folder import FitFolder
 from pdiff_plugin.fitting.statistics_stage import nonfinite_names
 from pdiff_plugin.snapshots.conditions import set_condition
 from pdiff_plugin.snapshots.layout import TensorSpec
@@ -558,3 +565,63 @@ def test_runs_far_apart_are_reported_and_named_in_a_warning(make_store, caplog):
     assert generator.report["trajectory_separation"] > 3
     assert "3 trajectories lie far apart" in caplog.text
     assert "trajectory_separation" not in fit(make_store(name="one"), QUICK).report
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"config": None}, "TypeError"),
+        ({"config": {}}, "KeyError: 'autoencoder'"),
+        ({"seconds": {"diffusion": "long"}}, "a history or seconds that are none"),
+        ({"history": {}}, "a history or seconds that are none"),
+        ({"status": 3}, "that are no text"),
+    ],
+)
+def test_a_fit_json_of_something_else_is_refused_by_its_path(make_store, tmp_path, changes, text):
+    store = make_store()
+    FitFolder.open(store, QUICK, tmp_path / "fit", fresh=False)
+    path = tmp_path / "fit" / "fit.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(FormatError) as caught:
+        fit(store, QUICK, out=tmp_path / "fit")
+    assert str(caught.value).startswith(f"{path}: found ")
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "tensors", "state", "text"),
+    [
+        ("statistics", {"rows": torch.arange(40).flip(0)}, {}, "rows that are not places in the store, in order"),
+        ("statistics", {"rows": torch.arange(1, 41)}, {}, "rows that are not places in the store, in order"),
+        ("statistics", {"rows": torch.arange(40.0)}, {}, "tensor 'rows' of torch.float32"),
+        ("statistics", {"gram": torch.eye(39).double()}, {}, "rows that are not places"),
+        ("statistics", {"scales": torch.full((3,), torch.nan).double()}, {}, "tensor 'scales' with NaN or Inf"),
+        ("diffusion", {"denoiser.network.outlet.bias": torch.zeros(1)}, {}, "tensor 'denoiser.network.outlet.bias' of"),
+        ("diffusion", {"average.network.outlet.bias": None}, {}, "tensor 'average.network.outlet.bias' missing"),
+        # AdamW would write beyond its end.
+        ("diffusion", {"optimizer.0.exp_avg": torch.zeros(())}, {}, "tensor 'optimizer.0.exp_avg' of shape ()"),
+        ("diffusion", {"optimizer.0.exp_avg": None}, {}, "an optimizer of other parameters"),
+        ("diffusion", {"rng": torch.zeros(3, dtype=torch.uint8)}, {}, "RNG state"),
+        ("diffusion", {}, {"step": -(10**6)}, "step -1000000 of"),
+        ("diffusion", {}, {"step": 10**6}, "step 1000000 of"),
+        ("diffusion", {}, {"history": [{"step": 1}]}, "KeyError: 'train_loss'"),
+        ("diffusion", {}, {"best_loss": "low"}, "a best loss, a best step or seconds that are no number"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_with_the_way_out(make_store, tmp_path, stage, tensors, state, text):
+    store = make_store()
+    with pytest.raises(KeyboardInterrupt):
+        fit(store, QUICK, out=tmp_path / "cut", on_progress=InterruptAt("diffusion", 20))
+    path = tmp_path / "cut" / f"{stage}.checkpoint.safetensors"
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    header["state"] = json.dumps(json.loads(header["state"]) | state)
+    whole = {**load_file(path), **tensors}
+    save_file({name: tensor for name, tensor in whole.items() if tensor is not None}, path, header)
+
+    with pytest.raises(FormatError) as caught:
+        fit(store, QUICK, out=tmp_path / "cut")
+
+    assert str(caught.value).startswith(f"{path}: found ")
+    assert text in str(caught.value)
+    assert str(caught.value).endswith("expected a checkpoint; use --fresh.")

@@ -8,7 +8,7 @@ import torch
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
 
-from pdiff_plugin.generator.centres import CENTRES, choose_settings, leave_one_out
+from pdiff_plugin.generator.centres import CENTRES, Centre, choose_settings, leave_one_out
 
 
 def features(R: int, F: int, seed: int = 0) -> torch.Tensor:
@@ -70,3 +70,16 @@ def test_settings_are_chosen_that_fit_what_is_to_be_predicted() -> None:
 
     assert choose_settings("ridge", recorded, line)[1] < 1e-5
     assert choose_settings("ridge", recorded, parabola)[0]["degree"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("document", "features", "text"),
+    [
+        ({"kind": "gp", "settings": {"length": 1.0, "noise": 0.0}}, torch.ones(3, 2), "singular"),
+        ({"kind": "ridge", "settings": {"degree": 1.0}}, torch.rand(3, 2), "a centre 'ridge' with the settings degree"),
+        ({"kind": "mean", "settings": {}}, torch.full((3, 2), torch.inf), "with NaN or Inf"),
+    ],
+)
+def test_a_centre_that_leads_to_no_weights_is_refused_when_it_is_read(document, features, text):
+    with pytest.raises((ValueError, RuntimeError), match=text):
+        Centre.from_state(document, {"features": features, "means": torch.rand(3, 4)})

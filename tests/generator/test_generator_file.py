@@ -123,3 +123,81 @@ def test_tensors_that_do_not_fit_together_are_refused_by_name(tmp_path, name, te
 
 def test_a_loaded_generator_knows_where_it_came_from():
     assert WeightGenerator.load(DATA / "fit-v1").path == DATA / "fit-v1"
+
+
+def settings_of(name, **changes):
+    """The ``config`` of a stored generator with other settings of its diffusion."""
+    with safe_open(DATA / name / "generator.safetensors", framework="pt") as file:
+        config = json.loads(file.metadata()["config"])
+    config["diffusion"] |= changes
+    return json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"width": 2 * 10**8}, "expected shape (200000000, 9)"),
+        ({"num_blocks": 10**9}, "expected those of 1000000000 layers"),
+        ({"num_blocks": 1.5}, "num_blocks = 1.5: it must be of the type int"),
+        ({"precondition": 1}, "precondition = 1: it must be of the type bool"),
+        ({"num_sampling_steps": 10**9}, "num_sampling_steps = 1000000000: it must be from 1 to 10000"),
+        ({"num_timesteps": 10**12}, "num_timesteps = 1000000000000: it must be from 2 to 10000"),
+        ({"sampler": ["flow"]}, "sampler = ('flow',)"),
+    ],
+)
+def test_settings_that_ask_for_more_than_the_file_holds_are_refused(tmp_path, changes, text):
+    with pytest.raises(FormatError) as error:
+        WeightGenerator.load(changed(tmp_path, "fit-v1", header={"config": settings_of("fit-v1", **changes)}))
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "text"),
+    [
+        ({"trajectories": '"ab"'}, "trajectories in the header that cannot be read (TypeError: no list of names)"),
+        ({"trajectories": r'["a\u001b[2J", "b"]'}, "no list of names"),
+        ({"report": '{"diversity_curve": [{"temperature": "hot", "spread_ratio": 1}]}'}, "a diversity curve of other"),
+        ({"report": '{"condition": 3}'}, "report in the header that cannot be read"),
+        ({"provenance": '[["a", 1]]'}, "provenance in the header that cannot be read"),
+    ],
+)
+def test_a_header_of_other_types_is_refused_before_it_is_worked_with(tmp_path, header, text):
+    with pytest.raises(FormatError) as error:
+        WeightGenerator.load(changed(tmp_path, "fit-v1", header=header))
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "text"),
+    [
+        ("fit-v1", {"autoencoder.basis": torch.zeros(9, 40, dtype=torch.int32)}, "of torch.int32, expected one of"),
+        ("fit-v1", {"autoencoder.basis": torch.zeros(9, 40, dtype=torch.float64)}, "expected one of torch.float32, to"),
+        ("fit-v1", {"autoencoder.basis": torch.zeros(0, 40)}, "of shape (0, 40), expected shape (1, 40)"),
+        ("fit-v1", {"frames.std": torch.full((2, 9), torch.nan)}, "with NaN or Inf, expected finite numbers"),
+        ("fit-v1", {"denoiser.network.outlet.bias": torch.zeros(9, dtype=torch.complex64)}, "of torch.complex64"),
+        ("fit-v1-aligned", {"alignment.run-002": torch.tensor([0, 0, 1, 2, 3])}, "the units of each layer, each once"),
+        ("fit-v1-aligned", {"alignment.run-002": torch.tensor([0, 1, 2, 3, 9])}, "the units of each layer, each once"),
+        ("fit-v1-aligned", {"alignment.run-002": torch.zeros(5)}, "of torch.float32, expected one of torch.int64"),
+    ],
+)
+def test_tensors_of_other_dtypes_or_values_are_refused_by_name(tmp_path, name, tensors, text):
+    with pytest.raises(FormatError) as error:
+        WeightGenerator.load(changed(tmp_path, name, tensors=tensors))
+    assert f"found tensor {next(iter(tensors))!r} " in str(error.value)
+    assert text in str(error.value)
+
+
+def test_tensors_of_another_width_of_float_are_converted(tmp_path):
+    stored = load_file(DATA / "fit-v1" / "generator.safetensors")
+    wide = {name: tensor.double() for name, tensor in stored.items() if "basis" not in name}
+    members = [
+        WeightGenerator.load(folder).sample(2, rng=torch.Generator().manual_seed(0))
+        for folder in (changed(tmp_path, "fit-v1", tensors=wide), DATA / "fit-v1")
+    ]
+    assert all(torch.equal(members[0][name], members[1][name]) for name in members[1])
+
+
+def test_loading_draws_no_random_numbers():
+    before = torch.random.get_rng_state()
+    WeightGenerator.load(DATA / "fit-v1-conv")
+    assert torch.equal(torch.random.get_rng_state(), before)

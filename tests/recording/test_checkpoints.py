@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pdiff_plugin import SnapshotStore, import_checkpoints
-from pdiff_plugin.errors import CheckpointError, LayoutMismatchError, SelectionError
+from pdiff_plugin.errors import CheckpointError, FormatError, LayoutMismatchError, SelectionError
 
 
 class NotPlain:
@@ -249,3 +249,75 @@ def test_a_store_with_snapshots_decides_which_tensors_are_taken(net, tmp_path):
     store = import_checkpoints(tmp_path / "1.pt", store=tmp_path / "s", layers="norms")
     assert store.layout.names == ["fc.weight", "fc.bias"]
     assert isinstance(store, SnapshotStore)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda t: t.to("meta"), "tensor 'fc.weight' is of no values"),
+        (lambda t: t.to_sparse(), "tensor 'fc.weight' is torch.sparse_coo"),
+        (lambda t: t[:1, :1].expand(2_000_000_000, 1), "has more values than a file of this size holds"),
+        (lambda t: t[:1, :1].expand(50_000, 6), "has more values than a file of this size holds"),
+    ],
+)
+def test_tensors_that_a_file_does_not_hold_are_refused_before_they_take_memory(net, tmp_path, make, text):
+    state = net.state_dict()
+    state["fc.weight"] = make(state["fc.weight"])
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError) as caught:
+        import_checkpoints(tmp_path / "a.pt", store=tmp_path / "s", layers="head")
+    assert text in str(caught.value)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".fc", "fc..weight", "fc.weight.weight", "training", "fc.__class__"])
+def test_a_name_that_no_network_can_have_is_refused(net, tmp_path, name):
+    torch.save({**net.state_dict(), name: torch.zeros(3)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="no network has a tensor of the name"):
+        import_checkpoints(tmp_path / "a.pt", store=tmp_path / "s", layers="head")
+
+
+@pytest.mark.parametrize("step", [-1, 2**63, 10**30, True, 1.5, "7"])
+def test_a_counter_that_is_no_step_does_not_count(net, tmp_path, step):
+    for number, state in enumerate(states(net, 2)):
+        torch.save({"state_dict": state, "global_step": step, "epoch": 10**400}, tmp_path / f"w{number}.pt")
+    store = import_checkpoints(tmp_path, store=tmp_path / "s", layers="head")
+    assert store.steps.tolist() == [1, 2]
+    assert store.epochs == [None, None]
+
+
+def test_a_checkpoint_of_other_numbers_than_the_first_is_refused(net, tmp_path):
+    for number, state in enumerate(states(net, 2)):
+        state["fc.bias"] = state["fc.bias"].to((torch.float32, torch.complex64)[number])
+        torch.save(state, tmp_path / f"w{number}.pt")
+    with pytest.raises(LayoutMismatchError, match=r"complex64"):
+        import_checkpoints(tmp_path, store=tmp_path / "s", layers="head")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("model.safetensors.index.json", '{"weight_map": ["model.safetensors"]}', "it is unreadable"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 1, "b": "c"}}', "it is unreadable"),
+        ("model.safetensors.index.json", "[" * 100_000, "it is unreadable"),
+        ("trainer_state.json", "[]", "found a list, expected the state of a trainer"),
+        ("trainer_state.json", '{"global_step": ', "found unreadable JSON"),
+    ],
+)
+def test_a_folder_of_transformers_whose_documents_are_none_is_refused(net, tmp_path, name, text, found):
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    save_file(net.state_dict(), folder / "adapter_model.safetensors")
+    (folder / name).write_text(text)
+    with pytest.raises((CheckpointError, FormatError), match=found):
+        import_checkpoints(folder, store=tmp_path / "s", layers="head")
+
+
+@pytest.mark.parametrize("step", ["1e308", "-1", '"last"', "null"])
+def test_a_trainer_that_names_no_step_leaves_the_order_of_names(net, tmp_path, step):
+    for number in (1, 2):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        save_file(net.state_dict(), folder / "model.safetensors")
+        (folder / "trainer_state.json").write_text(f'{{"global_step": {step}, "epoch": "first"}}')
+    assert import_checkpoints(tmp_path, store=tmp_path / "s", layers="head").steps.tolist() == [1, 2]

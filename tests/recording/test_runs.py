@@ -216,6 +216,9 @@ def test_a_table_that_is_not_there_is_named(tmp_path):
         FormatError, match=r"no\.csv: found .*No such file.*, expected a CSV file with a row for each run"
     ):
         read_table(tmp_path / "no.csv")
+    (tmp_path / "x.csv").write_text("run,lr\na," + 200_000 * "9" + "\n")
+    with pytest.raises(FormatError, match=r"x\.csv: found no table \(field larger than field limit"):
+        read_table(tmp_path / "x.csv")
     (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FormatError, match=r"x\.csv: found .*decode"):
         read_table(tmp_path / "x.csv")

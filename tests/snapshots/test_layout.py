@@ -183,6 +183,11 @@ def test_a_document_is_a_layout_and_a_dtype_of_rows():
             f"here: found {2**80} values in a row, expected at most",
         ),
         (
+            DOCUMENT | {"tensors": [{**SPEC, "shape": [2**62, 0]}]},
+            f"here: found 'a' of shape ({2**62}, 0), expected at",
+        ),
+        (DOCUMENT | {"tensors": [{**SPEC, "shape": [1] * 65}]}, "expected at most 60 sizes and"),
+        (
             DOCUMENT | {"row_dtype": "int8"},
             "here: found row_dtype 'int8', expected one of float64, float32, float16, b",
         ),

@@ -272,6 +272,48 @@ def test_ranks_that_recorded_other_tensors_than_the_store_are_refused(tmp_path):
         SnapshotStore.open(tmp_path)
 
 
+@pytest.mark.parametrize("lost", ["rank-00001-of-00002", "rank-00000-of-00002/shard.json"])
+def test_ranks_that_cannot_be_read_cost_their_own_rows_alone(tmp_path, lost):
+    write_shards(tmp_path, 2, [5, 6])
+    write_shards(tmp_path, 4, [7, 8])
+    write_whole(tmp_path, [1, 2])
+    path = tmp_path / "shards" / lost
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+
+    store = SnapshotStore.open(tmp_path)
+
+    assert store.steps.tolist() == [1, 2, 7, 8]
+    assert len(store.problems) == 1
+    assert store.problems[0].endswith("What was recorded there is left out.")
+
+
+def test_a_layout_that_cannot_be_read_leaves_what_ranks_recorded(tmp_path):
+    write_shards(tmp_path, 2, [5, 6])
+    (tmp_path / "layout.json").write_text("{}")
+    store = SnapshotStore.open(tmp_path)
+    assert store.steps.tolist() == [5, 6]
+    assert "layout.json: found format None" in store.problems[0]
+
+
+def test_a_number_of_ranks_in_a_name_is_not_believed(tmp_path):
+    write_shards(tmp_path, 2, [5, 6])
+    rank_folder(tmp_path, 0, 2).rename(tmp_path / "shards" / f"rank-00000-of-{10**15}")
+    shutil.rmtree(rank_folder(tmp_path, 1, 2))
+    with pytest.raises(FormatError, match="no snapshots of rank 1, expected one folder for each of 1000000000000000"):
+        SnapshotStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("part", [torch.zeros(()), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32)])
+def test_parts_of_a_base_that_cannot_be_joined_are_refused(tmp_path, part):
+    write_shards(tmp_path, 2, [1])
+    write_bases(tmp_path, 2, 1)
+    layout = Layout.from_tensors({"w": WHOLE[2:]})
+    writer = TrajectoryWriter(rank_folder(tmp_path, 1, 2), layout, trajectory="run-001", resume_step=1)
+    writer.write_base({"w": part}, {"step": "1"})
+    with pytest.raises(FormatError, match="for w, expected a part as rank 0 has it"):
+        SnapshotStore.open(tmp_path).base()
+
+
 def test_a_folder_of_shards_without_any_is_no_store(tmp_path):
     (tmp_path / "shards").mkdir()
     with pytest.raises(StoreNotFoundError, match=r"it has no layout\.json"):

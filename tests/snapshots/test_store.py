@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from pathlib import Path
 
@@ -369,6 +370,24 @@ ROWS, STEPS = rows(2), torch.tensor([6, 7])
         ({"rows": ROWS, "steps": STEPS}, {"metrics": "[{}]"}, "found other metrics, expected 2 objects of name -> nu"),
         ({"rows": ROWS, "steps": STEPS}, {"metrics": '[{}, {"loss": "low"}]'}, "found other metrics"),
         ({"rows": ROWS, "steps": STEPS}, {"metrics": "[{}, [1]]"}, "found other metrics"),
+        (
+            {"rows": ROWS, "steps": torch.tensor([7, 6])},
+            {},
+            "found steps that do not rise, expected whole numbers from",
+        ),
+        ({"rows": ROWS, "steps": torch.tensor([7, 7])}, {}, "found steps that do not rise"),
+        (
+            {"rows": ROWS, "steps": torch.tensor([-2, -1])},
+            {},
+            "found steps that do not rise, expected whole numbers fr",
+        ),
+        (
+            {"rows": ROWS, "steps": torch.tensor([5, 6])},
+            {},
+            "found step 5 first, expected steps above 5, the last of t",
+        ),
+        ({"rows": ROWS, "steps": STEPS}, {"epochs": f"[1, {2**64}]"}, "found other epochs"),
+        ({"rows": ROWS, "steps": STEPS}, {"metrics": f'[{{}}, {{"loss": {"9" * 400}}}]'}, "}]' as metrics"),
         ({"rows": ROWS, "steps": STEPS}, {"format_version": "one"}, "found format_version one, expected a whole numbe"),
     ],
 )
@@ -383,6 +402,31 @@ def test_a_chunk_that_is_none_is_reported(tmp_path, tensors, header, text):
     assert store.steps.tolist() == [1, 2, 3, 4, 5]
     assert len(store.problems) == 1
     assert text in store.problems[0]
+
+
+def test_a_fifo_in_place_of_a_chunk_is_reported_and_the_rest_is_read(tmp_path):
+    write(tmp_path)
+    os.mkfifo(chunk(tmp_path, 3))
+    store = SnapshotStore.open(tmp_path)
+    assert store.steps.tolist() == [1, 2, 3, 4, 5]
+    assert len(store.problems) == 1
+    assert "found a FIFO, expected a file" in store.problems[0]
+
+
+def test_a_run_whose_chunk_is_out_of_order_goes_on(tmp_path, caplog):
+    writer = write(tmp_path, "a")
+    writer.write_chunk(rows(2), [3, 4])
+    writer.close()
+    writer = TrajectoryWriter(tmp_path, LAYOUT, trajectory="a", resume_step=5)
+    writer.write_chunk(rows(1, 50), [6])
+    assert "found step 3 first" in caplog.text
+    assert SnapshotStore.open(tmp_path).steps.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_with_a_name_that_cannot_be_printed_is_none(tmp_path):
+    write(tmp_path)
+    (tmp_path / "trajectories" / "run-001").rename(tmp_path / "trajectories" / "run\x1b[2J")
+    assert SnapshotStore.open(tmp_path).trajectories == []
 
 
 @given(st.data())

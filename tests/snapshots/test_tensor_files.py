@@ -96,7 +96,7 @@ def test_a_file_of_another_kind_a_later_version_or_none_is_refused(tmp_path):
             read(path, "y", 2)
         with pytest.raises(FormatVersionError, match="has format version 2; this release reads versions up to 1"):
             read(path, "x", 1)
-        with pytest.raises(FormatError, match="found an unreadable file"):
+        with pytest.raises(FormatError, match="found a folder, expected a file"):
             read(tmp_path, "x", 1)
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "b.safetensors", "x", 1)
