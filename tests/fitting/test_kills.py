@@ -63,7 +63,7 @@ def test_a_fit_that_is_ended_again_and_again_is_bit_identical(tmp_path, number, 
         out = tmp_path / str(attempt)
         while True:
             process = start(tmp_path / "store", out)
-            time.sleep(moment.uniform(0.0, seconds / 2))
+            time.sleep(0.2 + moment.uniform(0.0, seconds / 2))  # SIGTERM is ours from the start of the command on
             process.send_signal(number)
             process.communicate()
             if process.returncode == 0:
