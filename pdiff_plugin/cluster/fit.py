@@ -26,6 +26,7 @@ from pdiff_plugin.cluster.connection import (
     alive_nodes,
     check_shared,
     connected,
+    is_on_this_machine,
     node_name,
     on_node,
     room_for,
@@ -163,6 +164,8 @@ class _Supervisor:
         from ray.train.v2.api.callback import UserCallback
         from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+        from pdiff_plugin.cluster.meeting import MeetAtFile
+
         if distributed.elastic and not hasattr(ScalingConfig, "max_workers"):
             raise ConfigError("elastic", True, f"needs a newer Ray than {ray.__version__}")
 
@@ -178,6 +181,12 @@ class _Supervisor:
             "use_gpu": gpus > 0,
             "resources_per_worker": resources,
         }
+        group: dict[str, Any] = {
+            # NCCL wants a whole GPU per rank; what stays on the CPU (statistics, messages) goes through gloo.
+            "backend": "cpu:gloo,cuda:nccl" if gpus >= 1 else "gloo",
+            # Ranks wait for rank 0 while it trains the `conv` autoencoder alone; of one that died Ray itself knows.
+            "timeout_s": _COLLECTIVE_TIMEOUT_S,
+        }
         with tempfile.TemporaryDirectory(prefix="pdiff-") as storage:
             run: dict[str, Any] = {
                 "name": "fit",
@@ -188,11 +197,7 @@ class _Supervisor:
             trainer = TorchTrainer(
                 _work,
                 train_loop_config={"job": job, "board": board, "uses_gpu": gpus > 0},
-                # NCCL wants a whole GPU per rank; what stays on the CPU (statistics, messages) goes through gloo.
-                # Ranks wait for rank 0 while it trains the `conv` autoencoder alone; of one that died Ray itself knows.
-                torch_config=TorchConfig(
-                    backend="cpu:gloo,cuda:nccl" if gpus >= 1 else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
-                ),
+                torch_config=MeetAtFile(**group, folder=storage) if is_on_this_machine() else TorchConfig(**group),
                 scaling_config=ScalingConfig(**scaling),
                 run_config=RunConfig(**run),
             )
