@@ -37,6 +37,7 @@ from pdiff_plugin.config import (
     TuneConfig,
 )
 from pdiff_plugin.errors import ConfigError, MissingDependencyError, PDiffError, StoreNotFoundError
+from pdiff_plugin.snapshots.scratch import remove_abandoned
 from pdiff_plugin.user_code import find_function, function_named, load_model, made_by
 
 Inline = arg(name="")  # a config's fields become flags without its own name in front
@@ -704,6 +705,7 @@ def main(args: list[str] | None = None) -> int:
     debug = "--debug" in args
     args = _present_spelling([a for a in args if a != "--debug"])
     console.log_to_stderr()
+    remove_abandoned()
     if {"-h", "--help"} & set(args[1:]):
         for kind in _CONFIGS:
             _join_help_lines(kind)

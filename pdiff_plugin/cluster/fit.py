@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.snapshots.fingerprint import first_columns
 from pdiff_plugin.snapshots.remote import is_remote
+from pdiff_plugin.snapshots.scratch import scratch_folder
 from pdiff_plugin.snapshots.shards import layout_files
 from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -187,17 +187,17 @@ class _Supervisor:
             # Ranks wait for rank 0 while it trains the `conv` autoencoder alone; of one that died Ray itself knows.
             "timeout_s": _COLLECTIVE_TIMEOUT_S,
         }
-        with tempfile.TemporaryDirectory(prefix="pdiff-") as storage:
+        with scratch_folder() as storage:
             run: dict[str, Any] = {
                 "name": "fit",
-                "storage_path": storage,  # nothing is put there: checkpoints are in the run folder
+                "storage_path": str(storage),  # nothing is put there: checkpoints are in the run folder
                 "failure_config": FailureConfig(max_failures=distributed.max_failures),
                 "callbacks": [TellBoard()],
             }
             trainer = TorchTrainer(
                 _work,
                 train_loop_config={"job": job, "board": board, "uses_gpu": gpus > 0},
-                torch_config=MeetAtFile(**group, folder=storage) if is_on_this_machine() else TorchConfig(**group),
+                torch_config=MeetAtFile(**group, folder=str(storage)) if is_on_this_machine() else TorchConfig(**group),
                 scaling_config=ScalingConfig(**scaling),
                 run_config=RunConfig(**run),
             )

@@ -17,6 +17,7 @@ from pdiff_plugin.generator.generator_file import FILE_NAME
 from pdiff_plugin.snapshots.files import json_safe, read_json, write_json
 from pdiff_plugin.snapshots.fingerprint import fingerprint, fingerprint_of_first_columns
 from pdiff_plugin.snapshots.remote import is_remote, mirrored
+from pdiff_plugin.snapshots.scratch import remove_abandoned
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 FORMAT = "pdiff-fit"
@@ -41,6 +42,7 @@ class FitFolder:
         Raises:
             FitExistsError: the folder holds a fit of other settings or other snapshots.
         """
+        remove_abandoned()
         source = source or str(store.path.resolve())
         mine = {
             "format": FORMAT,

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import stat
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +21,7 @@ from pdiff_plugin.errors import StoreNotFoundError
 from pdiff_plugin.snapshots.conditions import FILE_NAME as CONDITION_NAME
 from pdiff_plugin.snapshots.files import TEMP_MARK
 from pdiff_plugin.snapshots.layout import LAYOUT_NAME
+from pdiff_plugin.snapshots.scratch import keep, scratch_folder
 from pdiff_plugin.snapshots.shards import SHAPES_NAME, read_worlds
 
 logger = logging.getLogger(__name__)
@@ -115,23 +114,18 @@ def mirrored(url: str) -> Iterator[Path]:
     Raises:
         OSError: the bucket does not take what changed last, even when asked again; the local copy then stays.
     """
-    folder = Path(tempfile.mkdtemp(prefix="pdiff-"))
-    try:
+    with scratch_folder() as folder:
         mirror = _Mirror(url, folder)
         mirror.pull()
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
-    stop = threading.Event()
-    thread = threading.Thread(target=mirror.push_until, args=(stop,), daemon=True)
-    thread.start()
-    try:
-        yield folder
-    finally:
-        stop.set()
-        thread.join()
-        mirror.push_last()
-        shutil.rmtree(folder)
+        stop = threading.Event()
+        thread = threading.Thread(target=mirror.push_until, args=(stop,), daemon=True)
+        thread.start()
+        try:
+            yield folder
+        finally:
+            stop.set()
+            thread.join()
+            mirror.push_last()
 
 
 class _Mirror:
@@ -177,6 +171,7 @@ class _Mirror:
                 return
             except Exception as error:  # not every bucket raises OSError
                 if attempt + 1 == _LAST_TRIES:
+                    keep(self.folder)
                     raise OSError(
                         f"could not write to {self.root} ({error}). All files are in {self.folder}: "
                         "copy them there yourself, then remove that folder."
