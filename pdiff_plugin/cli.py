@@ -37,6 +37,7 @@ from pdiff_plugin.config import (
     TuneConfig,
 )
 from pdiff_plugin.errors import ConfigError, MissingDependencyError, PDiffError, StoreNotFoundError
+from pdiff_plugin.snapshots.files import storage_error
 from pdiff_plugin.snapshots.scratch import remove_abandoned
 from pdiff_plugin.user_code import find_function, function_named, load_model, made_by
 
@@ -730,7 +731,8 @@ def main(args: list[str] | None = None) -> int:
         # An OSError is a file where a folder should be, or a full disk: the system's words name the path.
         if debug:
             console.err.print_exception()
-        console.error(error)
+        told = storage_error(error, error.filename or "A file") if isinstance(error, OSError) else None
+        console.error(told or error)
         return 1
     except KeyboardInterrupt:
         console.tell("Interrupted. What was finished is kept; run the same command again to go on.")

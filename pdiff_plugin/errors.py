@@ -29,6 +29,7 @@ survives the pickle trip home from a worker process.
     ├── ClusterUnreachableError   (ConnectionError)    no Ray cluster answers at an address
     ├── ClusterAccessError        (PermissionError)    a Ray cluster refuses us
     ├── ClusterTooSmallError      (RuntimeError)       a cluster that can never run what was asked
+    ├── StorageError              (OSError)            no room on a disk, or one that can only be read
     ├── StorageNotSharedError     (FileNotFoundError)  a path that a node of the cluster cannot see
     └── WorkersFailedError        (RuntimeError)       workers died or failed more often than allowed
 """
@@ -58,6 +59,7 @@ __all__ = [
     "NotHookableError",
     "PDiffError",
     "SelectionError",
+    "StorageError",
     "StorageNotSharedError",
     "StoreNotFoundError",
     "TrainingModeError",
@@ -403,6 +405,21 @@ class ClusterTooSmallError(PDiffError, RuntimeError):
         return (
             f"asked for {self.asked}; there is room for {self.found}. Waited {self.waited_s} s (--start-timeout-s). "
             "Lower --num-workers, --cpus-per-worker or --gpus-per-worker, pass --elastic, or add nodes."
+        )
+
+
+@dataclass(eq=False)
+class StorageError(PDiffError, OSError):
+    """A file cannot be written where it belongs."""
+
+    path: str
+    reason: str
+    advice: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} cannot be written: {self.reason}. {self.advice}, then run the same command again; a fit or a "
+            "search goes on where it was."
         )
 
 

@@ -73,7 +73,8 @@ class FitFolder:
             for name in ("fit.json", FILE_NAME, *(f"{stage}{CHECKPOINT_SUFFIX}" for stage in STAGES)):
                 (path / name).unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
-        opened.write()
+        if not opened.is_finished:  # which may be on a disk that can only be read
+            opened.write()
         return opened
 
     @property

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pdiff_plugin.errors import FormatError, FormatVersionError
+from pdiff_plugin.errors import FormatError, FormatVersionError, StorageError
 
 TEMP_MARK = ".tmp-"
 
@@ -27,6 +29,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success its content is on disk and has replaced ``path``.
 
     On any exception the temporary file is removed and ``path`` is as it was.
+
+    Raises:
+        StorageError: there is no room, or the disk can only be read.
     """
     temp = temporary(path)
     try:
@@ -38,8 +43,37 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temp, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temp, path)
+    except OSError as error:
+        told = storage_error(error, path, temp)
+        if told is None:
+            raise
+        raise told from error
     finally:
-        temp.unlink(missing_ok=True)
+        if temp.exists():  # on a disk that can only be read, even removing nothing is an error
+            temp.unlink()
+
+
+def storage_error(error: OSError, path: str | os.PathLike[str], temp: Path | None = None) -> StorageError | None:
+    """What to do where a disk has no room, or can only be read; None for any other error.
+
+    Args:
+        error: of the system, on writing.
+        path: what was to be written.
+        temp: what there is of it; room for tensors is declared before they are written, so that its size is the whole.
+    """
+    elsewhere = "choose a folder elsewhere"
+    if error.errno == errno.EROFS:
+        return StorageError(str(path), "this disk can only be read", elsewhere.capitalize())
+    if error.errno == errno.EFBIG:
+        reason = "the file would be larger than its disk or `ulimit -f` allows"
+        return StorageError(str(path), reason, f"Raise that limit, or {elsewhere}")
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    reason = "the disk is full" if error.errno == errno.ENOSPC else "the quota there is used up"
+    if temp is not None and temp.exists() and (found := temp.stat()).st_size:
+        free = shutil.disk_usage(temp.parent).free + found.st_blocks * 512
+        reason += f" (it takes {found.st_size / 1e6:,.3f} MB or more, and {free / 1e6:,.3f} MB are free)"
+    return StorageError(str(path), reason, f"Free room in {Path(path).parent}, or {elsewhere}")
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -6,7 +6,6 @@ Shapes: n rows in a chunk, D values in a row.
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import os
 import re
@@ -21,7 +20,7 @@ from torch import Tensor
 from pdiff_plugin.errors import FormatError, TrajectoryExistsError
 from pdiff_plugin.snapshots.base import write_base
 from pdiff_plugin.snapshots.chunks import CHUNK_NAME, read_chunk, read_chunks, save_chunk
-from pdiff_plugin.snapshots.files import TEMP_MARK, temporary
+from pdiff_plugin.snapshots.files import TEMP_MARK, temporary, write_json
 from pdiff_plugin.snapshots.layout import DTYPE_NAMES, FORMAT, FORMAT_VERSION, LAYOUT_NAME, Layout, read_layout
 from pdiff_plugin.snapshots.shards import next_free_trajectory
 
@@ -140,7 +139,7 @@ def _create_layout(path: Path, layout: Layout, row_dtype: torch.dtype) -> torch.
     }
     if not target.exists():
         temp = temporary(target)
-        temp.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_json(temp, document)
         try:
             # A hard link appears whole and fails if another writer was first; os.replace would overwrite its file.
             os.link(temp, target)
