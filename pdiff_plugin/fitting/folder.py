@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pdiff_plugin.config import FitConfig
-from pdiff_plugin.errors import FitExistsError
+from pdiff_plugin.errors import FitExistsError, FormatError, FormatVersionError
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.generator_file import FILE_NAME
@@ -22,7 +22,7 @@ from pdiff_plugin.snapshots.store import SnapshotStore
 
 FORMAT = "pdiff-fit"
 FORMAT_VERSION = 1
-STAGES = ("statistics", "autoencoder", "diffusion")
+_JSON_NAME = "fit.json"
 _DIGITS = 6  # of the figures in the history
 
 
@@ -59,8 +59,8 @@ class FitFolder:
         opened = cls(path, mine)
         if path is None:
             return opened
-        if (path / "fit.json").exists() and not fresh:
-            found = read_json(path / "fit.json", FORMAT, FORMAT_VERSION)
+        if (path / _JSON_NAME).exists() and not fresh:
+            found = read_json(path / _JSON_NAME, FORMAT, FORMAT_VERSION)
             # By way of the dataclass, so that a setting which came later has its default.
             if FitConfig.from_json(found["config"]) != config:
                 raise FitExistsError(str(path), "other settings")
@@ -70,8 +70,8 @@ class FitFolder:
                 raise FitExistsError(str(path), "other snapshots")
             opened.document = found | {"fingerprint": known}
         elif fresh:
-            for name in ("fit.json", FILE_NAME, *(f"{stage}{CHECKPOINT_SUFFIX}" for stage in STAGES)):
-                (path / name).unlink(missing_ok=True)
+            for stale in (path / _JSON_NAME, path / FILE_NAME, *path.glob(f"*{CHECKPOINT_SUFFIX}")):
+                stale.unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
         if not opened.is_finished:  # which may be on a disk that can only be read
             opened.write()
@@ -109,9 +109,20 @@ class FitFolder:
 
     def write(self) -> None:
         if self.path is not None:
-            write_json(self.path / "fit.json", self.document)
+            write_json(self.path / _JSON_NAME, self.document)
 
 
 def local_folder(out: str) -> AbstractContextManager[Path]:
     """The run folder ``out``; of one in a bucket, a copy whose changes are put back."""
-    return mirrored(out) if is_remote(out) else nullcontext(Path(out))
+    if not is_remote(out):
+        return nullcontext(Path(out))
+    return mirrored(out, last=_JSON_NAME, always=(_JSON_NAME, FILE_NAME), is_final=_is_finished)
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether a folder holds a finished fit; what cannot be read is for whoever opens it."""
+    try:
+        status = read_json(path / _JSON_NAME, FORMAT, FORMAT_VERSION).get("status")
+    except (FileNotFoundError, FormatError, FormatVersionError):
+        return False
+    return status == "finished" and (path / FILE_NAME).is_file()

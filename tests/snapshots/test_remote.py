@@ -101,12 +101,15 @@ def test_a_bucket_that_refuses_the_last_files_is_asked_again_and_they_are_kept(
     monkeypatch.setattr(type(fs), "put_file", refuse)
 
     if num_failures == 1:
-        with mirrored(f"{bucket}/fit") as folder:
+        with mirrored(f"{bucket}/fit", last="fit.json") as folder:
             (folder / "generator.safetensors").write_text("hours of work")
         assert fs.cat(f"{bucket}/fit/generator.safetensors") == b"hours of work"
         assert not folder.exists()
     else:
-        with pytest.raises(OSError, match="503 Slow Down") as caught, mirrored(f"{bucket}/fit") as folder:
+        with (
+            pytest.raises(OSError, match="503 Slow Down") as caught,
+            mirrored(f"{bucket}/fit", last="fit.json") as folder,
+        ):
             (folder / "generator.safetensors").write_text("hours of work")
         assert f"All files are in {folder}: copy them there yourself" in str(caught.value)
         assert (folder / "generator.safetensors").read_text() == "hours of work"
@@ -115,12 +118,13 @@ def test_a_bucket_that_refuses_the_last_files_is_asked_again_and_they_are_kept(
 
 def test_what_changes_in_a_mirrored_folder_changes_in_the_bucket(bucket: str) -> None:
     fs = fsspec.filesystem("memory")
-    with mirrored(f"{bucket}/fit") as folder:
+    with mirrored(f"{bucket}/fit", last="fit.json") as folder:
         (folder / "fit.json").write_text("one")
         (folder / "diffusion.checkpoint.safetensors").write_text("half way")
+    assert [Path(name).name for name in fs.ls(f"{bucket}/fit", detail=False)].count("owner.json") == 0
     assert fs.cat(f"{bucket}/fit/fit.json") == b"one"
 
-    with mirrored(f"{bucket}/fit") as folder:
+    with mirrored(f"{bucket}/fit", last="fit.json") as folder:
         assert (folder / "diffusion.checkpoint.safetensors").read_text() == "half way"
         (folder / "fit.json").write_text("two")
         (folder / "diffusion.checkpoint.safetensors").unlink()
