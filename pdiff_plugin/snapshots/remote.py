@@ -153,7 +153,7 @@ def _asking(url: str, folder: Path) -> Iterator[None]:
     """Turn what a bucket's library raises into an error of ours."""
     try:
         yield
-    except (PDiffError, FileNotFoundError):
+    except PDiffError:
         raise
     except Exception as error:  # not every bucket raises OSError
         told = storage_error(error, folder) if isinstance(error, OSError) else None
