@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pdiff_plugin import DiffusionConfig, FitConfig, fit
 from pdiff_plugin.cli import main
 from pdiff_plugin.snapshots.scratch import keep, remove_abandoned, scratch_folder
 
@@ -64,6 +65,16 @@ def test_a_killed_process_leaves_a_folder_until_the_next_start_of_a_command(hold
     assert (folder / "basis").exists()
 
     assert main(["layers", "torch.nn:Identity"]) == 1  # whatever comes of it
+
+    assert not folder.exists()
+
+
+def test_the_next_fit_removes_them_too(hold, walk_store: Path) -> None:
+    process, folder = hold()
+    process.kill()
+    process.wait()
+
+    fit(walk_store, FitConfig(diffusion=DiffusionConfig(width=16, num_blocks=1, max_steps=2)))
 
     assert not folder.exists()
 
