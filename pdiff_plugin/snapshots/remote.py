@@ -18,10 +18,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pdiff_plugin.errors import BucketError, FolderInUseError, PDiffError, StoreNotFoundError
+from pdiff_plugin.snapshots.bucket_owner import OWNER_NAME, BucketOwner
 from pdiff_plugin.snapshots.conditions import FILE_NAME as CONDITION_NAME
 from pdiff_plugin.snapshots.files import TEMP_MARK, storage_error
 from pdiff_plugin.snapshots.layout import LAYOUT_NAME
-from pdiff_plugin.snapshots.ownership import OWNER_NAME, Ownership
 from pdiff_plugin.snapshots.scratch import keep, scratch_folder
 from pdiff_plugin.snapshots.shards import SHAPES_NAME, read_worlds
 
@@ -180,7 +180,7 @@ class _Mirror:
     def __init__(self, url: str, folder: Path, last: str) -> None:
         self.fs, self.root = _open(url)
         self.url, self.folder, self.last = url, folder, last
-        self.owner = Ownership(self.fs, self.root, url)
+        self.owner = BucketOwner(self.fs, self.root, url)
         self.seen: dict[str, tuple[int, int]] = {}
 
     def pull(self, always: Sequence[str]) -> None:

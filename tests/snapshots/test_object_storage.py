@@ -19,7 +19,7 @@ import torch
 
 from pdiff_plugin import DiffusionConfig, FitConfig, WeightGenerator, fit
 from pdiff_plugin.errors import BucketError, FolderInUseError, StoreNotFoundError
-from pdiff_plugin.snapshots import ownership, remote
+from pdiff_plugin.snapshots import bucket_owner, remote
 from pdiff_plugin.snapshots.remote import copy_store, mirrored
 from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -78,8 +78,8 @@ def service() -> Iterator[Service]:
 def bucket(service: Service, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
     """URL of a new bucket, whose service is quick to try again."""
     monkeypatch.setattr(remote, "_PUSH_EVERY_S", 0.05)
-    monkeypatch.setattr(ownership, "_TELL_EVERY_S", 0.2)
-    monkeypatch.setattr(ownership, "_GONE_AFTER_S", 1.0)
+    monkeypatch.setattr(bucket_owner, "_TELL_EVERY_S", 0.2)
+    monkeypatch.setattr(bucket_owner, "_GONE_AFTER_S", 1.0)
     name = f"bucket-{abs(hash(request.node.name)):x}"
     s3fs.S3FileSystem().mkdir(name)
     yield f"s3://{name}"
@@ -245,10 +245,10 @@ from torch import distributed
 from pdiff_plugin import FitConfig
 from pdiff_plugin.fitting import training
 from pdiff_plugin.fitting.ranks import fit_on_ranks
-from pdiff_plugin.snapshots import ownership, remote
+from pdiff_plugin.snapshots import bucket_owner, remote
 
 training.CHECKPOINT_EVERY_S = remote._PUSH_EVERY_S = 0.2
-ownership._TELL_EVERY_S, ownership._GONE_AFTER_S = 0.2, 1.0
+bucket_owner._TELL_EVERY_S, bucket_owner._GONE_AFTER_S = 0.2, 1.0
 torch.set_num_threads(1)
 meeting, store, out, config = sys.argv[1:]
 distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)

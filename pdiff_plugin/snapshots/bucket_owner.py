@@ -25,7 +25,7 @@ _GONE_AFTER_S = 20.0
 _LOOK_EVERY_S = 0.5
 
 
-class Ownership:
+class BucketOwner:
     """The right to write to a folder of a bucket.
 
     Args:

@@ -10,17 +10,17 @@ import fsspec
 import pytest
 
 from pdiff_plugin.errors import FolderInUseError
-from pdiff_plugin.snapshots import ownership
-from pdiff_plugin.snapshots.ownership import Ownership
+from pdiff_plugin.snapshots import bucket_owner
+from pdiff_plugin.snapshots.bucket_owner import BucketOwner
 
 PATH = "/shared/fit/owner.json"
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ownership, "_TELL_EVERY_S", 0.05)
-    monkeypatch.setattr(ownership, "_GONE_AFTER_S", 0.5)
-    monkeypatch.setattr(ownership, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(bucket_owner, "_TELL_EVERY_S", 0.05)
+    monkeypatch.setattr(bucket_owner, "_GONE_AFTER_S", 0.5)
+    monkeypatch.setattr(bucket_owner, "_LOOK_EVERY_S", 0.02)
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def fs() -> Iterator[fsspec.AbstractFileSystem]:
     memory.rm("/shared", recursive=True)
 
 
-def new(fs: fsspec.AbstractFileSystem) -> Ownership:
-    return Ownership(fs, "/shared/fit", "memory://shared/fit")
+def new(fs: fsspec.AbstractFileSystem) -> BucketOwner:
+    return BucketOwner(fs, "/shared/fit", "memory://shared/fit")
 
 
 def leave(fs: fsspec.AbstractFileSystem, at: float) -> None:
