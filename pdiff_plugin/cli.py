@@ -1,8 +1,8 @@
 """The `pdiff` command: one function per subcommand, whose signature is its flags and whose docstring is its help.
 
 Settings are the config dataclasses, whose fields are the flags. Exit codes: 0 done, 1 an error that names the next
-move, 2 wrong usage, 130 interrupted (run again to go on). Nothing heavy is imported before a subcommand runs, so that
-``pdiff --help`` is quick: the names of ``pdiff`` load on first use.
+move, 2 wrong usage, 130 interrupted and 143 told to end by SIGTERM (run again to go on). Nothing heavy is imported
+before a subcommand runs, so that ``pdiff --help`` is quick: the names of ``pdiff`` load on first use.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -37,6 +39,7 @@ from pdiff_plugin.config import (
     TuneConfig,
 )
 from pdiff_plugin.errors import ConfigError, MissingDependencyError, PDiffError, StoreNotFoundError
+from pdiff_plugin.progress import Terminated, terminate
 from pdiff_plugin.snapshots.files import storage_error
 from pdiff_plugin.snapshots.scratch import remove_abandoned
 from pdiff_plugin.user_code import find_function, function_named, load_model, made_by
@@ -714,15 +717,16 @@ def main(args: list[str] | None = None) -> int:
     for name, function in COMMANDS.items():
         app.command(name=name)(_fit_from(args) if function is fit else function)
     try:
-        app.cli(
-            prog="pdiff",
-            description=(
-                "Fit a generator to recorded snapshots of a model's layers, sample new weights, judge them.\n\n"
-                "Start with `pdiff demo`. --version and --debug (tracebacks) go with every command."
-            ),
-            args=args,
-            config=(tyro.conf.AvoidSubcommands,),
-        )
+        with _terminable():
+            app.cli(
+                prog="pdiff",
+                description=(
+                    "Fit a generator to recorded snapshots of a model's layers, sample new weights, judge them.\n\n"
+                    "Start with `pdiff demo`. --version and --debug (tracebacks) go with every command."
+                ),
+                args=args,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
     except BrokenPipeError:
         # The reader of a pipe (`| head`) has left. Python would complain once more on flushing stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -734,10 +738,27 @@ def main(args: list[str] | None = None) -> int:
         told = storage_error(error, error.filename or "A file") if isinstance(error, OSError) else None
         console.error(told or error)
         return 1
+    except Terminated:
+        console.tell("Told to end (SIGTERM). What was finished is kept; run the same command again to go on.")
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         console.tell("Interrupted. What was finished is kept; run the same command again to go on.")
         return 130
     return 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C, which leaves what the same command can go on from, unless somebody else handles it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _fit_from(args: list[str]) -> Callable[..., None]:

@@ -19,6 +19,7 @@ survives the pickle trip home from a worker process.
     ├── ConditionError            (ValueError)         a run's condition that is none, or unlike those of other runs
     │   └── UnknownConditionError                      members for a condition that could not have been recorded
     ├── TrajectoryExistsError     (FileExistsError)    recording would add to somebody's finished run
+    ├── TrajectoryInUseError      (RuntimeError)       another process records into the same trajectory
     ├── UnusableSnapshotsError    (ValueError)         empty, too few, constant, or too many non-finite rows
     ├── FitExistsError            (FileExistsError)    the output folder holds another fit
     ├── MembersExistError         (FileExistsError)    the output folder holds members already
@@ -68,6 +69,7 @@ __all__ = [
     "StoreNotFoundError",
     "TrainingModeError",
     "TrajectoryExistsError",
+    "TrajectoryInUseError",
     "UnknownConditionError",
     "UnsupportedTensorError",
     "UnusableSnapshotsError",
@@ -274,6 +276,20 @@ class TrajectoryExistsError(PDiffError, FileExistsError):
         return (
             f"{self.path} already holds {self.num_snapshots} snapshots. Choose another trajectory name (or none, for "
             "the next free one); to continue this run, restore the recorder with load_state_dict() first."
+        )
+
+
+@dataclass(eq=False)
+class TrajectoryInUseError(PDiffError, RuntimeError):
+    """Another process records into the same trajectory."""
+
+    path: str
+    writer: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} belongs to {self.writer}, which is recording into it. Two trainings must not write into one "
+            "trajectory: stop one of them, or give this one another trajectory name (or none, for the next free one)."
         )
 
 

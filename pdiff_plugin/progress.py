@@ -1,4 +1,4 @@
-"""What long work says of itself while it runs."""
+"""What long work says of itself while it runs, and what ends it early."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
+from typing import NoReturn
 
 
 @dataclass(frozen=True)
@@ -29,3 +31,12 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, taken as Ctrl-C is: what was finished is kept."""
+
+
+def terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """A handler of SIGTERM, as ``signal.default_int_handler`` is one of SIGINT."""
+    raise Terminated

@@ -646,7 +646,10 @@ def test_an_out_that_is_a_file_is_told_before_the_work(
     assert (fitted.parent / "taken").read_text() == "a file of the user's"
 
 
-def test_ctrl_c_in_fit_exits_with_130_and_the_same_command_goes_on(walk_store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupted_fit_says_so_and_the_same_command_goes_on(
+    walk_store: Path, tmp_path: Path, number: int, code: int
+) -> None:
     out = tmp_path / "fit"
     command = [sys.executable, "-m", "pdiff_plugin.cli", "fit", str(walk_store), "--out", str(out)]
     command += ["--diffusion.max-steps", "400", "--diffusion.eval-every-n-steps", "10", "--diffusion.patience", "1000"]
@@ -657,9 +660,9 @@ def test_ctrl_c_in_fit_exits_with_130_and_the_same_command_goes_on(walk_store: P
     while not (out / "fit.json").exists() or not json.loads((out / "fit.json").read_text())["history"]:
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "run the same command again" in err
     before = json.loads((out / "fit.json").read_text())
     assert before["status"] == "running"

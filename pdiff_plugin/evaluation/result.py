@@ -20,7 +20,7 @@ from pdiff_plugin.evaluation.choice import SHOWN_BUDGETS, By, Choice, best
 from pdiff_plugin.evaluation.kind import Metric, TaskKind
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.verdict import Comparison, Verdict
-from pdiff_plugin.snapshots.files import json_safe, read_json, write_json
+from pdiff_plugin.snapshots.files import json_safe, read_json, remove_strays, write_json
 from pdiff_plugin.snapshots.tensor_files import load_tensors, save_tensors
 
 FORMAT = "pdiff-evaluation"
@@ -98,6 +98,7 @@ class Evaluation:
         """Write both files into ``folder``, which is made if missing, and return it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_strays(folder)
         save_tensors(folder / ARRAYS_NAME, self.arrays, FORMAT, FORMAT_VERSION)
         write_json(folder / JSON_NAME, self.to_json())
         return folder

@@ -14,7 +14,7 @@ from pdiff_plugin.errors import FitExistsError, FormatError, FormatVersionError
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.generator_file import FILE_NAME
-from pdiff_plugin.snapshots.files import json_safe, read_json, write_json
+from pdiff_plugin.snapshots.files import json_safe, read_json, remove_strays, write_json
 from pdiff_plugin.snapshots.fingerprint import fingerprint, fingerprint_of_first_columns
 from pdiff_plugin.snapshots.remote import is_remote, mirrored
 from pdiff_plugin.snapshots.scratch import remove_abandoned
@@ -74,6 +74,7 @@ class FitFolder:
                 stale.unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
         if not opened.is_finished:  # which may be on a disk that can only be read
+            remove_strays(path)
             opened.write()
         return opened
 

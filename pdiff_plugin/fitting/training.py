@@ -9,54 +9,61 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
-from typing import ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from pdiff_plugin.config import FitConfig, LrSchedule
 from pdiff_plugin.fitting.runtime import Runtime
+from pdiff_plugin.progress import terminate
 
 F = TypeVar("F", bound=Callable[..., Tensor | tuple[Tensor, ...]])
 M = TypeVar("M", bound=nn.Module)
+
+Handler = Callable[[int, FrameType | None], Any]
 
 CHECKPOINT_EVERY_S = 5.0
 
 
 class Interrupt:
-    """Whether Ctrl-C was pressed while it was held back."""
+    """Whether Ctrl-C was pressed, or SIGTERM sent, while these were held back."""
 
-    is_asked = False
+    def __init__(self) -> None:
+        self.asked: Callable[[], Any] | None = None  # raises what would have been raised
 
     def raise_if_asked(self) -> None:
-        if self.is_asked:
-            raise KeyboardInterrupt
+        if self.asked is not None:
+            self.asked()
 
 
 @contextmanager
 def interrupts_held() -> Iterator[Interrupt]:
-    """Let a first Ctrl-C only mark the interrupt that is yielded; a second one interrupts at once.
+    """Let a first Ctrl-C or SIGTERM only mark the interrupt that is yielded; a second one interrupts at once.
 
-    It thus falls between two steps, where a checkpoint can be written. Where Ctrl-C is somebody else's business
+    It thus falls between two steps, where a checkpoint can be written. Where a signal is somebody else's business
     (another handler, another thread) nothing changes.
     """
     interrupt = Interrupt()
-    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not is_ours or threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
+    ours: dict[int, Handler] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    if threading.current_thread() is not threading.main_thread():
+        ours = {}
+    ours = {number: handler for number, handler in ours.items() if signal.getsignal(number) is handler}
 
     def mark(number: int, frame: FrameType | None) -> None:
-        if interrupt.is_asked:
-            signal.default_int_handler(number, frame)
-        interrupt.is_asked = True
+        if interrupt.asked is not None:
+            ours[number](number, frame)
+        interrupt.asked = partial(ours[number], number, None)
 
-    signal.signal(signal.SIGINT, mark)
+    for number in ours:
+        signal.signal(number, mark)
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 class Steps:
@@ -69,7 +76,7 @@ class Steps:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """One step, after which a checkpoint is written if it is due, and a Ctrl-C that was held back is raised."""
+        """One step, after which a checkpoint is written if it is due, and an interrupt that was held back is raised."""
         self.is_within_one = True
         yield
         self.is_within_one = False

@@ -25,7 +25,7 @@ from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.snapshots.conditions import parse_condition
-from pdiff_plugin.snapshots.files import replacing
+from pdiff_plugin.snapshots.files import remove_strays, replacing
 from pdiff_plugin.snapshots.layout import DTYPES
 from pdiff_plugin.snapshots.tensor_files import TensorFileWriter
 
@@ -84,6 +84,7 @@ def write_members(
         num_members, config, condition=condition, rng=torch.Generator().manual_seed(seed)
     )
     folder.mkdir(parents=True, exist_ok=True)
+    remove_strays(folder)
     if keep is not None:
         latents = latents[list(keep(generator.decode(latents)))]
     for path in earlier:

@@ -122,6 +122,7 @@ def import_checkpoints(
         base = _write_rows(writer, order, ema)
         if save_base:
             writer.write_base(base, {"step": str(order[-1][0])})
+        writer.close()
     return SnapshotStore.open(store)
 
 

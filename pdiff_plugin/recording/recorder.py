@@ -8,7 +8,9 @@ tensors; files are written by a background thread.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,9 +25,12 @@ from pdiff_plugin.config import RecorderConfig, configured
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.recording.hooks import StepHook, unwrap_optimizer
 from pdiff_plugin.recording.session import Outcome, Session, world_size
+from pdiff_plugin.recording.termination import close_on_sigterm, forget
 from pdiff_plugin.recording.window import Window
 from pdiff_plugin.snapshots.conditions import parse_condition
 from pdiff_plugin.snapshots.remote import is_remote
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = "pdiff-snapshots"
 
@@ -62,6 +67,7 @@ class PDiffRecorder:
             self.config = replace(self.config, condition=parse_condition(condition, "this run"))
         self._outcome = Outcome()
         self._session: Session | None = None
+        self._lock = threading.RLock()  # several threads may train one model
         self._hook: StepHook | None = None
         self._is_watching = False  # whether the hook only tells observe() that a step was really taken
         self._took_step = False
@@ -165,7 +171,8 @@ class PDiffRecorder:
         restored_store = self._state.get("store") if self._is_restored and default_store_changes else None
         if restored_store is not None and not Path(restored_store).is_dir():
             restored_store = None  # the checkpoint was moved to another machine
-        store = Path(self.store or restored_store or default_store)
+        # The training may change its working folder (Hydra does), the store must not move with it.
+        store = Path(os.path.abspath(self.store or restored_store or default_store))
         self._session = Session(model, config, window, store, steps_per_epoch=steps_per_epoch, averaged=averaged)
         self._outcome = self._session.outcome
         if self._is_restored:
@@ -175,12 +182,14 @@ class PDiffRecorder:
         if watch is not None:
             self._hook = StepHook(unwrap_optimizer(watch), self._on_watched_step)
         atexit.register(_close_at_exit, weakref.ref(self))
+        close_on_sigterm(self)
 
     def step(self, epoch: float | None = None, metrics: Mapping[str, Any] | None = None) -> None:
         """Say that an optimizer step has been taken. Not needed when :meth:`attach` was given the optimizer."""
         if self._session is None:
             raise ConfigError("model", None, "must be given with attach(model) before step() is called")
-        self._session.observe(self._session.step + 1, epoch, metrics)
+        with self._lock:
+            self._session.observe(self._session.step + 1, epoch, metrics)
 
     def observe(
         self,
@@ -197,23 +206,27 @@ class PDiffRecorder:
         if self._session is None:
             self.start(model)
         assert self._session is not None
-        took_step, found_inf = self._took_step or not self._is_watching, self._found_inf
-        self._took_step, self._found_inf = False, None
-        if took_step and (step is None or step > self._session.step):
-            self._session.observe(self._session.step + 1 if step is None else step, epoch, metrics, found_inf)
+        with self._lock:
+            took_step, found_inf = self._took_step or not self._is_watching, self._found_inf
+            self._took_step, self._found_inf = False, None
+            if took_step and (step is None or step > self._session.step):
+                self._session.observe(self._session.step + 1 if step is None else step, epoch, metrics, found_inf)
 
     def close(self) -> None:
         """Write what is left and let go of the model. May be called again."""
-        hook, session, self._hook, self._session = self._hook, self._session, None, None
-        if hook is not None:
-            hook.remove()
-        if session is not None:
-            session.close()
-            self._state = session.counters()
+        with self._lock:
+            hook, session, self._hook, self._session = self._hook, self._session, None, None
+            if hook is not None:
+                hook.remove()
+            if session is not None:
+                forget(self)
+                session.close()
+                self._state = session.counters()
 
     def state_dict(self) -> dict[str, Any]:
         """Counters for a checkpoint, as plain JSON. Every snapshot so far is on disk when this returns."""
-        return self._session.state() if self._session is not None else dict(self._state)
+        with self._lock:
+            return self._session.state() if self._session is not None else dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a run from its checkpoint: snapshots past its step are dropped, none is taken twice.
@@ -234,6 +247,20 @@ class PDiffRecorder:
         another condition is to be told so, not taken for a stranger.
         """
         return {name: value for name, value in self.settings().items() if name != "condition"}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings, and what was restored: a copy takes no part in the run that is being recorded."""
+        if self._session is not None:
+            logger.warning(
+                "a running recorder was copied or pickled: the copy has its settings, not its run. To go on from a "
+                "checkpoint, keep state_dict() in it."
+            )
+        state = self._state if self._session is None else PDiffRecorder(self.store, self.config)._state
+        return {"store": self.store, "config": self.config, "state": state, "is_restored": self._is_restored}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(vars(PDiffRecorder(state["store"], state["config"])))
+        self._state, self._is_restored = dict(state["state"]), state["is_restored"]
 
     def __enter__(self) -> PDiffRecorder:
         return self

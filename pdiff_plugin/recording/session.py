@@ -18,8 +18,10 @@ from pdiff_plugin.errors import (
     ConditionError,
     FormatError,
     FormatVersionError,
+    LayoutMismatchError,
     StoreNotFoundError,
     TrajectoryExistsError,
+    TrajectoryInUseError,
 )
 from pdiff_plugin.modules.names import named_tensors, unwrap, wrapped_names
 from pdiff_plugin.recording.rest import FrozenRest, RestDrift, rest_names
@@ -36,7 +38,9 @@ from pdiff_plugin.snapshots.conditions import (
     read_conditions,
     write_condition,
 )
+from pdiff_plugin.snapshots.files import ABANDONED_S, remove_strays
 from pdiff_plugin.snapshots.layout import DTYPES, LAYOUT_NAME, Layout, read_layout
+from pdiff_plugin.snapshots.ownership import holder
 from pdiff_plugin.snapshots.shards import (
     check_sharding,
     is_sharded,
@@ -108,6 +112,7 @@ class Session:
         self._names: list[str] = []
         self._selected_from: dict[str, tuple[int, bool]] = {}
         self._layout: Layout | None = None
+        self._sizes: list[int] = []
         self._read: Callable[[], list[Tensor]] = list
         self._drift = RestDrift(list)
         self._frozen: FrozenRest | None = None
@@ -185,6 +190,10 @@ class Session:
             metrics: stored beside the row; what is no number is left out.
             found_inf: on a CUDA device, the gradient scaler's verdict; the row is dropped if it is not 0.
         """
+        if torch.is_inference_mode_enabled():
+            # What is allocated here is written to later, and outside.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.observe(step, epoch, metrics, found_inf)
         self.step = step
         if self._num_observed == 0:
             self._resolve()
@@ -218,8 +227,10 @@ class Session:
 
     def _record(self, info: RowInfo, found_inf: Tensor | None) -> None:
         writer = self._ready_writer()
-        writer.add(self._read(), info, found_inf)
-        if not writer.is_active:
+        tensors = self._read()
+        if list(map(Tensor.numel, tensors)) != self._sizes:
+            _tell_other_shape(writer.layout, tensors)
+        if not writer.add(tensors, info, found_inf):
             self.outcome.error = writer.error
             return
         is_ring = self.window.total_steps is None
@@ -236,9 +247,20 @@ class Session:
             dtype = DTYPES[self.config.dtype]
             folder, trajectory, resume_step, shapes = self._folder, self.trajectory, self._resume_step, self._shapes
             store, condition = self.store, self._condition if _rank() == 0 else None
+            # Ranks agree on a name, and a user's own is not ours to change.
+            has_free_name = self.config.trajectory is None and shapes is None
 
             def open_trajectory() -> TrajectoryWriter:
-                opened = TrajectoryWriter(folder, layout, dtype, trajectory, resume_step)
+                try:
+                    opened = TrajectoryWriter(folder, layout, dtype, trajectory, resume_step)
+                except TrajectoryInUseError as error:
+                    if not has_free_name:
+                        raise
+                    # This training's snapshots are worth no less than the other's.
+                    opened = TrajectoryWriter(folder, layout, dtype)
+                    logger.warning("%s This training goes on in %s.", error, opened.folder)
+                for path in (store / "trajectories").glob("*"):
+                    remove_strays(path, min_age_s=ABANDONED_S)
                 if shapes is not None:
                     write_shapes(folder, shapes)
                 if condition is not None:
@@ -271,6 +293,7 @@ class Session:
                 self.is_writer = True
             local = {name: local_part(tensor) for name, tensor in tensors.items()}
             self._layout = Layout.from_tensors(local, selection.kinds)
+            self._sizes = [spec.numel for spec in self._layout]
             self._read = _reader(self.model, self._layout.names)
             self._drift = RestDrift(_reader(self.model, rest_names(self.model, list(selection.tensors))))
         return self._layout
@@ -350,11 +373,14 @@ class Session:
 
     def _check_trajectory(self) -> None:
         # Other ranks come here when rank 0 may have written its first chunk.
-        if self.is_writer and self.trajectory is not None and self._resume_step is None:
-            folder = self._folder / "trajectories" / self.trajectory
-            if any(folder.glob("chunk-*.safetensors")):
-                chunks, _ = read_chunks(folder, *read_layout(self._folder))
-                raise TrajectoryExistsError(str(folder), sum(map(len, chunks)))
+        if not self.is_writer or self.trajectory is None:
+            return
+        folder = self._folder / "trajectories" / self.trajectory
+        if self.config.trajectory is not None and (writer := holder(folder)) is not None:
+            raise TrajectoryInUseError(str(folder), writer)
+        if self._resume_step is None and any(folder.glob("chunk-*.safetensors")):
+            chunks, _ = read_chunks(folder, *read_layout(self._folder))
+            raise TrajectoryExistsError(str(folder), sum(map(len, chunks)))
 
     def _freeze_in_window(self) -> None:
         if self.config.freeze_rest and self._frozen is None and self.step >= self.window.first - 1:
@@ -369,6 +395,13 @@ class Session:
 def _fingerprint(model: nn.Module) -> dict[str, tuple[int, bool]]:
     """Which object each tensor of ``model`` is, and whether it is trained."""
     return {name: (id(tensor), tensor.requires_grad) for name, tensor in named_tensors(model).items()}
+
+
+def _tell_other_shape(layout: Layout, tensors: Sequence[Tensor]) -> None:
+    """Raise about the first tensor of another size, which a copy would broadcast in silence; others it refuses."""
+    for spec, tensor in zip(layout, tensors, strict=True):
+        if tensor.numel() != spec.numel:
+            raise LayoutMismatchError(spec.name, str(spec.shape), str(tuple(tensor.shape)))
 
 
 def _reader(model: nn.Module, names: Sequence[str]) -> Callable[[], list[Tensor]]:
@@ -420,9 +453,13 @@ def _scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
     scalars: dict[str, Any] = {}
     for name, value in metrics.items():
         if isinstance(value, Tensor) and value.numel() == 1:
-            scalars[name] = value.detach().clone() if value.is_cuda else value.item()
+            if value.is_cuda and not value.is_complex():
+                scalars[name] = value.detach().clone()
+            elif not value.is_complex():
+                scalars[name] = value.item()
         elif hasattr(value, "__float__") and not isinstance(value, Tensor) and getattr(value, "size", 1) == 1:
-            with suppress(TypeError, ValueError):  # not a number after all; no metric is worth the recording
+            # Not a number after all, or a whole one beyond all floats; no metric is worth the recording.
+            with suppress(TypeError, ValueError, OverflowError):
                 scalars[name] = float(value.item() if hasattr(value, "item") else value)  # numpy's have item()
     return scalars
 

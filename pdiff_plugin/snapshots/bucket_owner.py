@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
 import threading
 import time
+from dataclasses import asdict
 from typing import Any
 from uuid import uuid4
 
 from pdiff_plugin.errors import FolderInUseError
+from pdiff_plugin.snapshots.processes import Process, this_process
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,8 @@ class BucketOwner:
         # By its own clock it may be gone for long; by one that is ahead of ours, it would never be.
         while (found := self._found()) and time.time() - found["time"] < _GONE_AFTER_S and found["id"] != self.id:
             if found != first:
-                raise FolderInUseError(self.url, found["process"])
-            if time.monotonic() - started > _GONE_AFTER_S:
+                raise FolderInUseError(self.url, str(_process(found)))
+            if _process(found).has_ended() or time.monotonic() - started > _GONE_AFTER_S:
                 return
             time.sleep(_LOOK_EVERY_S)
 
@@ -87,7 +87,7 @@ class BucketOwner:
             return {}
 
     def _tell(self) -> None:
-        document = {"id": self.id, "process": f"process {os.getpid()} on {socket.gethostname()}", "time": time.time()}
+        document = {"id": self.id, **asdict(this_process()), "time": time.time()}
         self.fs.pipe_file(self.path, json.dumps(document).encode())
 
     def _go_on_telling(self) -> None:
@@ -95,9 +95,13 @@ class BucketOwner:
             try:
                 found = self._found()
                 if found.get("id", self.id) != self.id:
-                    self._taken_by = found["process"]
-                    logger.warning("%s", FolderInUseError(self.url, found["process"]))
+                    self._taken_by = str(_process(found))
+                    logger.warning("%s", FolderInUseError(self.url, self._taken_by))
                     return
                 self._tell()
             except Exception as error:  # not every bucket raises OSError
                 logger.warning("could not write to %s, trying again (%s)", self.path, error)
+
+
+def _process(document: dict[str, Any]) -> Process:
+    return Process(document["host"], document["machine"], document["pid"], document["started"])

@@ -8,20 +8,47 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from pdiff_plugin.errors import FormatError, FormatVersionError, StorageError
+from pdiff_plugin.snapshots.processes import Process, this_process
 
 TEMP_MARK = ".tmp-"
+_TEMP_NAME = re.compile(rf"{re.escape(TEMP_MARK)}([0-9a-f]{{12}})-(\d{{1,9}})-(\d{{1,18}})-.*")
+# Nobody takes this long between two writes to one file.
+ABANDONED_S = 24 * 3600.0
 
 
 def temporary(path: Path) -> Path:
-    """A name beside ``path`` that no other writer uses, be it a thread or a process on another machine."""
-    return path.with_name(f"{TEMP_MARK}{uuid4().hex}-{path.name}")
+    """A name beside ``path`` that no other writer uses, be it a thread or a process on another machine.
+
+    It tells whose it is, so that what a killed process has left can be told from what is being written.
+    """
+    mine = this_process()
+    return path.with_name(f"{TEMP_MARK}{mine.machine}-{mine.pid}-{mine.started}-{uuid4().hex[:12]}-{path.name}")
+
+
+def remove_strays(folder: Path, *, min_age_s: float = math.inf) -> None:
+    """Delete the temporary files in ``folder`` whose writers are known to be gone.
+
+    Args:
+        folder: alone, without those below it.
+        min_age_s: after which those are deleted, too, whose writer is not known, or is on another machine. Only for
+            folders where nobody else keeps files.
+    """
+    for path in folder.glob(f"{TEMP_MARK}*"):
+        match = _TEMP_NAME.fullmatch(path.name)
+        ended = Process("", match[1], int(match[2]), int(match[3])).has_ended() if match else None
+        with suppress(FileNotFoundError):  # another one cleans up, too
+            if path.is_dir() and not path.is_symlink():
+                continue  # none of ours
+            if ended or (ended is None and time.time() - path.lstat().st_mtime >= min_age_s):
+                path.unlink()
 
 
 @contextmanager
@@ -34,7 +61,7 @@ def replacing(path: Path) -> Iterator[Path]:
         StorageError: there is no room, or the disk can only be read.
     """
     temp = temporary(path)
-    try:
+    with _written(path, temp):
         # safetensors makes its file readable by its owner alone; others who share the folder must read it too.
         temp.touch()
         mode = temp.stat().st_mode
@@ -43,6 +70,13 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temp, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temp, path)
+
+
+@contextmanager
+def _written(path: Path, temp: Path) -> Iterator[None]:
+    """Tell what to do where ``path`` cannot be written, and leave no ``temp``."""
+    try:
+        yield
     except OSError as error:
         told = storage_error(error, path, temp)
         if told is None:
@@ -74,6 +108,34 @@ def storage_error(error: OSError, path: str | os.PathLike[str], temp: Path | Non
         free = shutil.disk_usage(temp.parent).free + found.st_blocks * 512
         reason += f" (it takes {found.st_size / 1e6:,.3f} MB or more, and {free / 1e6:,.3f} MB are free)"
     return StorageError(str(path), reason, f"Free room in {Path(path).parent}, or {elsewhere}")
+
+
+def created(path: Path, text: str) -> bool:
+    """Write a new file, if there is none: whether this was done. Of several writers at once one does.
+
+    Raises:
+        StorageError: there is no room, or the disk can only be read.
+    """
+    temp = temporary(path)
+    with _written(path, temp):
+        temp.write_text(text, encoding="utf-8")
+        try:
+            # A hard link appears whole and fails if another writer was first; os.replace would overwrite its file.
+            os.link(temp, path)
+        except FileExistsError:
+            return False
+        except OSError:
+            return _created_without_links(path, text)
+    return True
+
+
+def _created_without_links(path: Path, text: str) -> bool:
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -6,6 +6,7 @@ Shapes: n rows in a chunk, D values in a row.
 from __future__ import annotations
 
 import glob
+import json
 import logging
 import os
 import re
@@ -20,15 +21,16 @@ from torch import Tensor
 from pdiff_plugin.errors import FormatError, TrajectoryExistsError
 from pdiff_plugin.snapshots.base import write_base
 from pdiff_plugin.snapshots.chunks import CHUNK_NAME, read_chunk, read_chunks, save_chunk
-from pdiff_plugin.snapshots.files import TEMP_MARK, temporary, write_json
+from pdiff_plugin.snapshots.files import ABANDONED_S, created, remove_strays
 from pdiff_plugin.snapshots.layout import DTYPE_NAMES, FORMAT, FORMAT_VERSION, LAYOUT_NAME, Layout, read_layout
+from pdiff_plugin.snapshots.ownership import Ownership
 from pdiff_plugin.snapshots.shards import next_free_trajectory
 
 logger = logging.getLogger(__name__)
 
 
 class TrajectoryWriter:
-    """Adds chunks to one trajectory of a store, which it creates where needed. One writer per trajectory.
+    """Adds chunks to one trajectory of a store, which it creates where needed, and which is its own until it is closed.
 
     Args:
         path: the store's folder.
@@ -40,6 +42,7 @@ class TrajectoryWriter:
     Raises:
         LayoutMismatchError: the store holds snapshots of other tensors.
         TrajectoryExistsError: the trajectory holds snapshots and ``resume_step`` was not given.
+        TrajectoryInUseError: another writer has it.
     """
 
     def __init__(
@@ -54,9 +57,18 @@ class TrajectoryWriter:
         self.layout = layout
         self.row_dtype = _create_layout(self.path, layout, row_dtype)
         self.trajectory, self.folder = _claim_trajectory(self.path, trajectory)
-        for stray in self.folder.glob(f"{TEMP_MARK}*"):
-            stray.unlink(missing_ok=True)
-        chunks, problems = read_chunks(self.folder, layout, self.row_dtype)
+        self._ownership = Ownership(self.folder)
+        try:
+            self._read(resume_step)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, resume_step: int | None) -> None:
+        """Find what the trajectory holds, and drop what comes after ``resume_step``."""
+        remove_strays(self.path, min_age_s=ABANDONED_S)
+        remove_strays(self.folder, min_age_s=0.0)
+        chunks, problems = read_chunks(self.folder, self.layout, self.row_dtype)
         if chunks and resume_step is None:
             raise TrajectoryExistsError(str(self.folder), sum(len(chunk.steps) for chunk in chunks))
         for problem in problems:
@@ -88,6 +100,8 @@ class TrajectoryWriter:
         metrics: Sequence[Mapping[str, float]] | None = None,
     ) -> Path:
         """Write ``rows`` (n, D) as the next chunk and return its path. It exists whole or not at all."""
+        self._ownership.check()
+        self._ownership.beat()
         path = self.folder / f"chunk-{self._next_chunk:06d}.safetensors"
         save_chunk(path, rows.to(self.row_dtype), steps, epochs, metrics)
         self._next_chunk += 1
@@ -105,7 +119,16 @@ class TrajectoryWriter:
 
     def write_base(self, state: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
         """Write the whole model, as :func:`write_base` does."""
+        self._ownership.check()
         write_base(self.folder, state, header)
+
+    def beat(self) -> None:
+        """Say that this writer lives; to be called every few seconds."""
+        self._ownership.beat()
+
+    def close(self) -> None:
+        """Leave the trajectory to other writers. May be called again."""
+        self._ownership.release()
 
     def _keep_rows(self, keep: Any) -> None:
         kept = []
@@ -138,17 +161,7 @@ def _create_layout(path: Path, layout: Layout, row_dtype: torch.dtype) -> torch.
         "tensors": layout.to_json(),
     }
     if not target.exists():
-        temp = temporary(target)
-        write_json(temp, document)
-        try:
-            # A hard link appears whole and fails if another writer was first; os.replace would overwrite its file.
-            os.link(temp, target)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            os.replace(temp, target)
-        finally:
-            temp.unlink(missing_ok=True)
+        created(target, json.dumps(document, indent=2) + "\n")
     found, row_dtype = read_layout(path)
     found.check_same(layout, f"the store {path}")
     return row_dtype

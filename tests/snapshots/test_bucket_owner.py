@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import fsspec
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from pdiff_plugin.errors import FolderInUseError
 from pdiff_plugin.snapshots import bucket_owner
 from pdiff_plugin.snapshots.bucket_owner import BucketOwner
+from pdiff_plugin.snapshots.processes import this_process
 
 PATH = "/shared/fit/owner.json"
 
@@ -35,7 +39,8 @@ def new(fs: fsspec.AbstractFileSystem) -> BucketOwner:
 
 
 def leave(fs: fsspec.AbstractFileSystem, at: float) -> None:
-    fs.pipe_file(PATH, json.dumps({"id": "a", "process": "process 7 on far", "time": at}).encode())
+    document = {"id": "a", "host": "far", "machine": "0" * 12, "pid": 7, "started": 1, "time": at}
+    fs.pipe_file(PATH, json.dumps(document).encode())
 
 
 def test_a_folder_is_its_owners_until_it_is_left(fs: fsspec.AbstractFileSystem) -> None:
@@ -55,6 +60,17 @@ def test_what_a_killed_process_owned_is_free_after_a_while(fs: fsspec.AbstractFi
     owner = new(fs)
     owner.claim()
     assert 0.2 < time.monotonic() - started < 5
+    owner.release()
+
+
+def test_what_a_killed_process_of_this_machine_owned_is_free_at_once(fs, monkeypatch) -> None:
+    monkeypatch.setattr(bucket_owner, "_GONE_AFTER_S", 1000.0)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    gone = {**asdict(this_process()), "pid": ended.pid}
+    ended.wait()
+    fs.pipe_file(PATH, json.dumps({"id": "a", **gone, "time": time.time()}).encode())
+    owner = new(fs)
+    owner.claim()
     owner.release()
 
 
