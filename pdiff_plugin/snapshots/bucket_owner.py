@@ -14,11 +14,14 @@ from dataclasses import asdict
 from typing import Any
 from uuid import uuid4
 
-from pdiff_plugin.errors import FolderInUseError
+from pdiff_plugin.errors import FolderInUseError, FormatError
+from pdiff_plugin.snapshots.files import check_format
 from pdiff_plugin.snapshots.processes import Process, this_process
 
 logger = logging.getLogger(__name__)
 
+FORMAT = "pdiff-owner"
+FORMAT_VERSION = 1
 OWNER_NAME = "owner.json"
 _TELL_EVERY_S = 5.0
 _GONE_AFTER_S = 20.0
@@ -82,12 +85,17 @@ class BucketOwner:
 
     def _found(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.fs.cat_file(self.path)))
+            found = json.loads(self.fs.cat_file(self.path))
         except FileNotFoundError:
             return {}
+        except ValueError as error:
+            raise FormatError(self.url, f"an unreadable {OWNER_NAME} ({error})", FORMAT, "Delete it.") from error
+        check_format(f"{self.url}/{OWNER_NAME}", found if isinstance(found, dict) else {}, FORMAT, FORMAT_VERSION)
+        return dict(found)
 
     def _tell(self) -> None:
-        document = {"id": self.id, **asdict(this_process()), "time": time.time()}
+        document = {"format": FORMAT, "format_version": FORMAT_VERSION, "id": self.id}
+        document |= {**asdict(this_process()), "time": time.time()}
         self.fs.pipe_file(self.path, json.dumps(document).encode())
 
     def _go_on_telling(self) -> None:

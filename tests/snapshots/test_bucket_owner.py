@@ -12,12 +12,13 @@ from dataclasses import asdict
 import fsspec
 import pytest
 
-from pdiff_plugin.errors import FolderInUseError
+from pdiff_plugin.errors import FolderInUseError, FormatError
 from pdiff_plugin.snapshots import bucket_owner
 from pdiff_plugin.snapshots.bucket_owner import BucketOwner
 from pdiff_plugin.snapshots.processes import this_process
 
 PATH = "/shared/fit/owner.json"
+KIND = {"format": "pdiff-owner", "format_version": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def new(fs: fsspec.AbstractFileSystem) -> BucketOwner:
 
 
 def leave(fs: fsspec.AbstractFileSystem, at: float) -> None:
-    document = {"id": "a", "host": "far", "machine": "0" * 12, "pid": 7, "started": 1, "time": at}
+    document = {**KIND, "id": "a", "host": "far", "machine": "0" * 12, "pid": 7, "started": 1, "time": at}
     fs.pipe_file(PATH, json.dumps(document).encode())
 
 
@@ -68,7 +69,7 @@ def test_what_a_killed_process_of_this_machine_owned_is_free_at_once(fs, monkeyp
     ended = subprocess.Popen([sys.executable, "-c", ""])
     gone = {**asdict(this_process()), "pid": ended.pid}
     ended.wait()
-    fs.pipe_file(PATH, json.dumps({"id": "a", **gone, "time": time.time()}).encode())
+    fs.pipe_file(PATH, json.dumps({**KIND, "id": "a", **gone, "time": time.time()}).encode())
     owner = new(fs)
     owner.claim()
     owner.release()
@@ -92,3 +93,10 @@ def test_who_has_lost_a_folder_is_told(fs: fsspec.AbstractFileSystem, caplog: py
     assert "process 7 on far writes to it" in caplog.text
     owner.release()
     assert json.loads(fs.cat_file(PATH))["id"] == "a", "the other's is left alone"
+
+
+@pytest.mark.parametrize("content", [b"not JSON", b"[]", b'{"format": "another"}'])
+def test_an_owner_that_is_something_else_is_an_error_that_names_it(fs: fsspec.AbstractFileSystem, content) -> None:
+    fs.pipe_file(PATH, content)
+    with pytest.raises(FormatError, match=r"memory://shared/fit.*owner"):
+        new(fs).claim()
