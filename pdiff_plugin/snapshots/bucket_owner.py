@@ -44,13 +44,18 @@ class BucketOwner:
         self._released = threading.Event()
         self._taken_by: str | None = None
 
+    @property
+    def is_claimed(self) -> bool:
+        """Whether the folder was this process's once."""
+        return self._thread is not None
+
     def claim(self) -> None:
         """Take the folder, once; wait for a while to see whether the process that has it still lives.
 
         Raises:
             FolderInUseError: it does, or another one has taken it since.
         """
-        if self._thread is None:
+        if not self.is_claimed:
             self._wait_for_its_owner()
             self.fs.makedirs(self.root, exist_ok=True)
             self._tell()
@@ -74,13 +79,16 @@ class BucketOwner:
 
     def _wait_for_its_owner(self) -> None:
         first = self._found()
-        started = time.monotonic()
+        started, is_told = time.monotonic(), False
         # By its own clock it may be gone for long; by one that is ahead of ours, it would never be.
         while (found := self._found()) and time.time() - found["time"] < _GONE_AFTER_S and found["id"] != self.id:
             if found != first:
                 raise FolderInUseError(self.url, str(_process(found)))
             if _process(found).has_ended() or time.monotonic() - started > _GONE_AFTER_S:
                 return
+            if not is_told:
+                is_told = True
+                logger.warning("waiting to see whether %s still writes to %s", _process(found), self.url)
             time.sleep(_LOOK_EVERY_S)
 
     def _found(self) -> dict[str, Any]:

@@ -185,8 +185,8 @@ class _Mirror:
 
     def pull(self, always: Sequence[str]) -> None:
         """Copy what the bucket has."""
-        listed = [str(path) for path in self.fs.glob(f"{self.root}/*") if self.fs.isfile(path)]
-        for name in sorted({PurePosixPath(path).name for path in listed} | set(always) - {OWNER_NAME}):
+        listed = {PurePosixPath(str(path)).name for path in self.fs.glob(f"{self.root}/*") if self.fs.isfile(path)}
+        for name in sorted((listed | set(always)) - {OWNER_NAME}):
             try:
                 self.fs.get_file(f"{self.root}/{name}", str(self.folder / name))
             except FileNotFoundError:
@@ -232,6 +232,9 @@ class _Mirror:
             _patiently(self.push, f"write to {self.root}")
             _patiently(self.owner.release, f"write to {self.root}")
         except FolderInUseError:
+            if self.owner.is_claimed:  # it was this process's, and there may be hours of work in it
+                keep(self.folder)
+                logger.warning("what was not put into %s is in %s", self.url, self.folder)
             raise
         except Exception as error:
             keep(self.folder)
