@@ -123,6 +123,7 @@ def test_work_in_a_folder_that_another_process_has_taken_is_kept(
     bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("pdiff_plugin.snapshots.bucket_owner._TELL_EVERY_S", 0.02)
+    monkeypatch.setattr("pdiff_plugin.snapshots.remote._Mirror.push_until", lambda *_: None)
     fs = fsspec.filesystem("memory")
     with ExitStack() as stack:
         folder = stack.enter_context(mirrored(f"{bucket}/fit", last="fit.json"))
