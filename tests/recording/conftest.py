@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,3 +68,91 @@ def train(batches: list[tuple[Tensor, Tensor]]) -> Callable[..., list[dict[str, 
         return history
 
     return train
+
+
+SERVER = """
+import atexit, json, os, sys, traceback
+import torch, torch._dynamo  # which any optimizer imports
+from pdiff_plugin import PDiffRecorder
+
+for line in sys.stdin:
+    job = json.loads(line)
+    if "wait" in job:
+        print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
+        continue
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+        continue
+    out = os.open(job["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.argv = ["script", *job["args"]]
+    code = 0
+    try:
+        exec(compile(job["script"], "script", "exec"), {"__name__": "__main__"})
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)  # to take torch down takes a second
+"""
+
+
+class Started:
+    """A script that runs in a process of its own."""
+
+    def __init__(self, server: subprocess.Popen[str], pid: int, out: Path) -> None:
+        self._server, self.pid, self._out = server, pid, out
+
+    @property
+    def output(self) -> str:
+        """What it has printed and logged so far."""
+        return self._out.read_text()
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + 60
+        while text not in self.output:
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.001)
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended; that of a signal is negative."""
+        return int(ask(self._server, {"wait": self.pid}))
+
+
+def ask(server: subprocess.Popen[str], job: dict[str, Any]) -> str:
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    return server.stdout.readline()
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Started]]:
+    """``start(script, *args)`` runs a script in a process that has imported torch already, which takes seconds."""
+    folder = tmp_path_factory.mktemp("started")
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    numbers = itertools.count()
+
+    def start(script: str, *args: object) -> Started:
+        out = folder / f"{next(numbers)}.txt"
+        out.touch()
+        job = {"script": textwrap.dedent(script), "args": [str(arg) for arg in args], "out": str(out)}
+        return Started(server, int(ask(server, job)), out)
+
+    yield start
+    server.stdin.close()
+    server.wait()
+    server.stdout.close()

@@ -2,11 +2,9 @@
 
 import copy
 import logging
-import os
 import pickle
 import random
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -150,27 +148,21 @@ TERMINATED = """
 """
 
 
-def terminated(path, wait_s, before="", after=""):
-    """Start a training, send it SIGTERM, and return its process, its last printed step and its stderr."""
-    script = textwrap.dedent(TERMINATED).format(before=before, after=after)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout.readline() == "1\n"
+def terminated(start, path, wait_s, before="", after=""):
+    """Start a training, send it SIGTERM, and return its exit code, its last printed step and what it told."""
+    process = start(textwrap.dedent(TERMINATED).format(before=before, after=after), path)
+    process.wait_for("1\n")
     time.sleep(wait_s)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    return process, int(["1", *out.split("\n")[:-1]][-1]), err
+    process.send(signal.SIGTERM)
+    code = process.wait()
+    lines = process.output.splitlines()
+    return code, int([line for line in lines if line.isdigit()][-1]), process.output
 
 
-def check_terminated(path, wait_s):
-    process, last, err = terminated(path, wait_s)
+def check_terminated(start, path, wait_s):
+    code, last, err = terminated(start, path, wait_s)
     store = SnapshotStore.open(path)
-    assert process.returncode == -signal.SIGTERM
+    assert code == -signal.SIGTERM
     assert "told to end (SIGTERM): every snapshot so far is on disk" in err
     assert "Traceback" not in err
     assert len(store) in (last, last + 1)
@@ -178,22 +170,22 @@ def check_terminated(path, wait_s):
     assert not list(path.rglob(".*"))
 
 
-def test_sigterm_writes_what_is_left_and_ends_the_process_as_it_would_have(tmp_path):
-    check_terminated(tmp_path / "a", 0.3)
+def test_sigterm_writes_what_is_left_and_ends_the_process_as_it_would_have(start, tmp_path):
+    check_terminated(start, tmp_path / "a", 0.3)
 
 
 @pytest.mark.slow
-def test_20_sigterms_lose_no_row(tmp_path):
+def test_20_sigterms_lose_no_row(start, tmp_path):
     rng = random.Random()
     for attempt in range(20):
-        check_terminated(tmp_path / str(attempt), rng.uniform(0.0, 1.0))
+        check_terminated(start, tmp_path / str(attempt), rng.uniform(0.0, 1.0))
 
 
-def test_a_handler_of_the_users_own_stays_the_only_one(tmp_path):
+def test_a_handler_of_the_users_own_stays_the_only_one(start, tmp_path):
     handler = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))"
     for place in ({"before": handler}, {"after": handler}):
-        process, _, err = terminated(tmp_path / next(iter(place)), 0.1, **place)
-        assert process.returncode == 7
+        code, _, err = terminated(start, tmp_path / next(iter(place)), 0.1, **place)
+        assert code == 7
         assert "told to end" not in err  # sys.exit closes the recorder at exit
         assert len(SnapshotStore.open(tmp_path / next(iter(place)))) >= 1
 
@@ -213,8 +205,6 @@ RESUMED = """
     import json, sys, time, torch
     from pdiff_plugin import PDiffRecorder
     mark = float(sys.argv[2])
-    print("ready", flush=True)
-    input()
     time.sleep(float(sys.argv[3]))
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -232,7 +222,7 @@ RESUMED = """
 """
 
 
-def start_twice(path, times, rng):
+def start_twice(start, path, times, rng):
     """The same resumed script started twice at random offsets; returns how often both ran at the same time."""
     both = 0
     for attempt in range(times):
@@ -240,26 +230,10 @@ def start_twice(path, times, rng):
         with PDiffRecorder(store, layers="all").attach(nn.Linear(4, 4)) as recorder:
             for _ in range(5):
                 recorder.step()
-        script = textwrap.dedent(RESUMED)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", script, str(store), str(mark), str(rng.uniform(0.0, 0.15))],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for mark in (1, 2)
-        ]
-        for process in processes:
-            assert process.stdout.readline() == "ready\n"
-        for process in processes:
-            process.stdin.write("\n")
-            process.stdin.flush()
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], errors
+        processes = [start(RESUMED, store, mark, rng.uniform(0.0, 0.15)) for mark in (1, 2)]
+        codes = [process.wait() for process in processes]
+        errors = [process.output for process in processes]
+        assert codes == [0, 0], errors
         opened = SnapshotStore.open(store)
         for index in range(len(opened.trajectories)):
             is_own = (opened.trajectory_index == index) & (opened.steps > 5)
@@ -271,13 +245,13 @@ def start_twice(path, times, rng):
     return both
 
 
-def test_a_script_that_is_started_twice_does_not_mix_its_rows(tmp_path):
-    start_twice(tmp_path, 2, random.Random())
+def test_a_script_that_is_started_twice_does_not_mix_its_rows(start, tmp_path):
+    start_twice(start, tmp_path, 5, random.Random())
 
 
 @pytest.mark.slow
-def test_100_scripts_that_are_started_twice_do_not_mix_their_rows(tmp_path):
-    assert start_twice(tmp_path, 100, random.Random()) > 50
+def test_100_scripts_that_are_started_twice_do_not_mix_their_rows(start, tmp_path):
+    assert start_twice(start, tmp_path, 100, random.Random()) > 50
 
 
 @pytest.fixture(autouse=True)

@@ -218,21 +218,15 @@ KILLED = """
 """
 
 
-def kill_at_random_moments(tmp_path, times, rng):
+def kill_at_random_moments(start, tmp_path, times, rng):
     for attempt in range(times):
         path = tmp_path / str(attempt)
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(KILLED), str(path)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert process.stdout.readline() == "1\n"
+        process = start(KILLED, path)
+        process.wait_for("1\n")
         time.sleep(rng.uniform(0.0, 1.0))
-        process.send_signal(signal.SIGKILL)
-        last = ["1", *process.stdout.read().split("\n")[:-1]][-1]
-        process.wait()
-        process.stdout.close()
+        process.send(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        last = process.output.split("\n")[-2]  # the last line that is whole
         if int(last) < 2 * writer_module.CHUNK_ROWS and not (path / "layout.json").exists():
             continue  # killed before the first chunk was written
         store = SnapshotStore.open(path)
@@ -248,13 +242,13 @@ def kill_at_random_moments(tmp_path, times, rng):
         assert not list(path.rglob(".tmp-*"))
 
 
-def test_a_killed_run_loses_at_most_the_open_chunk(tmp_path):
-    kill_at_random_moments(tmp_path, 2, random.Random())
+def test_a_killed_run_loses_at_most_the_open_chunk(start, tmp_path):
+    kill_at_random_moments(start, tmp_path, 2, random.Random())
 
 
 @pytest.mark.slow
-def test_a_run_killed_20_times_loses_at_most_the_open_chunk(tmp_path):
-    kill_at_random_moments(tmp_path, 20, random.Random())
+def test_a_run_killed_20_times_loses_at_most_the_open_chunk(start, tmp_path):
+    kill_at_random_moments(start, tmp_path, 20, random.Random())
 
 
 @pytest.mark.gpu
