@@ -88,7 +88,7 @@ def test_a_command_without_room_says_so_in_one_panel_and_leaves_no_half_file(
     assert told.count("StorageError") == 1
     assert "Traceback" not in told
     assert "cannot be written: the file would be larger than its disk or `ulimit -f` allows" in panel
-    assert "run the same command again" in panel
+    assert "Run again, a fit or a search goes on where it was." in panel
     assert "out/" in panel, "the file is named"
     assert [name for name in all_files(tmp_path / "out") if ".tmp-" in name or "member" in name] == []
 
@@ -173,4 +173,4 @@ def test_a_disk_that_can_only_be_read_is_named(walk_store: Path, tmp_path: Path,
         args = [*args, "run-001", "angle=3"] if args[-1] == "--set" else args
         assert main(args) == 1
         told = " ".join(capsys.readouterr().err.replace("│", " ").split())
-        assert "cannot be written: this disk can only be read. Choose a folder elsewhere, then run" in told
+        assert "cannot be written: this disk can only be read. Choose a folder elsewhere. Run again" in told
