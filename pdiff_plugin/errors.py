@@ -438,8 +438,8 @@ class StorageError(PDiffError, OSError):
 
     def __str__(self) -> str:
         return (
-            f"{self.path} cannot be written: {self.reason}. {self.advice}. Run again, a fit or a search goes on where it "
-            "was."
+            f"{self.path} cannot be written: {self.reason}. {self.advice}. "
+            "Run again, a fit or a search goes on where it was."
         )
 
 
