@@ -40,6 +40,8 @@ from pdiff_plugin.config import (
 )
 from pdiff_plugin.errors import ConfigError, MissingDependencyError, PDiffError, StoreNotFoundError
 from pdiff_plugin.progress import Terminated, terminate
+from pdiff_plugin.snapshots.files import storage_error
+from pdiff_plugin.snapshots.scratch import remove_abandoned
 from pdiff_plugin.user_code import find_function, function_named, load_model, made_by
 
 Inline = arg(name="")  # a config's fields become flags without its own name in front
@@ -707,6 +709,7 @@ def main(args: list[str] | None = None) -> int:
     debug = "--debug" in args
     args = _present_spelling([a for a in args if a != "--debug"])
     console.log_to_stderr()
+    remove_abandoned()
     if {"-h", "--help"} & set(args[1:]):
         for kind in _CONFIGS:
             _join_help_lines(kind)
@@ -732,7 +735,8 @@ def main(args: list[str] | None = None) -> int:
         # An OSError is a file where a folder should be, or a full disk: the system's words name the path.
         if debug:
             console.err.print_exception()
-        console.error(error)
+        told = storage_error(error, error.filename or "A file") if isinstance(error, OSError) else None
+        console.error(told or error)
         return 1
     except Terminated:
         console.tell("Told to end (SIGTERM). What was finished is kept; run the same command again to go on.")

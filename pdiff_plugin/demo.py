@@ -33,6 +33,7 @@ from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.progress import OnProgress, Progress, timed
 from pdiff_plugin.recording.recorder import PDiffRecorder
+from pdiff_plugin.snapshots.files import replacing
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 NUM_TRAIN = 150
@@ -105,6 +106,8 @@ def train(store: Path, seed: int, on_progress: OnProgress | None = None) -> nn.M
                 step += 1
             if on_progress is not None:
                 on_progress(Progress("train", step, total_steps, {"loss": float(loss.detach())}))
+    if recorder.error is not None:  # which stops no training, but here there is nothing without it
+        raise recorder.error
     return model.eval()
 
 
@@ -153,7 +156,8 @@ class DemoFolder:
             if not task_file.exists() or task_file.read_text(encoding="utf-8") != self.task_text:
                 raise FitExistsError(str(self.folder), "a store that is not of a demo with this seed")
         self.folder.mkdir(parents=True, exist_ok=True)
-        task_file.write_text(self.task_text, encoding="utf-8")
+        with replacing(task_file) as temp:
+            temp.write_text(self.task_text, encoding="utf-8")
 
     @contextmanager
     def recording(self) -> Iterator[Path]:

@@ -130,6 +130,8 @@ def record(folder: Path, store: Path, seed: int, on_progress: OnProgress | None 
             store, layers="all", condition={"angle": angle}, last_steps=LAST_STEPS, save_base=False
         )
         train(model, at(angle), NUM_STEPS, LR, recorder)
+        if recorder.error is not None:
+            raise recorder.error
         if on_progress is not None:
             on_progress(Progress("train", number + 1, len(ANGLES), {"angle": float(angle)}))
 

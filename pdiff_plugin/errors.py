@@ -30,6 +30,9 @@ survives the pickle trip home from a worker process.
     ├── ClusterUnreachableError   (ConnectionError)    no Ray cluster answers at an address
     ├── ClusterAccessError        (PermissionError)    a Ray cluster refuses us
     ├── ClusterTooSmallError      (RuntimeError)       a cluster that can never run what was asked
+    ├── BucketError               (OSError)            a bucket that refuses us, or does not answer
+    ├── FolderInUseError          (RuntimeError)       another process writes to a folder in a bucket
+    ├── StorageError              (OSError)            no room on a disk, or one that can only be read
     ├── StorageNotSharedError     (FileNotFoundError)  a path that a node of the cluster cannot see
     └── WorkersFailedError        (RuntimeError)       workers died or failed more often than allowed
 """
@@ -42,6 +45,7 @@ from functools import wraps
 from typing import Any
 
 __all__ = [
+    "BucketError",
     "CheckpointError",
     "ClusterAccessError",
     "ClusterTooSmallError",
@@ -52,6 +56,7 @@ __all__ = [
     "DataError",
     "EvaluationNotFoundError",
     "FitExistsError",
+    "FolderInUseError",
     "FormatError",
     "FormatVersionError",
     "GeneratorNotFoundError",
@@ -61,6 +66,7 @@ __all__ = [
     "NotHookableError",
     "PDiffError",
     "SelectionError",
+    "StorageError",
     "StorageNotSharedError",
     "StoreNotFoundError",
     "TrainingModeError",
@@ -444,6 +450,47 @@ class ClusterTooSmallError(PDiffError, RuntimeError):
             f"asked for {self.asked}; there is room for {self.found}. Waited {self.waited_s} s (--start-timeout-s). "
             "Lower --num-workers, --cpus-per-worker or --gpus-per-worker, pass --elastic, or add nodes."
         )
+
+
+@dataclass(eq=False)
+class StorageError(PDiffError, OSError):
+    """A file cannot be written where it belongs."""
+
+    path: str
+    reason: str
+    advice: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} cannot be written: {self.reason}. {self.advice}. "
+            "Run again, a fit or a search goes on where it was."
+        )
+
+
+@dataclass(eq=False)
+class BucketError(PDiffError, OSError):
+    """A bucket refuses us, or does not answer."""
+
+    url: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.url}: {self.reason}. Check its name and the credentials and service address in the environment (of "
+            "s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL) on every node, and that "
+            "they may list, read and write there; then run the same command again."
+        )
+
+
+@dataclass(eq=False)
+class FolderInUseError(PDiffError, RuntimeError):
+    """Another process writes to a folder in a bucket."""
+
+    url: str
+    owner: str
+
+    def __str__(self) -> str:
+        return f"{self.url} is in use: {self.owner} writes to it. Wait until that has ended, or choose another folder."
 
 
 @dataclass(eq=False)

@@ -10,9 +10,10 @@ import hashlib
 import logging
 import os
 import socket
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pdiff_plugin.cluster.loopback import is_loopback, on_loopback
 from pdiff_plugin.config import DistributedConfig
 from pdiff_plugin.errors import (
     ClusterAccessError,
@@ -46,6 +48,7 @@ _PROBE_TIMEOUT_S = 3.0
 _CHECK_TIMEOUT_S = 60.0
 # What passes through the object store is small; Ray's own default is a third of the machine's memory.
 _OBJECT_STORE_BYTES = 200 << 20
+_LINE_LENGTH = 200
 _LOCAL = "local"
 # Older releases of Ray have no tokens and refuse nobody.
 _REFUSED: type[Exception] = getattr(ray.exceptions, "AuthenticationError", PermissionError)
@@ -55,7 +58,7 @@ _REFUSED: type[Exception] = getattr(ray.exceptions, "AuthenticationError", Permi
 def connected(address: str | None) -> Iterator[None]:
     """Be connected to the cluster at ``address``, at RAY_ADDRESS, or to one started on this machine for the time.
 
-    A process that is connected already stays so.
+    That one is this machine's alone. A process that is connected already stays so.
 
     Raises:
         ClusterUnreachableError: nothing answers within seconds.
@@ -71,6 +74,17 @@ def connected(address: str | None) -> Iterator[None]:
         options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     else:
         _probe(address)
+    with on_loopback() if address == _LOCAL else nullcontext(), _short_messages():
+        _join(address, options)
+        try:
+            if address == _LOCAL:
+                _tell_what_is_open()
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _join(address: str, options: dict[str, Any]) -> None:
     try:
         ray.init(address=address, **options)
     except _REFUSED as error:
@@ -80,10 +94,38 @@ def connected(address: str | None) -> Iterator[None]:
             raise ClusterUnreachableError(address, _first_line(error)) from error
         # Something listens there and does not answer us: to a client that shows no token, Ray says no more than that.
         raise ClusterAccessError(address, _first_line(error)) from error
+
+
+@contextmanager
+def _short_messages() -> Iterator[None]:
+    """Log the first line of what Ray's nodes report; Ray prints it all to stdout, of a lost node some 50 lines."""
+    told = set()
+
+    def log(data: dict[str, Any], **_: Any) -> None:
+        first = next(iter("\n".join(data["lines"]).strip().splitlines()), "")
+        if first not in told:  # several watch a node
+            told.add(first)
+            logger.warning("Ray says: %s", textwrap.shorten(first, _LINE_LENGTH))
+
+    # There is no setting for it: `log_to_driver` is about what workers print.
+    module: Any = ray._private.worker
+    printing = module.print_to_stdstream
+    module.print_to_stdstream = log
     try:
         yield
     finally:
-        ray.shutdown()
+        module.print_to_stdstream = printing
+
+
+def _tell_what_is_open() -> None:
+    """Warn where this release of Ray is not to be kept to this machine."""
+    for node in alive_nodes().values():
+        if not is_loopback(node):
+            logger.warning(
+                "Ray %s listens at %s, where other machines may reach it and run code: keep them off by a firewall",
+                ray.__version__,
+                node["NodeManagerAddress"],
+            )
 
 
 def _probe(address: str) -> None:
@@ -102,6 +144,11 @@ def alive_nodes() -> dict[str, dict[str, Any]]:
     """Node id -> what Ray knows of it, for the nodes that are up."""
     nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
     return {node["NodeID"]: node for node in nodes if node["Alive"]}
+
+
+def is_on_this_machine() -> bool:
+    """Whether no node is, or can be, on another machine."""
+    return all(is_loopback(node) for node in alive_nodes().values())
 
 
 def node_name(node: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from pdiff_plugin.cluster.connection import (
     alive_nodes,
     check_shared,
     connected,
+    is_on_this_machine,
     node_name,
     on_node,
     room_for,
@@ -40,6 +40,7 @@ from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.snapshots.fingerprint import first_columns
 from pdiff_plugin.snapshots.remote import is_remote
+from pdiff_plugin.snapshots.scratch import scratch_folder
 from pdiff_plugin.snapshots.shards import layout_files
 from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -163,6 +164,8 @@ class _Supervisor:
         from ray.train.v2.api.callback import UserCallback
         from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+        from pdiff_plugin.cluster.meeting import MeetAtFile
+
         if distributed.elastic and not hasattr(ScalingConfig, "max_workers"):
             raise ConfigError("elastic", True, f"needs a newer Ray than {ray.__version__}")
 
@@ -178,21 +181,23 @@ class _Supervisor:
             "use_gpu": gpus > 0,
             "resources_per_worker": resources,
         }
-        with tempfile.TemporaryDirectory(prefix="pdiff-") as storage:
+        group: dict[str, Any] = {
+            # NCCL wants a whole GPU per rank; what stays on the CPU (statistics, messages) goes through gloo.
+            "backend": "cpu:gloo,cuda:nccl" if gpus >= 1 else "gloo",
+            # Ranks wait for rank 0 while it trains the `conv` autoencoder alone; of one that died Ray itself knows.
+            "timeout_s": _COLLECTIVE_TIMEOUT_S,
+        }
+        with scratch_folder() as storage:
             run: dict[str, Any] = {
                 "name": "fit",
-                "storage_path": storage,  # nothing is put there: checkpoints are in the run folder
+                "storage_path": str(storage),  # nothing is put there: checkpoints are in the run folder
                 "failure_config": FailureConfig(max_failures=distributed.max_failures),
                 "callbacks": [TellBoard()],
             }
             trainer = TorchTrainer(
                 _work,
                 train_loop_config={"job": job, "board": board, "uses_gpu": gpus > 0},
-                # NCCL wants a whole GPU per rank; what stays on the CPU (statistics, messages) goes through gloo.
-                # Ranks wait for rank 0 while it trains the `conv` autoencoder alone; of one that died Ray itself knows.
-                torch_config=TorchConfig(
-                    backend="cpu:gloo,cuda:nccl" if gpus >= 1 else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
-                ),
+                torch_config=MeetAtFile(**group, folder=str(storage)) if is_on_this_machine() else TorchConfig(**group),
                 scaling_config=ScalingConfig(**scaling),
                 run_config=RunConfig(**run),
             )

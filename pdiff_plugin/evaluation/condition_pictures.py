@@ -19,6 +19,7 @@ from pdiff_plugin.evaluation.condition_verdict import BEST_CHEAP
 from pdiff_plugin.evaluation.kind import Quantity
 from pdiff_plugin.evaluation.plots import WIDTH_IN, Array, Picture, mark_beyond, style
 from pdiff_plugin.snapshots.conditions import Condition
+from pdiff_plugin.snapshots.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +74,8 @@ def save_picture(evaluation: ConditionFindings, path: Path) -> None:
     with style():
         figure = _against_condition(evaluation, "score")
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
+        with replacing(path) as temp:
+            figure.savefig(temp, format="png", dpi=_DPI, metadata={"Software": None})
 
 
 def _caption(evaluation: ConditionFindings) -> str:

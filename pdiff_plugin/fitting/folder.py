@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from pdiff_plugin.config import FitConfig
-from pdiff_plugin.errors import FitExistsError
+from pdiff_plugin.errors import FitExistsError, FormatError, FormatVersionError
 from pdiff_plugin.fitting.runtime import CHECKPOINT_SUFFIX
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.generator_file import FILE_NAME
 from pdiff_plugin.snapshots.files import is_number, json_safe, read_json, reading, remove_strays, write_json
 from pdiff_plugin.snapshots.fingerprint import fingerprint, fingerprint_of_first_columns
 from pdiff_plugin.snapshots.remote import is_remote, mirrored
+from pdiff_plugin.snapshots.scratch import remove_abandoned
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 FORMAT = "pdiff-fit"
 FORMAT_VERSION = 1
-STAGES = ("statistics", "autoencoder", "diffusion")
+_JSON_NAME = "fit.json"
 _DIGITS = 6  # of the figures in the history
 
 
@@ -41,6 +42,7 @@ class FitFolder:
         Raises:
             FitExistsError: the folder holds a fit of other settings or other snapshots.
         """
+        remove_abandoned()
         source = source or str(store.path.resolve())
         mine = {
             "format": FORMAT,
@@ -57,8 +59,8 @@ class FitFolder:
         opened = cls(path, mine)
         if path is None:
             return opened
-        if (path / "fit.json").exists() and not fresh:
-            found, settings = _read(path / "fit.json")
+        if (path / _JSON_NAME).exists() and not fresh:
+            found, settings = _read(path / _JSON_NAME)
             if settings != config:
                 raise FitExistsError(str(path), "other settings")
             # Fits of old, and those that began on a store in a bucket, do not have it.
@@ -67,11 +69,12 @@ class FitFolder:
                 raise FitExistsError(str(path), "other snapshots")
             opened.document = found | {"fingerprint": known}
         elif fresh:
-            for name in ("fit.json", FILE_NAME, *(f"{stage}{CHECKPOINT_SUFFIX}" for stage in STAGES)):
-                (path / name).unlink(missing_ok=True)
+            for stale in (path / _JSON_NAME, path / FILE_NAME, *path.glob(f"*{CHECKPOINT_SUFFIX}")):
+                stale.unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
-        remove_strays(path)
-        opened.write()
+        if not opened.is_finished:  # which may be on a disk that can only be read
+            remove_strays(path)
+            opened.write()
         return opened
 
     @property
@@ -106,7 +109,7 @@ class FitFolder:
 
     def write(self) -> None:
         if self.path is not None:
-            write_json(self.path / "fit.json", self.document)
+            write_json(self.path / _JSON_NAME, self.document)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], FitConfig]:
@@ -129,4 +132,15 @@ def _read(path: Path) -> tuple[dict[str, Any], FitConfig]:
 
 def local_folder(out: str) -> AbstractContextManager[Path]:
     """The run folder ``out``; of one in a bucket, a copy whose changes are put back."""
-    return mirrored(out) if is_remote(out) else nullcontext(Path(out))
+    if not is_remote(out):
+        return nullcontext(Path(out))
+    return mirrored(out, last=_JSON_NAME, always=(_JSON_NAME, FILE_NAME), is_final=_is_finished)
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether a folder holds a finished fit; what cannot be read is for whoever opens it."""
+    try:
+        status = read_json(path / _JSON_NAME, FORMAT, FORMAT_VERSION).get("status")
+    except (FileNotFoundError, FormatError, FormatVersionError):
+        return False
+    return status == "finished" and (path / FILE_NAME).is_file()

@@ -9,7 +9,6 @@ fit_on_ranks("runs/cifar", out="fits/cifar")
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +25,7 @@ from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.progress import OnProgress
 from pdiff_plugin.snapshots.fingerprint import first_columns
 from pdiff_plugin.snapshots.remote import copy_store, is_remote
+from pdiff_plugin.snapshots.scratch import scratch_folder
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 
@@ -63,7 +63,7 @@ def fit_on_ranks(
         if runtime.rank == 0:
             runtime.folder = stack.enter_context(local_folder(out))
         else:  # keeps nothing, but needs a place for a large basis
-            runtime.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdiff-")))
+            runtime.folder = stack.enter_context(scratch_folder())
         opened = stack.enter_context(opened_store(source, lambda D: _columns(D, config, runtime)))
         opened = part_to_fit(opened, config)
         folder = runtime.on_rank_0(lambda: FitFolder.open(opened, config, runtime.folder, fresh=fresh, source=source))
@@ -103,5 +103,5 @@ def opened_store(source: str, columns: Callable[[int], slice]) -> Iterator[Snaps
     if not is_remote(source):
         yield SnapshotStore.open(source)
         return
-    with tempfile.TemporaryDirectory(prefix="pdiff-") as folder:
-        yield SnapshotStore.open(copy_store(source, Path(folder) / "store", columns))
+    with scratch_folder() as folder:
+        yield SnapshotStore.open(copy_store(source, folder / "store", columns))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.config import SamplingConfig, configured
-from pdiff_plugin.errors import MembersExistError
+from pdiff_plugin.errors import MembersExistError, StorageError
 from pdiff_plugin.generator.autoencoder import ROWS_AT_A_TIME
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
@@ -74,6 +74,7 @@ def write_members(
     Raises:
         MembersExistError: the folder holds members, and ``overwrite`` is False. Nothing has been changed.
         ConfigError, ConditionError: as of :meth:`WeightGenerator.sample`. Nothing has been changed.
+        StorageError: the disk is full, or can only be read. The folder then holds no members.
     """
     folder, config = Path(folder), configured(SamplingConfig, config, changes)
     earlier = sorted(folder.glob("member-*.safetensors"))
@@ -94,7 +95,12 @@ def write_members(
         told = generator.told_of(condition)
         header |= {"condition": json.dumps(dict(parse_condition(condition, "the condition")))}
         header |= {"warning": told} if told else {}
-    return (write or partial(write_latents, generator))(latents, folder, header, on_progress)
+    try:
+        return (write or partial(write_latents, generator))(latents, folder, header, on_progress)
+    except StorageError:
+        for path in folder.glob("member-*.safetensors"):  # part of what was asked for, and in the way of the next call
+            path.unlink()
+        raise
 
 
 def write_latents(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
+import shutil
 import stat
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 from uuid import uuid4
 
-from pdiff_plugin.errors import FormatError, FormatVersionError
+from pdiff_plugin.errors import FormatError, FormatVersionError, StorageError
 from pdiff_plugin.snapshots.processes import Process, this_process
 
 TEMP_MARK = ".tmp-"
@@ -58,9 +60,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success its content is on disk and has replaced ``path``.
 
     On any exception the temporary file is removed and ``path`` is as it was.
+
+    Raises:
+        StorageError: there is no room, or the disk can only be read.
     """
     temp = temporary(path)
-    try:
+    with _written(path, temp):
         # safetensors makes its file readable by its owner alone; others who share the folder must read it too.
         temp.touch()
         mode = temp.stat().st_mode
@@ -69,23 +74,62 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temp, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temp, path)
+
+
+@contextmanager
+def _written(path: Path, temp: Path) -> Iterator[None]:
+    """Tell what to do where ``path`` cannot be written, and leave no ``temp``."""
+    try:
+        yield
+    except OSError as error:
+        told = storage_error(error, path, temp)
+        if told is None:
+            raise
+        raise told from error
     finally:
-        temp.unlink(missing_ok=True)
+        if temp.exists():  # on a disk that can only be read, even removing nothing is an error
+            temp.unlink()
+
+
+def storage_error(error: OSError, path: str | os.PathLike[str], temp: Path | None = None) -> StorageError | None:
+    """What to do where a disk has no room, or can only be read; None for any other error.
+
+    Args:
+        error: of the system, on writing.
+        path: what was to be written.
+        temp: what there is of it; room for tensors is declared before they are written, so that its size is the whole.
+    """
+    elsewhere = "choose a folder elsewhere"
+    if error.errno == errno.EROFS:
+        return StorageError(str(path), "this disk can only be read", elsewhere.capitalize())
+    if error.errno == errno.EFBIG:
+        reason = "the file would be larger than its disk or `ulimit -f` allows"
+        return StorageError(str(path), reason, f"Raise that limit, or {elsewhere}")
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    reason = "the disk is full" if error.errno == errno.ENOSPC else "the quota there is used up"
+    if temp is not None and temp.exists() and (found := temp.stat()).st_size:
+        free = shutil.disk_usage(temp.parent).free + found.st_blocks * 512
+        reason += f" (it takes {found.st_size / 1e6:,.3f} MB or more, and {free / 1e6:,.3f} MB are free)"
+    return StorageError(str(path), reason, f"Free room in {Path(path).parent}, or {elsewhere}")
 
 
 def created(path: Path, text: str) -> bool:
-    """Write a new file, if there is none: whether this was done. Of several writers at once one does."""
+    """Write a new file, if there is none: whether this was done. Of several writers at once one does.
+
+    Raises:
+        StorageError: there is no room, or the disk can only be read.
+    """
     temp = temporary(path)
-    try:
+    with _written(path, temp):
         temp.write_text(text, encoding="utf-8")
-        # A hard link appears whole and fails if another writer was first; os.replace would overwrite its file.
-        os.link(temp, path)
-    except FileExistsError:
-        return False
-    except OSError:
-        return _created_without_links(path, text)
-    finally:
-        temp.unlink(missing_ok=True)
+        try:
+            # A hard link appears whole and fails if another writer was first; os.replace would overwrite its file.
+            os.link(temp, path)
+        except FileExistsError:
+            return False
+        except OSError:
+            return _created_without_links(path, text)
     return True
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import stat
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pdiff_plugin.errors import StoreNotFoundError
+from pdiff_plugin.errors import BucketError, FolderInUseError, PDiffError, StoreNotFoundError
+from pdiff_plugin.snapshots.bucket_owner import OWNER_NAME, BucketOwner
 from pdiff_plugin.snapshots.conditions import FILE_NAME as CONDITION_NAME
-from pdiff_plugin.snapshots.files import TEMP_MARK
+from pdiff_plugin.snapshots.files import TEMP_MARK, storage_error
 from pdiff_plugin.snapshots.layout import LAYOUT_NAME
+from pdiff_plugin.snapshots.scratch import keep, scratch_folder
 from pdiff_plugin.snapshots.shards import SHAPES_NAME, read_worlds
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,14 @@ def copy_store(url: str, folder: Path, share: Callable[[int], slice] | None = No
 
     Raises:
         StoreNotFoundError: there is none.
+        BucketError: the bucket refuses us, or does not answer.
         FormatError: a layout cannot be read, or a rank's snapshots are missing.
     """
+    with _asking(url, folder):
+        return _copy_store(url, folder, share)
+
+
+def _copy_store(url: str, folder: Path, share: Callable[[int], slice] | None) -> Path:
     fs, root = _open(url)
     layouts = [name for name in (LAYOUT_NAME, f"shards/*/{LAYOUT_NAME}") for name in fs.glob(f"{root}/{name}")]
     if not layouts:
@@ -109,56 +115,105 @@ def _copy_chunk(fs: Any, remote: str, local: Path, columns: Sequence[tuple[int, 
 
 
 @contextmanager
-def mirrored(url: str) -> Iterator[Path]:
+def mirrored(
+    url: str, *, last: str, always: Sequence[str] = (), is_final: Callable[[Path], bool] = lambda _: False
+) -> Iterator[Path]:
     """Yield a local copy of a run folder in a bucket; what changes in it is put back, at the latest on leaving.
 
+    Args:
+        url: of the folder.
+        last: name of the file that tells what is in the others: it is put when they have been.
+        always: names that are asked for whatever a listing says, which may lag behind.
+        is_final: whether a copy is of a folder that will not change; others are claimed for this process at once.
+
     Raises:
+        BucketError: the bucket refuses us, or does not answer.
+        FolderInUseError: another process writes to the folder.
         OSError: the bucket does not take what changed last, even when asked again; the local copy then stays.
     """
-    folder = Path(tempfile.mkdtemp(prefix="pdiff-"))
+    with scratch_folder() as folder:
+        with _asking(url, folder):
+            mirror = _Mirror(url, folder, last)
+            _patiently(lambda: mirror.pull(always), f"read {url}")
+            if not is_final(folder):
+                _patiently(mirror.owner.claim, f"write to {url}")
+        stop = threading.Event()
+        thread = threading.Thread(target=mirror.push_until, args=(stop,), daemon=True)
+        thread.start()
+        try:
+            yield folder
+        finally:
+            stop.set()
+            thread.join()
+            mirror.push_last()
+
+
+@contextmanager
+def _asking(url: str, folder: Path) -> Iterator[None]:
+    """Turn what a bucket's library raises into an error of ours."""
     try:
-        mirror = _Mirror(url, folder)
-        mirror.pull()
-    except BaseException:
-        shutil.rmtree(folder)
+        yield
+    except PDiffError:
         raise
-    stop = threading.Event()
-    thread = threading.Thread(target=mirror.push_until, args=(stop,), daemon=True)
-    thread.start()
-    try:
-        yield folder
-    finally:
-        stop.set()
-        thread.join()
-        mirror.push_last()
-        shutil.rmtree(folder)
+    except Exception as error:  # not every bucket raises OSError
+        told = storage_error(error, folder) if isinstance(error, OSError) else None
+        raise told or BucketError(url, str(error).rstrip(".") or type(error).__name__) from error
+
+
+def _patiently(action: Callable[[], None], what: str) -> None:
+    """Try again, a few times, where a bucket is busy; not where it refuses us."""
+    for attempt in range(_LAST_TRIES):
+        try:
+            return action()
+        except (PDiffError, PermissionError):
+            raise
+        except Exception as error:  # not every bucket raises OSError
+            if attempt + 1 == _LAST_TRIES or (isinstance(error, OSError) and storage_error(error, what)):
+                raise
+            logger.warning("could not %s, trying again (%s)", what, error)
+            time.sleep(_PUSH_EVERY_S * 2**attempt)
 
 
 class _Mirror:
-    """A folder and its copy in a bucket."""
+    """A local folder and the place in a bucket that follows it."""
 
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, last: str) -> None:
         self.fs, self.root = _open(url)
-        self.folder = folder
+        self.url, self.folder, self.last = url, folder, last
+        self.owner = BucketOwner(self.fs, self.root, url)
         self.seen: dict[str, tuple[int, int]] = {}
 
-    def pull(self) -> None:
+    def pull(self, always: Sequence[str]) -> None:
         """Copy what the bucket has."""
-        for remote in self.fs.glob(f"{self.root}/*"):
-            if self.fs.isfile(remote):
-                name = PurePosixPath(str(remote)).name
-                self.fs.get_file(str(remote), str(self.folder / name))
+        listed = {PurePosixPath(str(path)).name for path in self.fs.glob(f"{self.root}/*") if self.fs.isfile(path)}
+        for name in sorted((listed | set(always)) - {OWNER_NAME}):
+            try:
+                self.fs.get_file(f"{self.root}/{name}", str(self.folder / name))
+            except FileNotFoundError:
+                (self.folder / name).unlink(missing_ok=True)
         self.seen = self._state()
 
     def push(self) -> None:
-        """Put new and changed files, and delete those that are gone here."""
-        state = self._state()
-        for name in sorted(state):
+        """Put new and changed files, delete those that are gone here, and put the last file.
+
+        Whatever moment this ends at, what the bucket's last file tells of is there: it was read before the others.
+        """
+        before = self._state()
+        document = (self.folder / self.last).read_bytes() if self.last in before else None
+        state = {name: found for name, found in self._state().items() if name != self.last}
+        if document is not None:
+            state[self.last] = before[self.last]  # it may be newer by now, and is then put the next time
+        if state == self.seen:
+            return
+        self.owner.claim()
+        for name in sorted(state.keys() - {self.last}):
             if state[name] != self.seen.get(name):
-                self.fs.makedirs(self.root, exist_ok=True)
                 self.fs.put_file(str(self.folder / name), f"{self.root}/{name}")
         for name in self.seen.keys() - state.keys():
             self.fs.rm_file(f"{self.root}/{name}")
+        if document is not None:
+            self.owner.check()
+            self.fs.pipe_file(f"{self.root}/{self.last}", document)
         self.seen = state
 
     def push_until(self, stop: threading.Event) -> None:
@@ -166,23 +221,27 @@ class _Mirror:
         while not stop.wait(_PUSH_EVERY_S):
             try:
                 self.push()
-            except OSError as error:
+            except FolderInUseError:
+                return  # told by who found it; pushing the last files raises it
+            except Exception as error:  # not every bucket raises OSError
                 logger.warning("could not write to %s, trying again (%s)", self.root, error)
 
     def push_last(self) -> None:
         """Push, with more patience and, in vain, with an error that says where everything still is."""
-        for attempt in range(_LAST_TRIES):
-            try:
-                self.push()
-                return
-            except Exception as error:  # not every bucket raises OSError
-                if attempt + 1 == _LAST_TRIES:
-                    raise OSError(
-                        f"could not write to {self.root} ({error}). All files are in {self.folder}: "
-                        "copy them there yourself, then remove that folder."
-                    ) from error
-                logger.warning("could not write to %s, trying again (%s)", self.root, error)
-                time.sleep(_PUSH_EVERY_S * 2**attempt)
+        try:
+            _patiently(self.push, f"write to {self.root}")
+            _patiently(self.owner.release, f"write to {self.root}")
+        except FolderInUseError:
+            if self.owner.is_claimed:  # it was this process's, and there may be hours of work in it
+                keep(self.folder)
+                logger.warning("what was not put into %s is in %s", self.url, self.folder)
+            raise
+        except Exception as error:
+            keep(self.folder)
+            raise OSError(
+                f"could not write to {self.root} ({error}). All files are in {self.folder}: "
+                "copy them there yourself, then remove that folder."
+            ) from error
 
     def _state(self) -> dict[str, tuple[int, int]]:
         state = {}
@@ -198,4 +257,5 @@ def _open(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     fs, root = url_to_fs(url)
+    fs.invalidate_cache()  # other processes have written since
     return fs, str(root).rstrip("/")

@@ -81,9 +81,13 @@ class TensorFileWriter:
         self.path = path
         self._missing = offset
         self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._start = self._file.tell()
-        self._file.truncate(self._start + offset)
+        self._start = 8 + len(text)
+        try:
+            self._file.write(len(text).to_bytes(8, "little") + text)
+            self._file.truncate(self._start + offset)
+        except OSError:
+            self._file.close()
+            raise
 
     def write(self, name: str, values: Tensor, first: int = 0) -> None:
         """Write ``values`` (flattened, converted to the declared dtype) at value number ``first`` of a tensor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 DRIVER = """
@@ -171,3 +174,32 @@ def _read(stream, lines: list[str]) -> None:
     with stream:
         for line in stream:
             lines.append(line)
+
+
+def listening(pids: Iterable[int]) -> list[tuple[str, int]]:
+    """(address, port) of every TCP socket on which one of the processes listens."""
+    inodes = {inode for pid in pids for inode in _sockets(pid)}
+    found = []
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:  # LISTEN
+                host, _, port = fields[1].partition(":")
+                found.append((_address(bytes.fromhex(host)), int(port, 16)))
+    return found
+
+
+def _sockets(pid: int) -> list[str]:
+    links = []
+    with suppress(FileNotFoundError, ProcessLookupError):  # the process is gone
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # closed meanwhile
+                links.append(os.readlink(entry))
+    return [link[len("socket:[") : -1] for link in links if link.startswith("socket:[")]
+
+
+def _address(words: bytes) -> str:
+    """As text, from the kernel's words of four bytes, each turned round."""
+    turned = b"".join(words[start : start + 4][::-1] for start in range(0, len(words), 4))
+    address = ipaddress.ip_address(turned)
+    return str(getattr(address, "ipv4_mapped", None) or address)

@@ -186,6 +186,9 @@ def test_a_fit_that_needs_a_lost_node_ends_and_names_it(start, start_node, long_
     assert "WorkersFailedError: node " in driver.text
     assert "there is room for 1 of 2 workers" in driver.text
     assert "goes on from the last checkpoint" in driver.text
+    # Not the log of what was lost: ours, a line of Ray's or two, and the workers'.
+    assert len(driver.errors) < 8, driver.text
+    assert all(line.startswith("[") for line in driver.lines), driver.text
 
 
 def test_a_cluster_that_asks_for_a_token_says_which_variable_to_set(start, start_node, long_store, tmp_path):

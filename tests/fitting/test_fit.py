@@ -311,6 +311,19 @@ def test_fresh_forgets_an_interrupted_fit_and_keeps_files_of_others(make_store, 
     assert (tmp_path / "cut" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("stage", ["centre", "distill"])
+def test_fresh_forgets_the_checkpoints_of_all_stages(make_store, tmp_path, stage):
+    store, checkpoint = make_store(), tmp_path / "fit" / f"{stage}.checkpoint.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(store, QUICK, out=tmp_path / "fit", on_progress=InterruptAt("statistics"))
+    checkpoint.write_bytes(b"of an earlier fit")
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(store, replace(QUICK, seed=1), out=tmp_path / "fit", fresh=True, on_progress=InterruptAt("statistics"))
+
+    assert not checkpoint.exists()
+
+
 def test_a_fit_folder_of_a_newer_release_is_refused(make_store, tmp_path):
     (tmp_path / "fit").mkdir()
     (tmp_path / "fit" / "fit.json").write_text(json.dumps({"format": "pdiff-fit", "format_version": 7}))

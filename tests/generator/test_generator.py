@@ -187,7 +187,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pdiff_plugin.snapshots.tensor_files.TensorFileWriter.write", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="the disk is full"):
         make_generator().save(tmp_path)
 
     assert path.read_bytes() == before

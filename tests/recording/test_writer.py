@@ -150,7 +150,7 @@ def test_a_full_disk_stops_recording_with_one_warning_and_training_goes_on(net, 
     assert isinstance(recorder.error, OSError)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "recording stopped, training goes on" in caplog.text
-    assert "No space left on device" in caplog.text
+    assert "cannot be written: the disk is full" in caplog.text
     store = SnapshotStore.open(tmp_path)
     assert store.steps.tolist() == [1, 2, 3, 4]
     assert store.problems == []
