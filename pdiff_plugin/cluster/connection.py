@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 import socket
 import textwrap
 import time
@@ -38,6 +39,7 @@ from pdiff_plugin.errors import (
     StorageNotSharedError,
     WorkersFailedError,
 )
+from pdiff_plugin.progress import terminate
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +87,11 @@ def connected(address: str | None) -> Iterator[None]:
 
 
 def _join(address: str, options: dict[str, Any]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **options)
+        if before is terminate:  # Ray takes SIGTERM for itself, and would leave out what our own exit does
+            signal.signal(signal.SIGTERM, before)
     except _REFUSED as error:
         raise ClusterAccessError(address, _first_line(error)) from error
     except (ConnectionError, RuntimeError) as error:

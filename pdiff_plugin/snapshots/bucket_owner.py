@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from pdiff_plugin.errors import FolderInUseError, FormatError
-from pdiff_plugin.snapshots.files import check_format
+from pdiff_plugin.snapshots.files import check_format, is_number, parse_json
 from pdiff_plugin.snapshots.processes import Process, this_process
 
 logger = logging.getLogger(__name__)
@@ -82,23 +82,26 @@ class BucketOwner:
         started, is_told = time.monotonic(), False
         # By its own clock it may be gone for long; by one that is ahead of ours, it would never be.
         while (found := self._found()) and time.time() - found["time"] < _GONE_AFTER_S and found["id"] != self.id:
+            process = Process.from_json(found)
+            assert process is not None  # as _found makes sure
             if found != first:
-                raise FolderInUseError(self.url, str(_process(found)))
-            if _process(found).has_ended() or time.monotonic() - started > _GONE_AFTER_S:
+                raise FolderInUseError(self.url, str(Process.from_json(found)))
+            if process.has_ended() or time.monotonic() - started > _GONE_AFTER_S:
                 return
             if not is_told:
                 is_told = True
-                logger.warning("waiting to see whether %s still writes to %s", _process(found), self.url)
+                logger.warning("waiting to see whether %s still writes to %s", process, self.url)
             time.sleep(_LOOK_EVERY_S)
 
     def _found(self) -> dict[str, Any]:
+        where = f"{self.url}/{OWNER_NAME}"
         try:
-            found = json.loads(self.fs.cat_file(self.path))
+            found = parse_json(self.fs.cat_file(self.path), where, f"a {FORMAT} document; delete it")
         except FileNotFoundError:
             return {}
-        except ValueError as error:
-            raise FormatError(self.url, f"an unreadable {OWNER_NAME} ({error})", FORMAT, "Delete it.") from error
-        check_format(f"{self.url}/{OWNER_NAME}", found if isinstance(found, dict) else {}, FORMAT, FORMAT_VERSION)
+        check_format(where, found if isinstance(found, dict) else {}, FORMAT, FORMAT_VERSION)
+        if not is_number(found.get("time")) or Process.from_json(found) is None:
+            raise FormatError(where, "no process, or no time", f"a {FORMAT} document", "Delete it.")
         return dict(found)
 
     def _tell(self) -> None:
@@ -111,13 +114,9 @@ class BucketOwner:
             try:
                 found = self._found()
                 if found.get("id", self.id) != self.id:
-                    self._taken_by = str(_process(found))
+                    self._taken_by = str(Process.from_json(found))
                     logger.warning("%s", FolderInUseError(self.url, self._taken_by))
                     return
                 self._tell()
             except Exception as error:  # not every bucket raises OSError
                 logger.warning("could not write to %s, trying again (%s)", self.path, error)
-
-
-def _process(document: dict[str, Any]) -> Process:
-    return Process(document["host"], document["machine"], document["pid"], document["started"])

@@ -102,13 +102,9 @@ def _files(folder: Path) -> list[Path]:
 def _process(path: Path) -> Process | None:
     """Whose file it is; None if it is gone or says nothing that can be understood."""
     try:
-        found = read_json(path, FORMAT, FORMAT_VERSION)
+        return Process.from_json(read_json(path, FORMAT, FORMAT_VERSION))
     except (FileNotFoundError, FormatError, FormatVersionError):
         return None
-    match found:
-        case {"host": str(host), "machine": str(machine), "pid": int(pid), "started": int(started)}:
-            return Process(host, machine, pid, started)
-    return None
 
 
 def _name_of(path: Path) -> str:

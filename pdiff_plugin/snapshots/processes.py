@@ -31,6 +31,14 @@ class Process:
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
+    @classmethod
+    def from_json(cls, document: object) -> Process | None:
+        """The process that a document names, given anything; None if it names none."""
+        match document:
+            case {"host": str(host), "machine": str(machine), "pid": int(pid), "started": int(started)}:
+                return cls(host, machine, pid, started)
+        return None
+
     def has_ended(self) -> bool | None:
         """Whether it has; None if that cannot be known from here."""
         if self.machine != _machine() or os.name != "posix":  # elsewhere os.kill ends what it is asked about
