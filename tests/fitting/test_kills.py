@@ -50,7 +50,9 @@ def is_finished(out: Path) -> bool:
     return path.exists() and json.loads(path.read_text())["status"] == "finished"
 
 
-@pytest.mark.parametrize(("number", "code", "times"), [(signal.SIGKILL, -9, 50), (signal.SIGTERM, 143, 20)])
+@pytest.mark.parametrize(
+    ("number", "code", "times"), [(signal.SIGKILL, -9, 50), (signal.SIGTERM, 143, 20)], ids=["kill", "term"]
+)
 def test_a_fit_that_is_ended_again_and_again_is_bit_identical(tmp_path, number, code, times):
     layout = Layout.from_tensors({"w": torch.zeros(40, 50)})
     rng = torch.Generator().manual_seed(0)
