@@ -240,7 +240,7 @@ def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in found.items():
         if name.startswith("shifted/"):
             _figures(value)
-        elif not (value is None or is_number(value)):
+        elif not (value is None or (is_number(value) and not math.isinf(value))):
             raise ValueError(f"{name} that is no number")
     return dict(found)
 
