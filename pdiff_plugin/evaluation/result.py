@@ -31,7 +31,6 @@ _DETAILS: dict[str, type[Any]] = {
     **dict.fromkeys(("num_items", "num_snapshots", "num_values", "num_draws"), int),
     **dict.fromkeys(("trajectories", "parameters"), list),
     **dict.fromkeys(("generator", "provenance"), dict),
-    "changed_since_fit": str,
 }
 ARRAYS_NAME = "evaluation.safetensors"
 
@@ -241,7 +240,7 @@ def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in found.items():
         if name.startswith("shifted/"):
             _figures(value)
-        elif not (value is None or is_number(value)):
+        elif not (value is None or (is_number(value) and not math.isinf(value))):
             raise ValueError(f"{name} that is no number")
     return dict(found)
 
@@ -250,6 +249,8 @@ def _details(found: Mapping[str, Any]) -> dict[str, Any]:
     for name, kind in _DETAILS.items():
         if not isinstance(found.get(name, kind()), kind) or (kind is int and not is_number(found.get(name, 0))):
             raise ValueError(f"{name} that is no {kind.__name__}")
+    if not isinstance(found.get("changed_since_fit"), str | None):
+        raise ValueError("changed_since_fit that is no text")
     for name in ("report", "config", "provenance"):
         if not isinstance(found.get("generator", {}).get(name, {}), dict):
             raise ValueError(f"{name} of the generator that is no dict")

@@ -193,8 +193,9 @@ class Training:
             shape = () if key == "step" else tuple(self.parameters[int(index)].shape)
             check_shapes(tensors, {f"optimizer.{name}": shape}, (torch.float32,))
             moments.setdefault(int(index), {})[key] = tensor
-        if moments and {len(moments), *map(len, moments.values())} != {len(self.parameters), len(moments[0])}:
-            raise ValueError("an optimizer of other parameters")
+        # A parameter that took no part has none of them.
+        if len({frozenset(values) for values in moments.values()}) > 1:
+            raise ValueError("an optimizer that lacks some of its moments")
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.rng.set_state(tensors["rng"])
         for name, tensor in self.tensors.items():

@@ -485,7 +485,6 @@ def test_a_generator_of_another_model_is_refused_before_it_draws(model):
         ("[]", {}, FormatError, "found settings of type list, expected a JSON object of settings"),
         ('{"class_axis": 1.5}', {}, FormatError, "found class_axis 1.5, expected a value of type int"),
         ('{"strategy": null}', {}, FormatError, "found strategy None, expected a value of type str"),
-        ('{"task": "juggling"}', {}, ConfigError, "task = 'juggling': it must be one of"),
         ("{}", {"members/1.weight": torch.tensor(3.0)}, FormatError, "found no members, or some of no number"),
         ("{}", {"members/1.weight": torch.zeros(2, 5, dtype=torch.int64)}, LayoutMismatchError, "torch.int64"),
     ],

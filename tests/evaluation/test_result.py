@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def figures(**changes: Any) -> dict[str, Any]:
         ({"comparisons": [DOCUMENT["comparisons"][0] | {"nll": "low"}]}, "loss of a comparison that is 'low'"),
         ({"seconds": {"score": "long"}}, "score that is no number"),
         ({"cost": {"average": 3}}, "AttributeError"),
+        ({"cost": {"average": {"forward_passes": math.inf}}}, "forward_passes that is no number"),
         ({"details": 3}, "AttributeError"),
         ({"details": DOCUMENT["details"] | {"num_items": "many"}}, "num_items that is no int"),
         ({"details": DOCUMENT["details"] | {"trajectories": 3}}, "trajectories that is no list"),

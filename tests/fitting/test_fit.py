@@ -613,7 +613,7 @@ def test_a_fit_json_of_something_else_is_refused_by_its_path(make_store, tmp_pat
         ("diffusion", {"average.network.outlet.bias": None}, {}, "tensor 'average.network.outlet.bias' missing"),
         # AdamW would write beyond its end.
         ("diffusion", {"optimizer.0.exp_avg": torch.zeros(())}, {}, "tensor 'optimizer.0.exp_avg' of shape ()"),
-        ("diffusion", {"optimizer.0.exp_avg": None}, {}, "an optimizer of other parameters"),
+        ("diffusion", {"optimizer.0.exp_avg": None}, {}, "an optimizer that lacks some of its moments"),
         ("diffusion", {"rng": torch.zeros(3, dtype=torch.uint8)}, {}, "RNG state"),
         ("diffusion", {}, {"step": -(10**6)}, "step -1000000 of"),
         ("diffusion", {}, {"step": 10**6}, "step 1000000 of"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -268,6 +269,7 @@ def report(folder: Path, _: Path) -> None:
 
 
 def drawn_report(folder: Path, out: Path) -> None:
+    warnings.simplefilter("ignore", RuntimeWarning)  # of numpy, on figures at the end of floats: no error of ours
     assert SCRIPT not in write_report(folder, out).read_text(encoding="utf-8")
 
 

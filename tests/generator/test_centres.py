@@ -76,7 +76,6 @@ def test_settings_are_chosen_that_fit_what_is_to_be_predicted() -> None:
     ("document", "features", "text"),
     [
         ({"kind": "gp", "settings": {"length": 1.0, "noise": 0.0}}, torch.ones(3, 2), "singular"),
-        ({"kind": "ridge", "settings": {"degree": 1.0}}, torch.rand(3, 2), "a centre 'ridge' with the settings degree"),
         ({"kind": "mean", "settings": {}}, torch.full((3, 2), torch.inf), "with NaN or Inf"),
     ],
 )

@@ -299,7 +299,6 @@ def test_a_checkpoint_of_other_numbers_than_the_first_is_refused(net, tmp_path):
     [
         ("model.safetensors.index.json", '{"weight_map": ["model.safetensors"]}', "it is unreadable"),
         ("model.safetensors.index.json", '{"weight_map": {"a": 1, "b": "c"}}', "it is unreadable"),
-        ("model.safetensors.index.json", "[" * 100_000, "it is unreadable"),
         ("trainer_state.json", "[]", "found a list, expected the state of a trainer"),
         ("trainer_state.json", '{"global_step": ', "found unreadable JSON"),
     ],
