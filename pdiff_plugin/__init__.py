@@ -28,6 +28,7 @@ if _TYPE_CHECKING:
     from pdiff_plugin.config import FitConfig as FitConfig
     from pdiff_plugin.config import Perturb as Perturb
     from pdiff_plugin.config import RecorderConfig as RecorderConfig
+    from pdiff_plugin.config import RefineConfig as RefineConfig
     from pdiff_plugin.config import Reinit as Reinit
     from pdiff_plugin.config import SamplingConfig as SamplingConfig
     from pdiff_plugin.config import SubspaceConfig as SubspaceConfig
@@ -51,6 +52,7 @@ if _TYPE_CHECKING:
     from pdiff_plugin.evaluation.sweep import sweep as sweep
     from pdiff_plugin.evaluation.task import Task as Task
     from pdiff_plugin.fitting.fit import fit as fit
+    from pdiff_plugin.fitting.refine import refine as refine
     from pdiff_plugin.generator.generator import WeightGenerator as WeightGenerator
     from pdiff_plugin.generator.weights import WeightSet as WeightSet
     from pdiff_plugin.modules.swap import swap_ as swap_
@@ -82,6 +84,7 @@ _HOME = {
     "PDiffRecorder": "recording.recorder",
     "Perturb": "config",
     "RecorderConfig": "config",
+    "RefineConfig": "config",
     "Reinit": "config",
     "SamplingConfig": "config",
     "SnapshotStore": "snapshots.store",
@@ -100,6 +103,7 @@ _HOME = {
     "greedy_soup": "ensemble.soup",
     "import_checkpoints": "recording.checkpoints",
     "recalibrate_batchnorm": "ensemble.batchnorm",
+    "refine": "fitting.refine",
     "swap_": "modules.swap",
     "swapped": "modules.swap",
     "sweep": "evaluation.sweep",
@@ -126,6 +130,8 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "ConvConfig",
     "DiffusionConfig",
     "fit",
+    "refine",
+    "RefineConfig",
     "WeightGenerator",
     "SamplingConfig",
     "WeightSet",

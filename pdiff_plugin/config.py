@@ -652,6 +652,29 @@ class EvaluateConditionsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RefineConfig:
+    """How long and how freely a generator learns from the loss of a task."""
+
+    num_steps: int = 1000
+    """Steps of the optimizer."""
+    conditions_per_step: int = 8
+    """Conditions in each step, one batch at each of them."""
+    num_directions: int = 16
+    """Directions among the weights that are added to those in which recorded runs differ."""
+    lr: float = 1e-3
+    """Learning rate at the start; it falls to zero along a cosine."""
+    seed: int = 0
+    """Seed of every draw."""
+
+    def __post_init__(self) -> None:
+        _check("num_steps", self.num_steps, 1)
+        _check("conditions_per_step", self.conditions_per_step, 1)
+        _check("num_directions", self.num_directions, 1)
+        _check("lr", self.lr, 0)
+        _check("seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
     """Where work is done: in this process, on several workers of this machine, or on a Ray cluster."""
 

@@ -84,6 +84,9 @@ def evaluate_conditions(
         store.conditions, generator.trajectories, conditions, generator.variables, config.seed
     )
     notes = []
+    refined = generator.report.get("refinement", {})
+    if refined.get("best_step"):  # else it is as the fit made it
+        notes.append(_note_of(refined, is_refit))
     if is_refit:
         with timed(seconds, "refit"):
             generator = _refitted(store, generator, runs, refit_in, on_progress)
@@ -165,6 +168,20 @@ def _check(store: SnapshotStore, generator: WeightGenerator) -> None:
         if run not in store.conditions:
             found = "without a condition" if run in store.trajectories else "missing"
             raise ConfigError("store", str(store.path), f"must be the one of the fit; run {run} is {found}")
+
+
+def _note_of(refined: Mapping[str, Any], is_refit: bool) -> str:
+    """That the generator knows more than the recorded weights, which the rows beside it are made of."""
+    if is_refit:
+        raise ConfigError(
+            "generator",
+            "refined, and fitted on conditions to be judged",
+            "must be judged at others: the one fitted again without them would not be refined",
+        )
+    return (
+        f"The generator was refined by the loss of the task at {refined['num_conditions']} conditions; the judged ones "
+        "may have been among them, or close to some."
+    )
 
 
 def _refitted(

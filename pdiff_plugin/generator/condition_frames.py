@@ -1,6 +1,6 @@
 """Coordinates of the latent space in which snapshots of all conditions are one cloud about what is expected there.
 
-Shapes: B rows of a batch, K latent width, F features of a condition.
+Shapes: B rows of a batch, K latent width, F features of a condition, r directions that a task added.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from torch import Tensor
 
 from pdiff_plugin.generator.centres import Centre
 from pdiff_plugin.generator.condition import Condition
+from pdiff_plugin.generator.refinement import Refinement
 from pdiff_plugin.generator.state import check_finite, check_shapes, under
+
+_REFINEMENT = "refinement."
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,13 @@ class ConditionFrames:
         centre: what is expected at a condition.
         std: of the local coordinates, (1, K); their mean square is one.
         scale: what local coordinates are divided by, so that this holds.
+        refinement: what is made of the latents in the end, or None.
     """
 
     centre: Centre
     std: Tensor
     scale: float
+    refinement: Refinement | None = None
 
     num_trajectories = 1
 
@@ -39,16 +44,26 @@ class ConditionFrames:
         return self.std.shape[1]
 
     @property
+    def latent_dim(self) -> int:
+        """Width of the latents that come out, K or K + r."""
+        return self.width + (0 if self.refinement is None else self.refinement.num_directions)
+
+    @property
     def num_features(self) -> int:
         return self.centre.features.shape[1]
 
     def to_local(self, latents: Tensor, condition: Condition) -> Tensor:
-        """Local coordinates (B, K) of latents (B, K)."""
+        """Local coordinates (B, K) of latents (B, K) as they are before a refinement."""
         return (latents - self._expected(condition)) / self.scale
 
     def to_latents(self, local: Tensor, condition: Condition) -> Tensor:
-        """Latents (B, K) of local coordinates (B, K)."""
-        return self._expected(condition) + self.scale * local
+        """Latents (B, K), refined (B, K + r), of local coordinates (B, K)."""
+        latents = self._expected(condition) + self.scale * local
+        if self.refinement is None:
+            return latents
+        assert condition.features is not None
+        refined: Tensor = self.refinement(latents, condition.features)
+        return refined
 
     def _expected(self, condition: Condition) -> Tensor:
         assert condition.features is not None, "a generator of conditions is asked by features"
@@ -56,7 +71,9 @@ class ConditionFrames:
 
     def state_dict(self) -> dict[str, Tensor]:
         centre = {f"centre.{name}": tensor for name, tensor in self.centre.state_dict().items()}
-        return {**centre, "std": self.std, "scale": torch.tensor(self.scale, dtype=torch.float64)}
+        own = {"std": self.std, "scale": torch.tensor(self.scale, dtype=torch.float64)}
+        refinement = {} if self.refinement is None else self.refinement.state_dict()
+        return {**centre, **own, **{f"{_REFINEMENT}{name}": tensor for name, tensor in refinement.items()}}
 
     @classmethod
     def from_state(cls, document: Mapping[str, Any], state: Mapping[str, Tensor]) -> ConditionFrames:
@@ -64,7 +81,10 @@ class ConditionFrames:
         centre = Centre.from_state(document, under(state, "centre."))
         check_shapes(state, {"std": (1, centre.means.shape[1]), "scale": ()})
         check_finite(state, ("std", "scale"))
-        return cls(centre, state["std"].to(torch.float32, copy=True), float(state["scale"]))
+        refinement = None
+        if own := under(state, _REFINEMENT):
+            refinement = Refinement.from_state(own, centre.features.shape[1], centre.means.shape[1])
+        return cls(centre, state["std"].to(torch.float32, copy=True), float(state["scale"]), refinement)
 
 
 def condition_frames(centre: Centre, latents: Tensor, features: Tensor) -> ConditionFrames:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdiff_plugin.config import SamplingConfig, check_sampler, configured
 from pdiff_plugin.errors import ConfigError, UnknownConditionError
@@ -106,12 +106,28 @@ class WeightGenerator(GeneratorParts):
         if rng is None:
             rng = torch.Generator()
             rng.seed()
-        asked, device = self._asked(num_members, condition, sampling), next(network.parameters()).device
+        return self._drawn(network, self._asked(num_members, condition, sampling), sampling, rng, on_step)
+
+    @torch.no_grad()
+    def latents_of(self, asked: Condition, rng: torch.Generator) -> Tensor:
+        """Latents of one member for each row of ``asked``, drawn by the generator's own sampler."""
+        return self._drawn(self.denoiser, asked, self._resolved(SamplingConfig()), rng, None)
+
+    def _drawn(
+        self,
+        network: nn.Module,
+        asked: Condition,
+        sampling: SamplingConfig,
+        rng: torch.Generator,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """Latents (M, K) of members for the rows of ``asked``, with resolved settings."""
+        device = next(network.parameters()).device
         # Drawn where the rng lives, so that one seed gives the same members on every device.
-        shape = (num_members, self.frames.width)
+        shape = (len(asked), self.frames.width)
         noise = sampling.temperature * torch.randn(shape, generator=rng, device=rng.device, dtype=torch.float32)
         parts = []
-        for start in range(0, num_members, _MEMBER_BATCH):
+        for start in range(0, len(asked), _MEMBER_BATCH):
             mine = slice(start, start + _MEMBER_BATCH)
 
             def tell(local: Tensor, own: Condition = asked[mine]) -> None:
@@ -119,7 +135,9 @@ class WeightGenerator(GeneratorParts):
                     on_step(self.frames.to_latents(local.cpu(), own))
 
             own = asked[mine].to(device)
-            local = run_sampler(network, noise[mine].to(device), own, process, sampling, rng=rng, on_step=tell)
+            local = run_sampler(
+                network, noise[mine].to(device), own, self.config.diffusion, sampling, rng=rng, on_step=tell
+            )
             parts.append(self.frames.to_latents(local.cpu(), asked[mine]))
         return torch.cat(parts)
 

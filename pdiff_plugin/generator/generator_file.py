@@ -3,7 +3,8 @@
     generator.safetensors    tensors ``autoencoder.*``, ``frames.*``, ``denoiser.*`` and, if distilled, ``one_step.*``,
                              if aligned, ``alignment.*``; the header holds, as JSON text, ``config``, ``layout``,
                              ``trajectories``, ``report`` (what the fit measured) and ``provenance``; version 2, of a
-                             generator with conditions, also ``variables``, ``conditions`` and ``centre``
+                             generator with conditions, also ``variables``, ``conditions`` and ``centre``; version 3 is
+                             one whose ``frames.*`` hold what a task taught (``frames.refinement.*``)
 
 Shapes: R trajectories, K latent width, U hidden units of an alignment.
 """
@@ -41,9 +42,9 @@ T = TypeVar("T")
 P = TypeVar("P", bound="GeneratorParts")
 
 FORMAT = "pdiff-generator"
-FORMAT_VERSION = 2
-# Generators without conditions are as they were, and older releases read them.
-_VERSION_WITHOUT_CONDITIONS = 1
+FORMAT_VERSION = 3
+# Generators that need no more are as they were, and older releases read them.
+_VERSION_WITHOUT_CONDITIONS, _VERSION_WITHOUT_REFINEMENT = 1, 2
 FILE_NAME = "generator.safetensors"
 # By the `kind` of their settings.
 AUTOENCODERS: dict[str, type[Autoencoder]] = {"subspace": SubspaceAutoencoder, "conv": ConvAutoencoder}
@@ -110,7 +111,7 @@ class GeneratorParts:
         }
         version = _VERSION_WITHOUT_CONDITIONS
         if self.variables is not None and isinstance(self.frames, ConditionFrames):
-            version = FORMAT_VERSION
+            version = _VERSION_WITHOUT_REFINEMENT if self.frames.refinement is None else FORMAT_VERSION
             header |= {"variables": self.variables.to_json(), "conditions": self.conditions}
             header |= {"centre": self.frames.centre.to_json()}
         save_tensors(path, tensors, FORMAT, version, {name: json.dumps(part) for name, part in header.items()})
@@ -148,12 +149,10 @@ def _read_parts(file: _File) -> dict[str, Any]:
         variables = file.header("variables", Variables.from_json)
         conditions = file.header("conditions", partial(_conditions, variables, len(trajectories)))
         with file.part("frames.") as state:
-            sizes = {
-                "centre.features": ("R", variables.num_features),
-                "centre.means": ("R", autoencoder.latent_dim),
-            }
-            check_shapes(state, sizes)
+            check_shapes(state, {"centre.features": ("R", variables.num_features)})
             frames = file.header("centre", partial(ConditionFrames.from_state, state=state))
+            num_recorded = autoencoder.latent_dim - frames.latent_dim + frames.width
+            check_shapes(state, {"centre.means": ("R", num_recorded)})
     else:
         with file.part("frames.") as state:
             check_shapes(state, {"centre": (len(trajectories), autoencoder.latent_dim)})

@@ -335,6 +335,17 @@ def test_generators_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
         evaluate_conditions(task_of(linear), store, generator)
 
 
+def test_a_refined_generator_is_judged_as_one_and_never_replaced_by_a_fit(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", linear)
+    fitted = [run for run in store.trajectories if run not in HELD_OUT]
+    generator: Any = Oracle(store, fitted, linear)
+    generator.report = {"refinement": {"num_conditions": 9, "best_step": 50}}
+    found = evaluate_conditions(task_of(linear), store, generator, num_members=2)
+    assert any("refined by the loss of the task at 9 conditions" in note for note in found.notes)
+    with pytest.raises(ConfigError, match="would not be refined"):
+        evaluate_conditions(task_of(linear), store, generator, conditions=fitted[2:4])
+
+
 def test_members_that_answer_with_nan_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"4 of 4 members at c=.*answers with NaN or Inf there"):
         judged(tmp_path, linear, lambda c: linear(c) * math.nan)

@@ -94,7 +94,7 @@ class Guard:
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
-        if self.allowed is None:
+        if self.allowed is None or not args:
             return
         if event in FORBIDDEN:
             self.found.append(f"{event} {args[:1]}")

@@ -156,7 +156,7 @@ def test_a_file_of_a_newer_release_is_refused_by_both_numbers(tmp_path):
     with pytest.raises(FormatVersionError) as error:
         WeightGenerator.load(path)
 
-    assert "has format version 99; this release reads versions up to 2" in str(error.value)
+    assert "has format version 99; this release reads versions up to 3" in str(error.value)
 
 
 def test_other_files_are_refused(tmp_path):
