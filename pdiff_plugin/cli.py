@@ -35,6 +35,7 @@ from pdiff_plugin.config import (
     EvaluateConfig,
     FitConfig,
     RecorderConfig,
+    RefineConfig,
     SamplingConfig,
     TuneConfig,
 )
@@ -455,6 +456,43 @@ def generate(
     console.say(f"{len(paths)} members of {fitted.layout.num_values:,} values each in {out}")
 
 
+def refine(
+    generator: FitPath,
+    *,
+    task: TaskName,
+    loss: Annotated[str, arg(metavar="MODULE:FUNCTION")],
+    out: Path,
+    conditions: Path | None = None,
+    json: Json = False,
+    config: Annotated[RefineConfig, Inline] = RefineConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Teach a generator of conditions by the loss of the task, for which recorded weights alone give no measure.
+
+    Args:
+        loss: Takes (model, condition) and returns the loss of one batch of training data there, drawn anew each time.
+        out: Folder for the refined generator; interrupted, the same command goes on.
+        conditions: File of conditions to learn at, one JSON mapping a line, best many that were never recorded; the
+            recorded ones unless given. Those that it will be judged at should not be among them.
+    """
+    from pdiff_plugin.evaluation.condition_task import task_at
+    from pdiff_plugin.snapshots.conditions import read_condition_lines
+
+    fitted = pdiff.WeightGenerator.load(generator)
+    if not fitted.conditions:
+        raise ConfigError("generator", str(generator), "must be fitted on runs with conditions")
+    learned_at = read_condition_lines(conditions) if conditions is not None else None
+    model = task_at(function_named("--task", task), fitted.conditions[0]).model
+    measure = find_function("--loss", loss, "model", "condition")
+    with console.progress() as on_progress:
+        refined = pdiff.refine(fitted, model, measure, config, conditions=learned_at, out=out, on_progress=on_progress)
+    report = refined.report["refinement"]
+    if json:
+        describe.print_json(report)
+        return
+    describe.show_refinement(report)
+    console.say(f"\nJudge it: pdiff evaluate {out} --task {task} --conditions held-out")
+
+
 def sweep(
     generator: FitPath,
     *,
@@ -688,13 +726,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import": import_,
     "fit": fit,
     "tune": tune,
+    "refine": refine,
     "generate": generate,
     "sweep": sweep,
     "evaluate": evaluate,
     "report": report,
 }
 _CONFIGS = (
-    *(FitConfig, *AUTOENCODER_CONFIGS.values(), DiffusionConfig, TuneConfig),
+    *(FitConfig, *AUTOENCODER_CONFIGS.values(), DiffusionConfig, TuneConfig, RefineConfig),
     *(SamplingConfig, Gate, SaveBest, OverConditions, EvaluateConfig, DistributedConfig),
 )
 _PRESETS: dict[str, Callable[[], FitConfig]] = {"default": FitConfig, "paper": FitConfig.paper}

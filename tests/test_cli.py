@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from pdiff_plugin import FitConfig, SnapshotStore, __version__, cli
+from pdiff_plugin import FitConfig, SnapshotStore, WeightGenerator, __version__, cli
 from pdiff_plugin.cli import main
 from pdiff_plugin.config import ConvConfig, SubspaceConfig
 from pdiff_plugin.snapshots.conditions import set_condition
@@ -756,3 +756,39 @@ def test_a_condition_that_cannot_be_is_told_before_anything_is_written(
     assert main(["generate", str(sweep_fit), "--out", str(out), *given]) == 1
     assert text in error_text(capsys)
     assert not out.exists()
+
+
+def test_a_generator_is_refined_by_a_loss_and_says_what_that_gave(
+    sweep_fit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"refining_{tmp_path.name}"
+    (tmp_path / f"{module}.py").write_text(
+        "import torch\nfrom pdiff_plugin import Task\n\n"
+        "def task(angle):\n    return Task(torch.nn.Sequential(), [])\n\n"
+        "def net(angle):\n"
+        "    model = torch.nn.Module()\n    model.norm = torch.nn.Linear(5, 8)\n"
+        "    model.forward = lambda x: model.norm(x)\n    return Task(model, [])\n\n"
+        "def loss(model, condition):\n    x = torch.randn(16, 5)\n"
+        "    return (model(x) - condition['angle'] / 100).square().mean()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    command = ["refine", str(sweep_fit), "--task", f"{module}:net", "--loss", f"{module}:loss", "--out", "refined"]
+    quick = ["--num-steps", "60", "--num-directions", "2", "--lr", "0.01"]
+    (tmp_path / "at.jsonl").write_text(
+        "".join(f'{{"angle": {angle}, "style": "ink"}}\n' for angle in range(0, 360, 20))
+    )
+    assert main([*command, *quick, "--conditions", "at.jsonl"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"refined +\d+ ", text)
+    assert "2 of 18 conditions held out" in text
+    assert "pdiff evaluate refined --task" in text
+    report = WeightGenerator.load(tmp_path / "refined").report["refinement"]
+    assert report["heldout_loss"] < report["heldout_loss_before"]
+    assert main([*command, *quick, "--conditions", "at.jsonl", "--json"]) == 0  # it had finished
+    assert json.loads(capsys.readouterr().out) == report
+
+    assert main([*command[:-1], "other", "--task", f"{module}:task", *quick]) == 1
+    assert "norm.weight" in error_text(capsys)
+    assert main([*command[:-1], "other", "--loss", f"{module}:task", *quick]) == 1
+    assert "must name a function that takes model, condition" in error_text(capsys)
+    assert not (tmp_path / "other").exists()

@@ -108,11 +108,11 @@ def refine(
     if folder is not None and (folder / FILE_NAME).exists():
         return _finished(folder, config)
     cloud = _Cloud.of(generator, conditions, config)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
     runtime = Runtime(folder, on_progress)
     started = time.perf_counter()
     with _weights_into(model, generator) as model_with:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         training = _Refining(generator, cloud, loss, model_with, config, runtime)
         training.run()
     report = {
