@@ -9,6 +9,7 @@
 
     python examples/dials.py record trial --seed 0 --data ~/data     # one run per condition, all from one base
     python examples/dials.py judge trial --seed 0 --data ~/data      # fit without the held-out ones, and compare
+    python examples/dials.py refine trial --seed 0 --data ~/data     # teach what was fitted by the task, and compare
     python examples/dials.py table trial                             # over all seeds that were judged
     python examples/dials.py record judge table angle --smoke        # synthetic images; figures mean nothing
 
@@ -22,18 +23,34 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from dial_workloads import WORKLOADS, Sweep, Variant
+from dial_workloads import WORKLOADS, Condition, Sweep, Variant
+from dial_workloads.from_base import map_from_base
 from torch import nn
 from workload_data import cifar10, synthetic
 
-from pdiff_plugin import ConditionEvaluation, DiffusionConfig, FitConfig, SubspaceConfig, evaluate_conditions, fit
+from pdiff_plugin import (
+    ConditionEvaluation,
+    DiffusionConfig,
+    FitConfig,
+    RefineConfig,
+    SubspaceConfig,
+    WeightGenerator,
+    evaluate_conditions,
+    fit,
+    refine,
+)
 from pdiff_plugin.config import ConditionConfig
 
-COMMANDS = ("record", "judge", "table")
+COMMANDS = ("record", "judge", "refine", "table")
+
+# Of refining: steps, conditions in each, images at each of them; less of what has many layers.
+BUDGETS = {"trial": (300, 4, 32), "domains": (300, 4, 32), "lora": (300, 4, 32)}
+BUDGET = (1000, 8, 64)
 
 
 def main() -> None:
@@ -63,6 +80,8 @@ def main() -> None:
                 sweep.record()
             if "judge" in commands:
                 judge(sweep)
+            if "refine" in commands:
+                refine_all(sweep)
         if "table" in commands:
             table(name, options.out)
 
@@ -116,10 +135,61 @@ def judge(sweep: Sweep) -> None:
             found.save_picture(folder / "conditions.png")
 
 
+def refine_all(sweep: Sweep) -> None:
+    """Refine what was fitted to each variant by the loss of the task, and compare at what it holds out.
+
+    At the recorded conditions, and where the task can make others at those. Beside it stands the same map trained from
+    the base model, without recordings: for as many steps, and for as many images as the recording took, too.
+    """
+    num_steps, num_conditions, num_images = (20, 2, 16) if sweep.smoke else BUDGETS.get(sweep.name, BUDGET)
+    recipe = sweep.recipe
+    for variant in sweep.variants():
+        fitted = sweep.folder / f"judged {variant.name}".strip().replace(" ", "-") / "fit"
+        generator = WeightGenerator.load(fitted)
+        for where, conditions in (("recorded", generator.conditions), ("any", sweep.drawn(variant))):
+            folder = sweep.folder / f"refined at {where} {variant.name}".strip().replace(" ", "-")
+            if not conditions or (folder / "conditions.json").exists():
+                continue
+            sweep.recipe = replace(recipe, batch_size=num_images)
+
+            def loss(model: Any, condition: Condition, variant: Variant = variant) -> torch.Tensor:
+                rng = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+                return sweep.loss(model, variant.original(condition), rng)
+
+            settings = RefineConfig(num_steps=num_steps, conditions_per_step=num_conditions, seed=sweep.seed)
+            refined = refine(generator, sweep.base(), loss, settings, conditions=conditions, out=folder / "refined")
+            extra = sweep.extra(variant, generator)
+            if where == "any":
+                recorded = len(generator.conditions) * recipe.num_steps * recipe.batch_size
+                more = recorded // (num_conditions * num_images)
+                for name, steps in (("from the base", num_steps), ("from the base, sweep's images", num_steps + more)):
+                    extra[name] = map_from_base(
+                        sweep,
+                        conditions,
+                        refined.variables.encode,
+                        steps,
+                        conditions_per_step=num_conditions,
+                        num_directions=settings.num_directions,
+                        lr=settings.lr,
+                    )
+            sweep.recipe = recipe
+            found = evaluate_conditions(
+                lambda variant=variant, **condition: sweep.task(**variant.original(condition)),
+                variant.store,
+                refined,
+                conditions=variant.held_out,
+                extra=extra,
+                num_members=4 if sweep.smoke else 8,
+                seed=sweep.seed,
+            )
+            print(f"{sweep.name} {variant.name}, refined at {where} conditions\n{found}\n", flush=True)
+            found.save(folder)
+
+
 def table(name: str, folder: Path) -> None:
     """Print what was found for a workload over all of its seeds, their conditions taken together."""
     variants: dict[str, list[ConditionEvaluation]] = {}
-    for path in sorted(folder.glob(f"{name}-*/judged*/conditions.json")):
+    for path in sorted(folder.glob(f"{name}-*/*/conditions.json")):
         variants.setdefault(path.parent.name, []).append(ConditionEvaluation.load(path))
     for variant, found in variants.items():
         pooled = ConditionEvaluation.pooled(found)

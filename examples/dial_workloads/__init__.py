@@ -6,6 +6,7 @@ from .angle import Angle
 from .codes import Codes
 from .domains import Domains
 from .lora import Lora
+from .sweep import Condition as Condition
 from .sweep import Sweep as Sweep
 from .sweep import Variant as Variant
 from .tradeoff import Tradeoff

@@ -48,6 +48,12 @@ class Angle(GreySweep):
         others = runs(lambda angle: angle > 90 and angle % 30 > 0)
         return [*gaps, Variant("a missing quarter", runs(lambda angle: 0 < angle < 90), self.store, others)]
 
+    def drawn(self, variant: Variant) -> list[Condition]:
+        """Angles at random, none within a degree of a recorded one."""
+        angles = 360 * torch.rand(1200, generator=torch.Generator().manual_seed(100 + self.seed))
+        far = [angle for angle in angles.tolist() if 1 <= angle % STEP <= STEP - 1]
+        return [{"angle": angle} for angle in far[: 20 if self.smoke else 1000]]
+
     def altered(self, x: Tensor, condition: Condition, rng: torch.Generator) -> Tensor:
         return rotated(x, condition["angle"]).flatten(1)
 

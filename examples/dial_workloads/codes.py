@@ -98,6 +98,11 @@ class Codes(Sweep):
             Variant("two bits or more", far, self.store, near),
         ]
 
+    def drawn(self, variant: Variant) -> list[Condition]:
+        """All codes but those of the sweep, and the two that all classes share."""
+        own = {*self._fitted, *self._near, *self._far}
+        return [{"code": bits(code)} for code in range(1, 2**NUM_CLASSES - 1) if code not in own]
+
     def loss(self, model: nn.Module, condition: Condition, rng: torch.Generator) -> Tensor:
         x, y = self.batch(rng)
         found: Tensor = F.cross_entropy(model(x), torch.tensor(condition["code"])[y].long())

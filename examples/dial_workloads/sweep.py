@@ -116,6 +116,10 @@ class Sweep:
         """The readings of the sweep that are fitted and judged."""
         raise NotImplementedError
 
+    def drawn(self, variant: Variant) -> list[Condition]:
+        """Conditions that the task can make, none of which is recorded or judged, to refine a generator at."""
+        return []
+
     def loss(self, model: nn.Module, condition: Condition, rng: torch.Generator) -> Tensor:
         """Loss of one batch, drawn by ``rng`` from the training data at the condition."""
         x, y = self.batch(rng)
