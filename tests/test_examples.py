@@ -47,10 +47,12 @@ def test_every_other_workload_runs_too(tmp_path: Path, name: str) -> None:
     assert "At equal novelty" in text
 
 
-def test_a_dial_is_recorded_judged_and_shown(tmp_path: Path) -> None:
-    command = [str(EXAMPLES / "dials.py"), "record", "judge", "table", "angle", "--smoke", "--out", str(tmp_path)]
-    text = run(*command, cwd=tmp_path)
-    assert "== angle gaps of 60, 1 seeds" in text
+def test_a_dial_is_recorded_judged_refined_and_shown(tmp_path: Path) -> None:
+    words = ["record", "judge", "refine", "table", "angle"]
+    text = run(str(EXAMPLES / "dials.py"), *words, "--smoke", "--out", str(tmp_path), cwd=tmp_path)
+    for variant in ("gaps of 60", "refined at recorded gaps of 60", "refined at any gaps of 60"):
+        assert f"== angle {variant}, 1 seeds" in text
+    assert "\nfrom the base, sweep's images " in text
     for name in ("trained", "generated", "shuffled", "nearest", "ridge", "joint", "input turned back", "best cheap"):
         assert f"\n{name} " in text
     assert (tmp_path / "angle-0" / "judged-gaps-of-60" / "conditions.png").is_file()
@@ -59,6 +61,6 @@ def test_a_dial_is_recorded_judged_and_shown(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["trial", "codes", "domains", "lora", "tradeoff"])
 def test_every_other_dial_too(tmp_path: Path, name: str) -> None:
-    text = run(str(EXAMPLES / "dials.py"), "record", "judge", "table", name, "--smoke", cwd=tmp_path)
+    text = run(str(EXAMPLES / "dials.py"), "record", "judge", "refine", "table", name, "--smoke", cwd=tmp_path)
     assert f"== {name}" in text
     assert "\ngenerated " in text

@@ -26,6 +26,9 @@ from pdiff_plugin.snapshots.store import SnapshotStore
 
 logger = logging.getLogger(__name__)
 
+# Of two rows of float32: more than any have, and still a number when it is squared.
+_MAX_PRODUCT = 1e100
+
 MIN_SNAPSHOTS = 10
 MAX_NONFINITE = 0.05
 # With fewer different conditions there is nothing to learn from and to hold out: runs are only numbered.
@@ -120,6 +123,8 @@ def _restored(
     check_shapes(tensors, {"rows": ("N",)}, (torch.int64,))
     check_shapes(tensors, {"gram": ("N", "N"), "scales": (len(store.layout.tensors),)}, (torch.float64,))
     check_finite(tensors, ("gram", "scales"))
+    if tensors["gram"].numel() and float(tensors["gram"].abs().max()) > _MAX_PRODUCT:
+        raise ValueError(f"products of rows above {_MAX_PRODUCT:.0e}")
     rows = tensors["rows"]
     if len(rows) != len(tensors["gram"]) or bool((rows.diff() <= 0).any()) or not 0 <= rows[0] <= rows[-1] < len(store):
         raise ValueError("rows that are not places in the store, in order")
