@@ -50,6 +50,9 @@ def test_a_port_that_is_open_to_other_machines_would_be_seen():
 
 def test_what_keeps_ray_to_this_machine_ends_with_it(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    monkeypatch.setattr(
+        connection.ray._private.worker, "_global_node", None
+    )  # other tests' Ray would answer for itself
     before = dict(os.environ)
 
     with on_loopback():

@@ -190,10 +190,17 @@ def test_a_handler_of_the_users_own_stays_the_only_one(start, tmp_path):
         assert len(SnapshotStore.open(tmp_path / next(iter(place)))) >= 1
 
 
-def test_the_handler_goes_with_the_last_recorder(net, tmp_path):
+@pytest.fixture
+def default_sigterm():
+    """Other tests' Ray takes the signal for itself."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_handler_goes_with_the_last_recorder(net, tmp_path, default_sigterm):
     before = signal.getsignal(signal.SIGTERM)
     one, two = PDiffRecorder(tmp_path / "a").attach(net), PDiffRecorder(tmp_path / "b").attach(net)
-    assert before == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is not before
     one.close()
     assert signal.getsignal(signal.SIGTERM) is not before
