@@ -53,6 +53,8 @@ STAGE = "refine"
 _EVAL_EVERY = 50
 # Held-out conditions, and batches at each of them.
 _HELDOUT_SHARE, _MOST_HELDOUT, _NUM_BATCHES = 0.1, 16, 4
+# With six angles of a circle, what did better at one of them did worse between them.
+_FEW = 8
 # Members of each condition that the network is added to, so that it suits all of them.
 _NUM_MEMBERS = 4
 # Adam moves all parameters at one rate; in these units that suits each. Directions are in units of the weights.
@@ -177,6 +179,12 @@ class _Cloud:
         N = len(features)
         if N < 4:
             raise ConfigError("conditions", N, "must be at least 4 different ones")
+        if N < _FEW:
+            logger.warning(
+                "%d conditions are few to learn from: the one held out was recorded, too, and others may come to do "
+                "worse than before. Pass conditions= (--conditions) that were never recorded, as many as there can be.",
+                N,
+            )
         rng = torch.Generator().manual_seed(config.seed)
         latents = generator.latents_of(Asked.of(features.repeat_interleave(_NUM_MEMBERS, 0)), rng)
         heldout = spread_choice(features, min(_HELDOUT_SHARE, _MOST_HELDOUT / N), config.seed)

@@ -189,3 +189,13 @@ def test_what_cannot_be_refined_is_refused(circle, refined, walk_store: Path) ->
 
 def diffusion_of_one_step() -> FitConfig:
     return FitConfig(diffusion=pdiff.DiffusionConfig(max_steps=1, width=64))
+
+
+def test_few_conditions_to_learn_from_are_warned_of(
+    circle: pdiff.WeightGenerator, caplog: pytest.LogCaptureFixture
+) -> None:
+    refine(circle, Net(), loss, QUICK, conditions=ANGLES[:5], num_steps=1)
+    assert "5 conditions are few to learn from" in caplog.text
+    caplog.clear()
+    refine(circle, Net(), loss, QUICK, conditions=ANGLES, num_steps=1)
+    assert "few" not in caplog.text
