@@ -156,3 +156,35 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., St
     server.stdin.close()
     server.wait()
     server.stdout.close()
+
+
+COUNTING = """
+import os, signal, sys, time, torch
+from pdiff_plugin import PDiffRecorder
+model = torch.nn.Linear(40, 25)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+{before}
+recorder = PDiffRecorder(sys.argv[1], layers="all", max_snapshots=10**6).attach(model, optimizer)
+{after}
+for step in range(10**6):
+    with torch.no_grad():
+        model.weight.fill_(step + 1.0)
+    optimizer.step()
+    print(step + 1, flush=True)
+    time.sleep(0.0005)
+"""
+
+
+@pytest.fixture
+def start_counting(start: Callable[..., Started]) -> Callable[..., Started]:
+    """``start_counting(store)`` records a training without end, whose weights are the number of the step it prints.
+
+    It has taken its first step. ``before`` and ``after`` are lines to run before and after the recorder is attached.
+    """
+
+    def start_counting(store: Path, before: str = "", after: str = "") -> Started:
+        started = start(COUNTING.format(before=before, after=after), store)
+        started.wait_for("1\n")
+        return started
+
+    return start_counting

@@ -6,7 +6,6 @@ import pickle
 import random
 import signal
 import sys
-import textwrap
 import threading
 import time
 
@@ -131,27 +130,9 @@ def test_a_training_that_is_resumed_twice_is_recorded_in_two_trajectories(net, t
     assert store.trajectory_index.tolist() == [0, 0, 1, 1]
 
 
-TERMINATED = """
-    import os, signal, sys, time, torch
-    from pdiff_plugin import PDiffRecorder
-    model = torch.nn.Linear(40, 25)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    {before}
-    recorder = PDiffRecorder(sys.argv[1], layers="all", max_snapshots=10**6).attach(model, optimizer)
-    {after}
-    for step in range(10**6):
-        with torch.no_grad():
-            model.weight.fill_(step + 1.0)
-        optimizer.step()
-        print(step + 1, flush=True)
-        time.sleep(0.0005)
-"""
-
-
-def terminated(start, path, wait_s, before="", after=""):
+def terminated(start_counting, path, wait_s, before="", after=""):
     """Start a training, send it SIGTERM, and return its exit code, its last printed step and what it told."""
-    process = start(textwrap.dedent(TERMINATED).format(before=before, after=after), path)
-    process.wait_for("1\n")
+    process = start_counting(path, before, after)
     time.sleep(wait_s)
     process.send(signal.SIGTERM)
     code = process.wait()
@@ -159,8 +140,8 @@ def terminated(start, path, wait_s, before="", after=""):
     return code, int([line for line in lines if line.isdigit()][-1]), process.output
 
 
-def check_terminated(start, path, wait_s):
-    code, last, err = terminated(start, path, wait_s)
+def check_terminated(start_counting, path, wait_s):
+    code, last, err = terminated(start_counting, path, wait_s)
     store = SnapshotStore.open(path)
     assert code == -signal.SIGTERM
     assert "told to end (SIGTERM): every snapshot so far is on disk" in err
@@ -170,21 +151,21 @@ def check_terminated(start, path, wait_s):
     assert not list(path.rglob(".*"))
 
 
-def test_sigterm_writes_what_is_left_and_ends_the_process_as_it_would_have(start, tmp_path):
-    check_terminated(start, tmp_path / "a", 0.3)
+def test_sigterm_writes_what_is_left_and_ends_the_process_as_it_would_have(start_counting, tmp_path):
+    check_terminated(start_counting, tmp_path / "a", 0.3)
 
 
 @pytest.mark.slow
-def test_20_sigterms_lose_no_row(start, tmp_path):
+def test_20_sigterms_lose_no_row(start_counting, tmp_path):
     rng = random.Random()
     for attempt in range(20):
-        check_terminated(start, tmp_path / str(attempt), rng.uniform(0.0, 1.0))
+        check_terminated(start_counting, tmp_path / str(attempt), rng.uniform(0.0, 1.0))
 
 
-def test_a_handler_of_the_users_own_stays_the_only_one(start, tmp_path):
+def test_a_handler_of_the_users_own_stays_the_only_one(start_counting, tmp_path):
     handler = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))"
     for place in ({"before": handler}, {"after": handler}):
-        code, _, err = terminated(start, tmp_path / next(iter(place)), 0.1, **place)
+        code, _, err = terminated(start_counting, tmp_path / next(iter(place)), 0.1, **place)
         assert code == 7
         assert "told to end" not in err  # sys.exit closes the recorder at exit
         assert len(SnapshotStore.open(tmp_path / next(iter(place)))) >= 1

@@ -202,27 +202,10 @@ def test_rows_are_written_at_interpreter_exit(tmp_path):
     assert store.base() is not None
 
 
-KILLED = """
-    import sys, time, torch
-    from pdiff_plugin import PDiffRecorder
-    from pdiff_plugin.recording import writer
-    model = torch.nn.Linear(40, 25)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    recorder = PDiffRecorder(sys.argv[1], layers="all", max_snapshots=10**6).attach(model, optimizer)
-    for step in range(10**6):
-        with torch.no_grad():
-            model.weight.fill_(step + 1.0)
-        optimizer.step()
-        print(step + 1, flush=True)
-        time.sleep(0.0005)
-"""
-
-
-def kill_at_random_moments(start, tmp_path, times, rng):
+def kill_at_random_moments(start_counting, tmp_path, times, rng):
     for attempt in range(times):
         path = tmp_path / str(attempt)
-        process = start(KILLED, path)
-        process.wait_for("1\n")
+        process = start_counting(path)
         time.sleep(rng.uniform(0.0, 1.0))
         process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -242,13 +225,13 @@ def kill_at_random_moments(start, tmp_path, times, rng):
         assert not list(path.rglob(".tmp-*"))
 
 
-def test_a_killed_run_loses_at_most_the_open_chunk(start, tmp_path):
-    kill_at_random_moments(start, tmp_path, 2, random.Random())
+def test_a_killed_run_loses_at_most_the_open_chunk(start_counting, tmp_path):
+    kill_at_random_moments(start_counting, tmp_path, 2, random.Random())
 
 
 @pytest.mark.slow
-def test_a_run_killed_20_times_loses_at_most_the_open_chunk(start, tmp_path):
-    kill_at_random_moments(start, tmp_path, 20, random.Random())
+def test_a_run_killed_200_times_loses_at_most_the_open_chunk(start_counting, tmp_path):
+    kill_at_random_moments(start_counting, tmp_path, 200, random.Random())
 
 
 @pytest.mark.gpu
