@@ -86,12 +86,17 @@ def main() -> None:
             table(name, options.out)
 
 
+def folder_of(sweep: Sweep, what: str, variant: Variant) -> Path:
+    """Where the comparison of a variant lies."""
+    return sweep.folder / f"{what} {variant.name}".strip().replace(" ", "-")
+
+
 def judge(sweep: Sweep) -> None:
     """Fit each variant of a sweep without what it holds out, and leave the comparison in its folder."""
     # Variants of the same runs share their joint model.
     joint: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
     for variant in sweep.variants():
-        folder = sweep.folder / f"judged {variant.name}".strip().replace(" ", "-")
+        folder = folder_of(sweep, "judged", variant)
         if (folder / "conditions.json").exists():
             continue
         config = FitConfig(
@@ -144,10 +149,9 @@ def refine_all(sweep: Sweep) -> None:
     num_steps, num_conditions, num_images = (20, 2, 16) if sweep.smoke else BUDGETS.get(sweep.name, BUDGET)
     recipe = sweep.recipe
     for variant in sweep.variants():
-        fitted = sweep.folder / f"judged {variant.name}".strip().replace(" ", "-") / "fit"
-        generator = WeightGenerator.load(fitted)
+        generator = WeightGenerator.load(folder_of(sweep, "judged", variant) / "fit")
         for where, conditions in (("recorded", generator.conditions), ("any", sweep.drawn(variant))):
-            folder = sweep.folder / f"refined at {where} {variant.name}".strip().replace(" ", "-")
+            folder = folder_of(sweep, f"refined at {where}", variant)
             if not conditions or (folder / "conditions.json").exists():
                 continue
             sweep.recipe = replace(recipe, batch_size=num_images)

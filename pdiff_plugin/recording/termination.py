@@ -55,9 +55,9 @@ def _end(number: int, frame: FrameType | None) -> None:
         if os.getpid() == _installed_by:
             for recorder in list(_open):
                 recorder.close()
-                logger.warning(
-                    "told to end (SIGTERM): every snapshot so far is on disk. To go on, run the same training again "
-                    "from its last checkpoint."
-                )
+            logger.warning(
+                "told to end (SIGTERM): every snapshot so far is on disk. To go on, run the same training again from "
+                "its last checkpoint."
+            )
     finally:
         os.kill(os.getpid(), signal.SIGTERM)
