@@ -12,7 +12,7 @@ from rich.console import Console
 from pdiff_plugin import console
 from pdiff_plugin.progress import Progress
 
-HEADERS = ["set", "members", "acc mean", "± std", "best*", "worst", "ens acc", "ens NLL", "ens ECE", "IoU"]
+HEADERS = ["set", "members", "acc mean", "± std", "best*", "worst", "ens acc", "ens NLL", "ECE", "IoU"]
 HEADERS += ["IoU to snap", "nearest", "passes"]
 ROWS = [
     row.split()

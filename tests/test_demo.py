@@ -97,7 +97,7 @@ def test_its_table_is_whole_in_a_terminal_of_80_columns(
     assert max(map(len, table.splitlines())) <= 80
     assert [line for line in lines if line.startswith("set ")] == [
         "set acc mean ens NLL IoU members ± std best* worst",
-        "set ens acc ens ECE IoU to snap nearest passes",
+        "set ens acc at T ECE IoU to snap nearest passes",
     ]
     for name, *figures in evaluation.table()[1]:
         shown = [line.split()[1:] for line in lines if line.split()[:1] == [name]]

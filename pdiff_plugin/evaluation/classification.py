@@ -1,17 +1,19 @@
 """One class for each item: logits (B, C) and class indices (B,).
 
-Shapes: M members, B items in a batch, n items in all, C classes, S ensemble sizes, H divisions into halves.
+Shapes: M members, B items in a batch, n items in all, C classes, S ensemble sizes, H divisions into halves, T
+temperatures.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pdiff_plugin.errors import DataError
-from pdiff_plugin.evaluation import metrics
+from pdiff_plugin.evaluation import metrics, temperature
 from pdiff_plugin.evaluation.kind import (
     MEMBERS,
     NEAREST,
@@ -61,9 +63,16 @@ def check_logits(logits: Tensor, targets: Tensor, name: str) -> Tensor:
 
 
 def score_batch(logits: Tensor, targets: Tensor, order: Tensor) -> dict[str, Tensor]:
-    """Per-item results (..., B) of logits (M, B, C), without ``predicted`` of :func:`score_classes`."""
-    found = score_classes(logits, targets, order)
+    """Per-item results (..., B) of logits (M, B, C).
+
+    Those of :func:`score_classes` but ``predicted``, and of the whole ensemble at each temperature ``loss_at`` and
+    ``confidence_at``, (T, B).
+    """
+    log_probs = metrics.member_log_probs(logits)
+    found = _score(logits, log_probs, targets, order)
     del found["predicted"]
+    mean = log_probs.logsumexp(dim=0) - math.log(len(log_probs))  # (B, C)
+    found["loss_at"], found["confidence_at"] = temperature.scores_at(mean, targets)
     return found
 
 
@@ -73,7 +82,10 @@ def score_classes(logits: Tensor, targets: Tensor, order: Tensor) -> dict[str, T
     Beside what every kind has: ``confidence``, the ensemble's largest probability, and ``predicted``, its class, both
     (S, B), and ``brier``, (B,).
     """
-    log_probs = metrics.member_log_probs(logits)
+    return _score(logits, metrics.member_log_probs(logits), targets, order)
+
+
+def _score(logits: Tensor, log_probs: Tensor, targets: Tensor, order: Tensor) -> dict[str, Tensor]:
     log_true = -metrics.nll(log_probs, targets)  # (M, B)
     sizes = torch.tensor(ensemble_sizes(len(logits)))
     counts = sizes.double()[:, None]
@@ -112,6 +124,17 @@ def _ece(measured: Measured) -> float:
     return metrics.ece(scores.more["confidence"][measured.place], scores.score[measured.place])
 
 
+def loss_when_scaled(scores: Scores, first_half: Tensor) -> Tensor:
+    """NLL of the ensemble after temperature scaling, (n,)."""
+    return temperature.scaled(scores.more["loss_at"], scores.more["loss_at"], first_half)
+
+
+def _ece_when_scaled(measured: Measured) -> float:
+    more = measured.scores.more
+    confidence = temperature.scaled(more["confidence_at"], more["loss_at"], measured.first_half)
+    return metrics.ece(confidence, measured.scores.score[-1])
+
+
 def _reliability(scores: Scores) -> Tensor:
     """Count, confidence and accuracy by bin, (3, number of bins)."""
     bins = metrics.reliability(scores.more["confidence"][-1], scores.score[-1])
@@ -130,9 +153,14 @@ METRICS = (
     Metric("ensemble_accuracy", "ens acc", "%", ensemble_score, "higher", "accuracy of the mean probabilities"),
     Metric("ensemble_nll", "ens NLL", ".4f", ensemble_loss, "lower", "mean -log p(true) of the mean probabilities"),
     Metric(
-        "ensemble_ece", "ens ECE", ".4f", _ece, "lower",
+        "scaled_nll", "at T", ".4f", lambda s: float(loss_when_scaled(s.scores, s.first_half).mean()), "lower",
+        "ens NLL after temperature scaling, the temperature chosen on the other half of the data", is_noted=True,
+    ),
+    Metric(
+        "ensemble_ece", "ECE", ".4f", _ece, "lower",
         f"expected calibration error of the mean probabilities, over {metrics.NUM_BINS} bins of equal width",
     ),
+    Metric("scaled_ece", "", ".4f", _ece_when_scaled, "lower", "the same after temperature scaling"),
     Metric(
         "ensemble_brier", "", ".4f", lambda s: float(s.scores.more["brier"].mean()), "lower",
         "squared error of the mean probabilities, summed over classes",
@@ -175,4 +203,5 @@ CLASSIFICATION = TaskKind(
     curves=("ensemble_nll", "ensemble_ece", "ensemble_accuracy"),
     arrays={"reliability": _reliability},
     groups=lambda targets: targets,
+    loss_when_scaled=loss_when_scaled,
 )

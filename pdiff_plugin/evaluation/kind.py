@@ -210,6 +210,8 @@ class TaskKind:
         ensemble_options: of the DiffusionEnsemble that answers as the ensemble was judged; None where there is none.
         gain: loss of a baseline (n,) -> gain in loss that counts; 1 % of its mean unless given.
         groups: targets (n, ...) -> the group of each item, (n,) from 0, by which scores are also told, if any.
+        loss_when_scaled: scores and a random half of the items (n,) -> loss of the ensemble after temperature scaling,
+            (n,), where answers are probabilities that can be scaled.
     """
 
     name: str
@@ -230,6 +232,7 @@ class TaskKind:
     ensemble_options: Mapping[str, Any] | None = field(default_factory=dict)
     gain: Callable[[Tensor], float] | None = None
     groups: Callable[[Tensor], Tensor] | None = None
+    loss_when_scaled: Callable[[Scores, Tensor], Tensor] | None = None
 
     def needed(self, loss: Tensor) -> float:
         """Gain that counts on an ensemble of these losses, (n,)."""

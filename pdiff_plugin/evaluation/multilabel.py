@@ -139,7 +139,7 @@ MULTILABEL = TaskKind(
                 "average precision, mean over the labels that occur",
             ),
             Metric(
-                "ensemble_ece", "ens ECE", ".4f", _ece, "lower",
+                "ensemble_ece", "ECE", ".4f", _ece, "lower",
                 f"expected calibration error of the labels' mean probabilities, over {metrics.NUM_BINS} bins",
             ),
         ),

@@ -159,7 +159,7 @@ def _score_next_tokens(logits: Tensor, targets: Tensor, order: Tensor) -> dict[s
 _LOSS = Quantity("nll", "NLL", "NLL", ".4f")
 _SCORE = Quantity("accuracy", "acc", "accuracy", "%")
 _ECE = Metric(
-    "ensemble_ece", "ens ECE", ".4f", lambda s: _reliability(s.scores, s.place).ece(), "lower",
+    "ensemble_ece", "ECE", ".4f", lambda s: _reliability(s.scores, s.place).ece(), "lower",
     f"expected calibration error of the mean probabilities, over {metrics.NUM_BINS} bins of equal width",
 )  # fmt: skip
 _BRIER = Metric(

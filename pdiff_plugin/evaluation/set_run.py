@@ -138,11 +138,13 @@ def _at(places: Tensor, rng: torch.Generator) -> Drawing:
 class JudgedSet:
     """A set that was drawn: scores and figures of each draw, and which of its members are sound, (M,).
 
-    Members with NaN or Inf, in their weights or their answers, are left out; a draw of nothing else is.
+    The seed is that of the items' halves. Members with NaN or Inf, in their weights or their answers, are left out; a
+    draw of nothing else is.
     """
 
     plan: PlannedSet
     kind: TaskKind
+    seed: int
     scores: list[Scores] = field(default_factory=list)
     draws: list[Figures] = field(default_factory=list)
     sound: list[Tensor] = field(default_factory=list)
@@ -169,7 +171,8 @@ class JudgedSet:
 
     def scored(self) -> ScoredSet:
         """As the verdict sees it."""
-        return ScoredSet(self.kind, self.plan.text, self.scores, self.plan.is_random, self._stratum())
+        first_half = half_mask(self.scores[0].num_items, self.seed)
+        return ScoredSet(self.kind, self.plan.text, self.scores, self.plan.is_random, self._stratum(), first_half)
 
     def _stratum(self) -> Tensor | None:
         """Which members were drawn alike; None for all of them."""
@@ -572,7 +575,7 @@ class SetRun:
         return found
 
     def _judged(self, plan: PlannedSet, found: Mapping[str, _Found]) -> JudgedSet:
-        judged = JudgedSet(plan, self.kind)
+        judged = JudgedSet(plan, self.kind, self.config.seed)
         for number in range(plan.num_draws):
             of_draw = found[plan.key(number)]
             judged.sound.append(of_draw.sound)

@@ -14,6 +14,8 @@ Checked in this order:
    "no better than averaging": against some baseline, the average or another, d - 2 s excludes a gain that counts,
    or accuracy is lower.
    "too few data to tell": neither.
+   Where answers are probabilities that can be temperature-scaled, "worth it" asks for the same once more with all
+   ensembles scaled, each with a temperature chosen on the other half of the items: what one number can do is no gain.
 5. "snapshots hardly differ", instead of "no better than averaging": an ensemble of a run's snapshots gains less than
    1 % of its NLL on a single one, whichever run, and either two of them share 98 % of their errors on average or 98 %
    of their movement lies along one line. Unless the generated members are surely worse than the snapshots, by what
@@ -185,6 +187,7 @@ class ScoredSet:
         is_random: whether its members were drawn at random.
         stratum: which members were drawn alike, (M,), at least two of each where there are two members; all of them
             unless given.
+        first_half: a random half of the items, by which temperatures are chosen, (n,) bool; none are unless given.
     """
 
     kind: TaskKind
@@ -192,6 +195,7 @@ class ScoredSet:
     draws: Sequence[Scores]
     is_random: bool = True
     stratum: Tensor | None = None
+    first_half: Tensor | None = None
 
     @property
     def loss(self) -> Tensor:
@@ -202,6 +206,20 @@ class ScoredSet:
     def score(self) -> Tensor:
         """Of the ensemble, mean over draws, (n,) float64."""
         return torch.stack([scores.score[-1].double() for scores in self.draws]).mean(dim=0)
+
+    def when_scaled(self) -> ScoredSet | None:
+        """The same after temperature scaling; None where answers cannot be scaled.
+
+        Only the ensemble's loss is: how far it varies over draws of its members is told by that of the plain one.
+        """
+        scale = self.kind.loss_when_scaled
+        if scale is None or self.first_half is None:
+            return None
+        losses = [scale(scores, self.first_half) for scores in self.draws]
+        draws = [
+            replace(s, loss=torch.cat([s.loss[:-1], own[None]])) for s, own in zip(self.draws, losses, strict=True)
+        ]
+        return replace(self, draws=draws)
 
     @property
     def draw_error(self) -> float:
@@ -386,12 +404,31 @@ def judge(
             text += f" {differences.text} {differences.advice}"
         return Verdict("nothing generated", text, {}), []
     comparisons = [compare(name, generated, other) for name, other in baselines.items()]
-    return (
+    verdict = (
         _lies_on_snapshots(nearness)
         or _errs_too_rarely(generated)
         or _errs_as_snapshots(generated.kind, nearness)
         or _compare_all(generated.kind, comparisons, baselines, nearness, differences)
-    ), comparisons
+    )
+    scaled = generated.when_scaled()
+    if verdict.outcome == "worth it" and scaled is not None:
+        verdict = _when_scaled(verdict, scaled, baselines)
+    return verdict, comparisons
+
+
+def _when_scaled(verdict: Verdict, generated: ScoredSet, baselines: Mapping[str, ScoredSet]) -> Verdict:
+    """A verdict of "worth it", if it stands where all ensembles are temperature-scaled, or what is found there."""
+    others = {name: other.when_scaled() for name, other in baselines.items()}
+    comparisons = [compare(name, generated, other) for name, other in others.items() if other is not None]
+    hardest = _hardest(comparisons)
+    found = _against(
+        generated.kind, hardest, baselines[hardest.name].text, [c for c in comparisons if c is not hardest]
+    )
+    if found.outcome == "worth it":
+        return replace(verdict, sentence=f"{verdict.sentence} So it is once all are temperature-scaled.")
+    (outcome, _, found_text), unscaled_text = found.sentence.partition(": "), verdict.sentence.partition(": ")[2]
+    text = f"{outcome} once all are temperature-scaled: {found_text} Without scaling: {unscaled_text}"
+    return replace(found, sentence=text)
 
 
 def _lies_on_snapshots(nearness: Nearness) -> Verdict | None:
@@ -442,8 +479,7 @@ def _compare_all(
 ) -> Verdict:
     if not comparisons:
         return Verdict("too few data to tell", "Too few data to tell: no baseline was evaluated.", {})
-    # The strongest baseline: one that is excluded if there is such, then the one with the smallest margin.
-    hardest = min(comparisons, key=lambda c: (not c.is_excluded, c.margin))
+    hardest = _hardest(comparisons)
     found = _against(kind, hardest, baselines[hardest.name].text, [c for c in comparisons if c is not hardest])
     # Where the snapshots are not among the baselines, all of these stand for them.
     plain = [c for c in comparisons if c.name == SNAPSHOTS] or comparisons
@@ -453,6 +489,11 @@ def _compare_all(
         numbers = {"gain": differences.gain, kind.likeness.key: differences.likeness}
         found = Verdict("snapshots hardly differ", text, numbers | found.numbers)
     return replace(found, sentence=found.sentence + _why_no_copies(kind, nearness))
+
+
+def _hardest(comparisons: Sequence[Comparison]) -> Comparison:
+    """The strongest baseline: one that is excluded if there is such, then the one with the smallest margin."""
+    return min(comparisons, key=lambda c: (not c.is_excluded, c.margin))
 
 
 def _why_no_copies(kind: TaskKind, nearness: Nearness) -> str:

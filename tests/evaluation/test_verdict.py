@@ -12,6 +12,7 @@ from pdiff_plugin.evaluation.classification import CLASSIFICATION, nll_without_e
 from pdiff_plugin.evaluation.kind import Scores
 from pdiff_plugin.evaluation.scores import score_sets
 from pdiff_plugin.evaluation.task import Task
+from pdiff_plugin.evaluation.temperature import TEMPERATURES
 from pdiff_plugin.evaluation.verdict import (
     Differences,
     Nearness,
@@ -307,3 +308,32 @@ def test_half_mask_is_half_and_seeded() -> None:
     assert int(half_mask(101, 0).sum()) == 50
     assert torch.equal(half_mask(101, 0), half_mask(101, 0))
     assert not torch.equal(half_mask(101, 0), half_mask(101, 1))
+
+
+def with_temperatures(found: ScoredSet, *, plain: Tensor, scaled: Tensor) -> ScoredSet:
+    """The same with these losses (n,) at all temperatures but the third, and those at the third."""
+    losses = plain.expand(len(TEMPERATURES), N).clone()
+    losses[3] = scaled
+    draws = [dataclasses.replace(scores, more={"loss_at": losses}) for scores in found.draws]
+    return dataclasses.replace(found, draws=draws, first_half=half_mask(N, 0))
+
+
+def test_a_gain_that_a_temperature_gives_as_well_is_no_gain() -> None:
+    """Overconfident snapshots: generated members are better as they are, and no better once all are scaled."""
+    generated = with_temperatures(scored("generated", nll(0.5)), plain=nll(0.5), scaled=nll(0.45))
+    average = with_temperatures(scored("the average", nll(0.6)), plain=nll(0.6), scaled=nll(0.45))
+    found = verdict(generated, average)
+    assert found.outcome == "no better than averaging"
+    assert found.sentence == (
+        "No better than averaging once all are temperature-scaled: ensemble NLL 0.4500 against 0.4500 with the average "
+        "(difference +0.0000 ± 0.0000). Without scaling: ensemble NLL 0.5000 against 0.6000 with the average "
+        "(difference -0.1000 ± 0.0000)."
+    )
+
+
+def test_a_gain_that_outlasts_a_temperature_is_told_as_such() -> None:
+    generated = with_temperatures(scored("generated", nll(0.5)), plain=nll(0.5), scaled=nll(0.45))
+    average = with_temperatures(scored("the average", nll(0.6)), plain=nll(0.6), scaled=nll(0.55))
+    found = verdict(generated, average)
+    assert found.outcome == "worth it"
+    assert found.sentence.endswith("So it is once all are temperature-scaled.")
