@@ -5,6 +5,8 @@
     w3   w1 five times from different seeds, 100 snapshots each, in one store
     w5   the LoRA matrices of a tiny vision transformer from transformers
     w6   w2's network with its last block and head trained anew eight times from one trunk
+    w7   that block and head of a network that has learned 5,000 images by heart, trained on at a constant rate
+    w7-cycles, w7-branches    the same in eight cycles of the rate, and trained anew eight times
 
 For each the evaluation table is printed, then the best model for one forward pass and the best that eight passes can
 give, then the accuracy-novelty curve of the `diversity` setting beside those of the baselines. Store, fit, table
@@ -24,6 +26,7 @@ import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from torch.utils.data import DataLoader
 from workload_data import Split, augmented, cifar10, grey, loader, synthetic
 
 from pdiff_plugin import (
+    Cycle,
     DiffusionConfig,
     Evaluation,
     FitConfig,
@@ -57,7 +61,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="synthetic images, everything but brief")
     options = parser.parse_args()
-    makers = {"w1": whole_mlp, "w2": last_norms, "w3": five_runs, "w5": lora, "w6": eight_branches}
+    makers = {
+        "w1": whole_mlp,
+        "w2": last_norms,
+        "w3": five_runs,
+        "w5": lora,
+        "w6": eight_branches,
+        "w7": partial(overfitted, Perturb()),
+        "w7-cycles": partial(overfitted, Cycle(warmup_steps=160)),
+        "w7-branches": partial(overfitted, Reinit(warmup_steps=200)),
+    }
     if unknown := set(options.workloads) - set(makers):
         parser.error(f"no workload {', '.join(sorted(unknown))}; there are {', '.join(makers)}")
     if options.data is None and not options.smoke:
@@ -152,6 +165,34 @@ def eight_branches(train: Split, test: Split, store: Path, seed: int, smoke: boo
     return Task(model.eval(), loader((test[0][:2500], test[1][:2500]), 500))
 
 
+def overfitted(
+    restart: Perturb | Cycle | Reinit, train: Split, test: Split, store: Path, seed: int, smoke: bool
+) -> Task:
+    """W7: train on few images, as they are, until none is wrong; then on with the last block and the head."""
+    torch.manual_seed(seed)
+    train = train[0][:5000], train[1][:5000]
+    model, batches = SmallResNet(), loader(train, 16 if smoke else 128, shuffle=True)
+    if not restored(model, store):
+        train_all(model, batches, num_epochs=1 if smoke else 30, change=lambda x: x)
+        wrong = sum(int((model(x).argmax(dim=1) != y).sum()) for x, y in batches)
+        print(f"wrong images of {len(train[0])} that it was trained on: {wrong}", flush=True)
+        is_one = isinstance(restart, Perturb)
+        collect(
+            model,
+            batches,
+            F.cross_entropy,
+            store=store,
+            layers=["stages.3", "head"],
+            num_trajectories=1 if is_one else 2 if smoke else 8,
+            restart=restart,
+            num_snapshots=20 if smoke else 300 if is_one else 40,
+            lr=1e-3,
+        )
+        restored(model, store)
+    # As many as of w6.
+    return Task(model.eval(), loader((test[0][:2500], test[1][:2500]), 500))
+
+
 def restored(model: nn.Module, store: Path) -> bool:
     """Load the whole model that was recorded with the last snapshot, if there is one."""
     base = SnapshotStore.open(store).base() if store.exists() else None
@@ -161,7 +202,12 @@ def restored(model: nn.Module, store: Path) -> bool:
 
 
 def train_all(
-    model: nn.Module, batches: DataLoader[Any], *, num_epochs: int, logits: Any = lambda outputs: outputs
+    model: nn.Module,
+    batches: DataLoader[Any],
+    *,
+    num_epochs: int,
+    logits: Any = lambda outputs: outputs,
+    change: Any = augmented,
 ) -> None:
     """Train a whole model in place, with one cycle of the learning rate."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=5e-2)
@@ -169,7 +215,7 @@ def train_all(
     for _ in range(num_epochs):
         for x, y in batches:
             optimizer.zero_grad()
-            F.cross_entropy(logits(model(augmented(x))), y).backward()
+            F.cross_entropy(logits(model(change(x))), y).backward()
             optimizer.step()
             schedule.step()
 

@@ -51,6 +51,7 @@ if _TYPE_CHECKING:
     from pdiff_plugin.evaluation.sweep import Sweep as Sweep
     from pdiff_plugin.evaluation.sweep import sweep as sweep
     from pdiff_plugin.evaluation.task import Task as Task
+    from pdiff_plugin.evaluation.task_loss import task_loss as task_loss
     from pdiff_plugin.fitting.fit import fit as fit
     from pdiff_plugin.fitting.refine import refine as refine
     from pdiff_plugin.generator.generator import WeightGenerator as WeightGenerator
@@ -107,6 +108,7 @@ _HOME = {
     "swap_": "modules.swap",
     "swapped": "modules.swap",
     "sweep": "evaluation.sweep",
+    "task_loss": "evaluation.task_loss",
     "uniform_soup": "ensemble.soup",
     "write_condition_report": "evaluation.condition_page",
     "write_report": "evaluation.page",
@@ -132,6 +134,7 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "fit",
     "refine",
     "RefineConfig",
+    "task_loss",
     "WeightGenerator",
     "SamplingConfig",
     "WeightSet",

@@ -460,7 +460,7 @@ def refine(
     generator: FitPath,
     *,
     task: TaskName,
-    loss: Annotated[str, arg(metavar="MODULE:FUNCTION")],
+    loss: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None,
     out: Path,
     conditions: Path | None = None,
     json: Json = False,
@@ -469,20 +469,23 @@ def refine(
     """Teach a generator of conditions by the loss of the task, for which recorded weights alone give no measure.
 
     Args:
-        loss: Takes (model, condition) and returns the loss of one batch of training data there, drawn anew each time.
+        loss: Takes (model, condition) and returns the loss of one batch of training data there, drawn anew each time;
+            unless given, that of the first batch of a new pass over the task's train_loader, which should shuffle.
         out: Folder for the refined generator; interrupted, the same command goes on.
         conditions: File of conditions to learn at, one JSON mapping a line, best many that were never recorded; the
             recorded ones unless given. Those that it will be judged at should not be among them.
     """
     from pdiff_plugin.evaluation.condition_task import task_at
+    from pdiff_plugin.evaluation.task_loss import task_loss
     from pdiff_plugin.snapshots.conditions import read_condition_lines
 
     fitted = pdiff.WeightGenerator.load(generator)
     if not fitted.conditions:
         raise ConfigError("generator", str(generator), "must be fitted on runs with conditions")
     learned_at = read_condition_lines(conditions) if conditions is not None else None
-    model = task_at(function_named("--task", task), fitted.conditions[0]).model
-    measure = find_function("--loss", loss, "model", "condition")
+    make = function_named("--task", task)
+    model = task_at(make, fitted.conditions[0]).model
+    measure = task_loss(make) if loss is None else find_function("--loss", loss, "model", "condition")
     with console.progress() as on_progress:
         refined = pdiff.refine(fitted, model, measure, config, conditions=learned_at, out=out, on_progress=on_progress)
     report = refined.report["refinement"]

@@ -769,7 +769,9 @@ def test_a_generator_is_refined_by_a_loss_and_says_what_that_gave(
         "    model = torch.nn.Module()\n    model.norm = torch.nn.Linear(5, 8)\n"
         "    model.forward = lambda x: model.norm(x)\n    return Task(model, [])\n\n"
         "def loss(model, condition):\n    x = torch.randn(16, 5)\n"
-        "    return (model(x) - condition['angle'] / 100).square().mean()\n"
+        "    return (model(x) - condition['angle'] / 100).square().mean()\n\n"
+        "def trained(angle):\n    data = [(torch.randn(16, 5), torch.full((16, 8), angle / 100))]\n"
+        "    return Task(net(angle).model, [], data, kind='regression')\n"
     )
     monkeypatch.chdir(tmp_path)
     command = ["refine", str(sweep_fit), "--task", f"{module}:net", "--loss", f"{module}:loss", "--out", "refined"]
@@ -791,4 +793,10 @@ def test_a_generator_is_refined_by_a_loss_and_says_what_that_gave(
     assert "norm.weight" in error_text(capsys)
     assert main([*command[:-1], "other", "--loss", f"{module}:task", *quick]) == 1
     assert "must name a function that takes model, condition" in error_text(capsys)
-    assert not (tmp_path / "other").exists()
+    assert main([*command[:2], "--task", f"{module}:net", "--out", "other", *quick]) == 1
+    assert "train_loader = None" in error_text(capsys)
+    assert not (tmp_path / "other" / "generator.safetensors").exists()
+
+    assert main([*command[:2], "--task", f"{module}:trained", "--out", "by-task", *quick]) == 0
+    report = WeightGenerator.load(tmp_path / "by-task").report["refinement"]
+    assert report["heldout_loss"] < report["heldout_loss_before"]

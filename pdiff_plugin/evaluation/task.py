@@ -57,7 +57,8 @@ class Task:
     eval_loader: Iterable[Any]
     """Held-out data that nothing was trained or chosen on."""
     train_loader: Iterable[Any] | None = None
-    """Training data, read only to recompute BatchNorm statistics (``evaluate(..., recalibrate=True)``)."""
+    """Training data, read only to recompute BatchNorm statistics (``evaluate(..., recalibrate=True)``) and by
+    :func:`pdiff_plugin.task_loss`."""
     _: KW_ONLY
     name: str = "task"
     """Title in tables and reports."""

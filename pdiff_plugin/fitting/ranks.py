@@ -1,4 +1,4 @@
-"""The fit as one rank of a process group, whoever started it: torchrun, srun, Ray.
+"""The fit, and its refinement, as one rank of a process group, whoever started it: torchrun, srun, Ray.
 
 # torchrun --nnodes 2 --nproc-per-node 4 ... fit.py
 torch.distributed.init_process_group("cpu:gloo,cuda:nccl")     # "gloo" without GPUs
@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from pdiff_plugin.config import FitConfig
+from torch import nn
+
+from pdiff_plugin.config import FitConfig, RefineConfig
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.fitting.fit import autoencoder_stage, run_stages
 from pdiff_plugin.fitting.folder import FitFolder, local_folder
+from pdiff_plugin.fitting.refine import Loss, run_refinement
 from pdiff_plugin.fitting.runtime import GroupRuntime
 from pdiff_plugin.fitting.statistics_stage import part_to_fit
 from pdiff_plugin.generator.generator import WeightGenerator
@@ -76,6 +80,40 @@ def fit_on_ranks(
         )
         folder.write()
         return run_stages(opened, config, folder, runtime)
+
+
+def refine_on_ranks(
+    generator: WeightGenerator,
+    model: nn.Module,
+    loss: Loss,
+    config: RefineConfig | None = None,
+    *,
+    conditions: Sequence[Mapping[str, Any]] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    on_progress: OnProgress | None = None,
+) -> WeightGenerator | None:
+    """As :func:`pdiff_plugin.refine`, on all ranks of the default process group, which share the conditions of a step.
+
+    Every rank calls this alike, with a model on its own device. The result is that of one process, up to rounding, if
+    ``loss`` draws its batch from the global random state, and not from what goes on from call to call.
+
+    Args:
+        generator, model, loss, config, conditions: as in one process.
+        out: folder for the generator and for checkpoints, used by rank 0 alone.
+        on_progress: told the loss, on rank 0.
+
+    Returns:
+        The generator on rank 0, None on the others.
+
+    Raises:
+        ConfigError: there are more ranks than conditions in a step; or as in one process.
+    """
+    config = config or RefineConfig()
+    runtime = GroupRuntime(None if out is None else Path(out), on_progress)
+    if runtime.world_size > config.conditions_per_step:
+        found = config.conditions_per_step
+        raise ConfigError("conditions_per_step", found, f"must be at least {runtime.world_size}, the number of ranks")
+    return run_refinement(generator, model, loss, config, conditions, runtime)
 
 
 def _columns(num_values: int, config: FitConfig, runtime: GroupRuntime) -> slice:

@@ -40,6 +40,7 @@ from pdiff_plugin.modules.modes import modes_kept
 from pdiff_plugin.modules.names import named_tensors, unwrap, wrapped_names
 from pdiff_plugin.progress import OnProgress
 from pdiff_plugin.snapshots.conditions import Condition, parse_condition
+from pdiff_plugin.snapshots.files import is_number
 from pdiff_plugin.snapshots.statistics import LOG_SUFFIX
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def refine(
         generator: fitted with conditions, by the subspace autoencoder.
         model: the one that its weights are for.
         loss: of one batch of training data at a condition, drawn anew in each call: (model, condition). It has the
-            global random state for itself, the same one in the same step of every run.
+            global random state for itself, the same one for the same condition of the same step in every run.
         config: number of steps and directions, seed.
         conditions: to learn from; the recorded ones unless given.
         out: folder for the generator, and while it runs for a checkpoint, from which the same call goes on; where it
@@ -106,17 +107,33 @@ def refine(
         FitExistsError: ``out`` holds a generator that was refined with other settings.
     """
     config = configured(RefineConfig, config, changes)
-    folder = Path(out) if out is not None else None
-    if folder is not None and (folder / FILE_NAME).exists():
-        return _finished(folder, config)
+    runtime = Runtime(Path(out) if out is not None else None, on_progress)
+    refined = run_refinement(generator, model, loss, config, conditions, runtime)
+    assert refined is not None, "one process is rank 0"
+    return refined
+
+
+def run_refinement(
+    generator: WeightGenerator,
+    model: nn.Module,
+    loss: Loss,
+    config: RefineConfig,
+    conditions: Sequence[Mapping[str, Any]] | None,
+    runtime: Runtime,
+) -> WeightGenerator | None:
+    """Refine as one process, or as one rank of a group: the generator on rank 0, None on the others."""
+    folder = runtime.folder
+    if folder is not None and runtime.on_rank_0(lambda: _is_finished(folder, config)):
+        return WeightGenerator.load(folder) if runtime.rank == 0 else None
     cloud = _Cloud.of(generator, conditions, config)
-    runtime = Runtime(folder, on_progress)
     started = time.perf_counter()
     with _weights_into(model, generator) as model_with:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         training = _Refining(generator, cloud, loss, model_with, config, runtime)
         training.run()
+    if runtime.rank != 0:
+        return None
     report = {
         "config": asdict(config),
         "num_conditions": len(cloud.conditions),
@@ -138,11 +155,12 @@ def refine(
     return WeightGenerator.load(folder)
 
 
-def _finished(folder: Path, config: RefineConfig) -> WeightGenerator:
-    found = WeightGenerator.load(folder)
-    if found.report.get("refinement", {}).get("config") != asdict(config):
+def _is_finished(folder: Path, config: RefineConfig) -> bool:
+    if not (folder / FILE_NAME).exists():
+        return False
+    if WeightGenerator.load(folder).report.get("refinement", {}).get("config") != asdict(config):
         raise FitExistsError(str(folder), "not refined with these settings")
-    return found
+    return True
 
 
 @dataclass(frozen=True)
@@ -348,6 +366,8 @@ class _Refining(Training):
         self.history: list[dict[str, float]] = []
         self.best_step, self.best_loss = 0, math.inf
         self.restore()
+        with runtime.restoring(STAGE):
+            _check_history(self.history, self.best_step, self.best_loss)
 
     def run(self) -> None:
         """Train for all steps."""
@@ -362,27 +382,33 @@ class _Refining(Training):
                 self.report(value, every=10)
 
     def batch_loss(self) -> Tensor:
-        """Mean loss over a few conditions, one batch at each of them."""
+        """Mean loss over a few conditions, one batch at each of them; each rank has its part of the sum."""
         C = self.settings.conditions_per_step
         places = self.trained[torch.randint(len(self.trained), (C,), generator=self.rng)]
         members = torch.randint(_NUM_MEMBERS, (C,), generator=self.rng)
-        flat = self.decoder(self.map, self.cloud.features[places], self.cloud.latents[places, members])
-        with _own_random_state(self.settings.seed, 1 + self.step):
-            losses = [self._loss(one, int(place)) for one, place in zip(flat, places, strict=True)]
-        return torch.stack(losses).mean()
+        own = range(C)[self.runtime.share(C)]
+        flat = self.decoder(self.map, self.cloud.features[places[own]], self.cloud.latents[places[own], members[own]])
+        losses = []
+        for number, one in zip(own, flat, strict=True):
+            with _own_random_state(self.settings.seed, C * (1 + self.step) + number):
+                losses.append(self._loss(one, int(places[number])))
+        return torch.stack(losses).sum() / C
+
+    def add_up(self, value: Tensor) -> Tensor:
+        return self.runtime.sum_gradients(self.parameters, value)
 
     @torch.no_grad()
     def measure(self) -> None:
         """Loss at the held-out conditions, on batches that are the same each time."""
         places = self.cloud.heldout.nonzero().squeeze(1)
         flat = self.decoder(self.map, self.cloud.features[places], self.cloud.latents[places, 0])
-        with _own_random_state(self.settings.seed, 0):
-            losses = [
-                float(self._loss(one, int(place)))
-                for one, place in zip(flat, places, strict=True)
-                for _ in range(_NUM_BATCHES)
-            ]
-        found = sum(losses) / len(losses)
+        losses = torch.zeros(len(places), dtype=torch.float64)
+        for number in range(len(places))[self.runtime.share(len(places))]:
+            # From the far end, where no step comes.
+            with _own_random_state(self.settings.seed, -1 - number):
+                for _ in range(_NUM_BATCHES):
+                    losses[number] += float(self._loss(flat[number], int(places[number]))) / _NUM_BATCHES
+        found = float(self.runtime.all_reduce(losses).mean())
         if not self.history or found < self.best_loss:
             self.best_step, self.best_loss = self.step, found
             self.best.load_state_dict(self.map.state_dict())
@@ -395,9 +421,18 @@ class _Refining(Training):
         return found
 
 
+def _check_history(history: object, best_step: object, best_loss: object) -> None:
+    """Raise :class:`ValueError` for what no checkpoint of ours holds."""
+    is_sound = isinstance(history, list) and all(
+        isinstance(one, dict) and is_number(one.get("step")) and is_number(one.get("heldout_loss")) for one in history
+    )
+    if not (is_sound and is_number(best_step) and is_number(best_loss)):
+        raise ValueError("a history that is none")
+
+
 @contextmanager
-def _own_random_state(seed: int, step: int) -> Iterator[None]:
+def _own_random_state(seed: int, number: int) -> Iterator[None]:
     """Draws inside are the same in every run; those outside go on as if nothing had been drawn."""
     with torch.random.fork_rng():
-        torch.manual_seed((seed << 32) + step)
+        torch.manual_seed((seed << 32) + number % (1 << 32))
         yield

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import random
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 import pdiff_plugin as pdiff
 from pdiff_plugin.config import ConditionConfig, FitConfig, RefineConfig
 from pdiff_plugin.errors import ConditionError, ConfigError, FitExistsError, LayoutMismatchError
+from pdiff_plugin.fitting.ranks import refine_on_ranks
 from pdiff_plugin.fitting.refine import refine
 from pdiff_plugin.snapshots.conditions import set_conditions
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
@@ -157,6 +163,87 @@ def test_an_interrupted_refinement_goes_on_to_the_same_generator(circle, refined
     again = refine(circle, Net(), loss, QUICK, conditions=ANGLES, out=tmp_path)
     assert torch.equal(members(again, 70.0)["head.weight"], members(refined, 70.0)["head.weight"])
     assert [path.name for path in tmp_path.iterdir()] == ["generator.safetensors"]
+
+
+PROCESS = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    import torch
+    from test_refine import ANGLES, QUICK, Net, loss
+    from pdiff_plugin import WeightGenerator, refine
+    from pdiff_plugin.fitting import training
+    from pdiff_plugin.fitting.ranks import refine_on_ranks
+
+    generator, out, rank, meeting = WeightGenerator.load(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
+    training.CHECKPOINT_EVERY_S = 0.05
+    if not meeting:
+        print("ready", flush=True)
+        refine(generator, Net(), loss, QUICK, conditions=ANGLES, out=out)
+    else:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+        refine_on_ranks(generator, Net(), loss, QUICK, conditions=ANGLES, out=out)
+        torch.distributed.destroy_process_group()
+"""
+
+
+def started(generator: Path, out: Path, rank: int = 0, meeting: str = "") -> subprocess.Popen[str]:
+    """A refinement as a process of its own, alone or as one of two ranks that meet at a file."""
+    arguments = [str(Path(__file__).parent), str(generator), str(out), str(rank), meeting]
+    command = [sys.executable, "-c", textwrap.dedent(PROCESS), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_ranks_refine_as_one_process_does(circle, refined, tmp_path: Path) -> None:
+    circle.save(tmp_path / "fit")
+    meeting = str(tmp_path / "meet")
+
+    ranks = [started(tmp_path / "fit", tmp_path / "out", rank, meeting) for rank in (0, 1)]
+    for rank in ranks:
+        rank.communicate(timeout=120)
+        assert rank.returncode == 0
+
+    together = pdiff.WeightGenerator.load(tmp_path / "out")
+    for name, weights in members(together, 70.0).items():
+        torch.testing.assert_close(weights, members(refined, 70.0)[name], rtol=1e-3, atol=1e-4)
+    ours, alone = (one.report["refinement"] for one in (together, refined))
+    assert ours["best_step"] == alone["best_step"]
+    assert ours["heldout_loss"] == pytest.approx(alone["heldout_loss"], rel=1e-3)
+
+
+def test_a_group_of_one_rank_refines_exactly_as_one_process_does(circle, refined, tmp_path: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        same = refine_on_ranks(circle, Net(), loss, QUICK, conditions=ANGLES)
+    finally:
+        distributed.destroy_process_group()
+    assert torch.equal(members(same, 70.0)["head.weight"], members(refined, 70.0)["head.weight"])
+
+
+@pytest.mark.slow
+def test_a_refinement_that_is_killed_again_and_again_is_bit_identical(circle, tmp_path: Path) -> None:
+    circle.save(tmp_path / "fit")
+    alone = started(tmp_path / "fit", tmp_path / "alone")
+    alone.communicate()
+    wanted = pdiff.WeightGenerator.load(tmp_path / "alone")
+
+    moment, num_killed, attempt = random.Random(), 0, 0
+    while num_killed < 20:
+        attempt += 1
+        out = tmp_path / str(attempt)
+        while not (out / "generator.safetensors").exists():
+            process = started(tmp_path / "fit", out)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(moment.uniform(0.0, 0.6))
+            num_killed += process.poll() is None
+            process.kill()
+            process.communicate()
+        found = pdiff.WeightGenerator.load(out)
+        for name, weights in members(found, 70.0).items():
+            assert torch.equal(weights, members(wanted, 70.0)[name])
+        # Of a process killed after the generator was written its checkpoint may remain.
+        refine(circle, Net(), loss, QUICK, conditions=ANGLES, out=out)
+    print(f"{num_killed} x SIGKILL in {attempt} refinements")
 
 
 def test_a_finished_one_is_returned_at_once_and_never_replaced_by_another(circle, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 import pdiff_plugin as pdiff
 from pdiff_plugin import describe
-from pdiff_plugin.config import ConditionConfig, DiffusionConfig, FitConfig, SubspaceConfig, TuneConfig
+from pdiff_plugin.config import ConditionConfig, DiffusionConfig, FitConfig, RefineConfig, SubspaceConfig, TuneConfig
 from pdiff_plugin.evaluation.condition_findings import JudgedCondition, RowFigures, verdicts_of
 from pdiff_plugin.evaluation.condition_page import write_condition_report
 from pdiff_plugin.evaluation.condition_result import ConditionEvaluation
@@ -24,6 +24,7 @@ from pdiff_plugin.evaluation.condition_rows import AVERAGE, CEILING, GENERATED, 
 from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.page import render_html, write_report
 from pdiff_plugin.fitting.fit import fit
+from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.recording.recorder import PDiffRecorder
 from pdiff_plugin.snapshots.base import write_base
 from pdiff_plugin.snapshots.conditions import read_condition_lines, set_condition
@@ -87,6 +88,10 @@ def make(sandbox: Path) -> None:
         diffusion=DiffusionConfig(width=16, num_blocks=1, max_steps=6, eval_every_n_steps=2),
     )
     fit(sandbox / "sweep", config, out=sandbox / "dial")
+    _refined(sandbox / "refined", pdiff.WeightGenerator.load(sandbox / "dial"))
+    assert pdiff.WeightGenerator.load(sandbox / "refined").report["refinement"]["best_step"] > 0
+    with suppress(KeyboardInterrupt):
+        _refined(sandbox / "unrefined", pdiff.WeightGenerator.load(sandbox / "dial"), _stop_after_four)
     model = Net().eval()
     (sandbox / "ensemble").mkdir()
     pdiff.DiffusionEnsemble(model, _members(model)).save(sandbox / "ensemble" / "ensemble.safetensors")
@@ -170,13 +175,22 @@ def _make_checkpoints(folder: Path) -> None:
     (folder / "lines.jsonl").write_text('{"angle": 10.0, "style": "ink"}\n\n{"angle": 20, "style": "oil"}\n')
 
 
-def _make_unfinished(sandbox: Path, config: FitConfig) -> None:
-    def stop(progress: pdiff.Progress) -> None:
-        if progress.stage == "diffusion" and progress.step >= 4:
-            raise KeyboardInterrupt
+def _stop_after_four(progress: Progress) -> None:
+    if progress.stage in ("diffusion", "refine") and progress.step >= 4:
+        raise KeyboardInterrupt
 
+
+def _make_unfinished(sandbox: Path, config: FitConfig) -> None:
     with suppress(KeyboardInterrupt):
-        fit(sandbox / "store-v1-fitted", config, out=sandbox / "unfinished", on_progress=stop)
+        fit(sandbox / "store-v1-fitted", config, out=sandbox / "unfinished", on_progress=_stop_after_four)
+
+
+def _refined(out: Path, generator: pdiff.WeightGenerator, on_progress: OnProgress | None = None) -> None:
+    def loss(model: Callable[[torch.Tensor], torch.Tensor], condition: object) -> torch.Tensor:
+        return model(torch.ones(4, 8)).square().mean()
+
+    settings = RefineConfig(num_steps=20, num_directions=2, lr=0.01)
+    pdiff.refine(generator, Net(), loss, settings, out=out, on_progress=on_progress)
 
 
 # Doors.
@@ -247,6 +261,11 @@ def read_generator(folder: Path, _: Path) -> None:
 
 def read_default_sample(folder: Path, _: Path) -> None:
     pdiff.WeightGenerator.load(folder).sample(2, rng=torch.Generator().manual_seed(0))
+
+
+def go_on_refining(folder: Path, out: Path) -> None:
+    shutil.copytree(folder, out / "fit", symlinks=True, copy_function=_copy)
+    _refined(out / "fit", pdiff.WeightGenerator.load(folder.parent / "dial"))
 
 
 def read_ensemble(folder: Path, _: Path) -> None:
@@ -348,6 +367,8 @@ TARGETS = [
     Target("conv generator", "fit-v1-conv/generator.safetensors", read_generator, 2),
     Target("aligned generator", "fit-v1-aligned/generator.safetensors", read_generator, 2),
     Target("generator with conditions", "dial/generator.safetensors", read_generator, 5),
+    Target("refined generator", "refined/generator.safetensors", read_generator, 3),
+    Target("refinement checkpoint", "unrefined/refine.checkpoint.safetensors", go_on_refining, 2),
     Target("ensemble", "ensemble/ensemble.safetensors", read_ensemble, 4),
     Target("evaluation", "evaluation-v1/evaluation.json", read_evaluation, 5),
     Target("arrays of an evaluation", "evaluation-v1/evaluation.safetensors", read_evaluation, 1),
