@@ -1,7 +1,11 @@
-"""Time and memory of a fit on conditions, and time to sample at a new one: runs of one snapshot cloud per condition.
+"""Time and memory of a fit on conditions, of refining it, and time to sample at a new condition.
 
     python tests/benchmarks/condition_scaling.py FOLDER                                   # 200 x 20 x 11,000
     python tests/benchmarks/condition_scaling.py FOLDER --snapshots 10 --values 1000000   # needs 9 GB in FOLDER
+    python tests/benchmarks/condition_scaling.py FOLDER --conditions 48 --refine 500      # steps of eight conditions
+
+There is a cloud of snapshots for each condition. The model that a refinement goes through is one product, so that what
+is seen is the refinement's own cost, to which a real model adds that of its forward and backward passes.
 
 Weights follow two numbers smoothly in 12 directions. The store is made in FOLDER and deleted afterwards; each fit runs
 in a process of its own. Memory is the process's own (RssAnon); mapped files, which the system can drop, do not count.
@@ -20,8 +24,9 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from pdiff_plugin import FitConfig, Layout, WeightGenerator, fit
+from pdiff_plugin import FitConfig, Layout, WeightGenerator, fit, refine
 from pdiff_plugin.snapshots.conditions import set_conditions
 from pdiff_plugin.snapshots.layout import TensorSpec
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
@@ -37,18 +42,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--snapshots", type=int, default=20)
     parser.add_argument("--values", type=int, default=11_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--refine", type=int, default=0, metavar="STEPS")
     parser.add_argument("--one", action="store_true", help="one fit, in this process, of the store that is there")
     options = parser.parse_args(arguments)
     store, out = options.folder / "store", options.folder / "fit"
     if options.one:
-        print(json.dumps(measure(store, out)))
+        print(json.dumps(measure(store, out, options.refine)))
         return
     try:
         write_store(store, options.conditions, options.snapshots, options.values)
         found = []
         for _ in range(options.rounds):
             shutil.rmtree(out, ignore_errors=True)
-            command = [sys.executable, __file__, str(options.folder), "--one"]
+            command = [sys.executable, __file__, str(options.folder), "--one", "--refine", str(options.refine)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
     finally:
@@ -76,7 +82,23 @@ def write_store(folder: Path, num_conditions: int, num_snapshots: int, D: int) -
     set_conditions(folder, conditions)
 
 
-def measure(store: Path, out: Path) -> dict[str, float]:
+class Product(nn.Module):
+    """One product with all values."""
+
+    def __init__(self, num_values: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(num_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w.view(x.shape[1], -1)
+
+
+def loss(model: Product, condition: dict[str, float]) -> Tensor:
+    """A batch of 64 whose answers are to be as large as the condition."""
+    return (model(torch.randn(64, 10)).square().mean() - condition["x"]).square()
+
+
+def measure(store: Path, out: Path, num_steps: int) -> dict[str, float]:
     """Seconds of a fit and of 16 members at a new condition (the first, and the median of later ones), and memory."""
     from fit_scaling import PeakMemory
 
@@ -85,6 +107,12 @@ def measure(store: Path, out: Path) -> dict[str, float]:
         generator = fit(store, FitConfig(), out=out)
         found = {"fit_s": time.perf_counter() - start, "fit_cpu_s": time.process_time() - cpu}
     seconds = sample_seconds(generator)
+    if num_steps:
+        with PeakMemory() as refining:
+            start, cpu = time.perf_counter(), time.process_time()
+            refine(generator, Product(generator.layout.num_values), loss, num_steps=num_steps)
+            found |= {"refine_s": time.perf_counter() - start, "refine_cpu_s": time.process_time() - cpu}
+        found["refine_peak_gb"] = refining.peak_gb
     return {
         **found,
         "peak_gb": memory.peak_gb,
