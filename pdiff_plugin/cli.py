@@ -461,16 +461,18 @@ def refine(
     *,
     task: TaskName,
     loss: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None,
+    measure: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None,
     out: Path,
     conditions: Path | None = None,
     json: Json = False,
     config: Annotated[RefineConfig, Inline] = RefineConfig(),  # noqa: B008 (frozen)
 ) -> None:
-    """Teach a generator of conditions by the loss of the task, for which recorded weights alone give no measure.
+    """Teach a generator by the loss of the task, for which recorded weights alone give no measure.
 
     Args:
         loss: Takes (model, condition) and returns the loss of one batch of training data there, drawn anew each time;
             unless given, that of the first batch of a new pass over the task's train_loader, which should shuffle.
+        measure: As --loss, of data that it does not take; what is kept did best by this.
         out: Folder for the refined generator; interrupted, the same command goes on.
         conditions: File of conditions to learn at, one JSON mapping a line, best many that were never recorded; the
             recorded ones unless given. Those that it will be judged at should not be among them.
@@ -480,20 +482,22 @@ def refine(
     from pdiff_plugin.snapshots.conditions import read_condition_lines
 
     fitted = pdiff.WeightGenerator.load(generator)
-    if not fitted.conditions:
-        raise ConfigError("generator", str(generator), "must be fitted on runs with conditions")
     learned_at = read_condition_lines(conditions) if conditions is not None else None
-    make = function_named("--task", task)
-    model = task_at(make, fitted.conditions[0]).model
-    measure = task_loss(make) if loss is None else find_function("--loss", loss, "model", "condition")
+    make = function_named("--task", task) if fitted.conditions else partial(made_by, "--task", task, pdiff.Task)
+    model = task_at(make, fitted.conditions[0]).model if fitted.conditions else make().model
+    train = task_loss(make) if loss is None else find_function("--loss", loss, "model", "condition")
+    chosen_by = None if measure is None else find_function("--measure", measure, "model", "condition")
     with console.progress() as on_progress:
-        refined = pdiff.refine(fitted, model, measure, config, conditions=learned_at, out=out, on_progress=on_progress)
+        refined = pdiff.refine(
+            fitted, model, train, config, conditions=learned_at, measure=chosen_by, out=out, on_progress=on_progress
+        )
     report = refined.report["refinement"]
     if json:
         describe.print_json(report)
         return
     describe.show_refinement(report)
-    console.say(f"\nJudge it: pdiff evaluate {out} --task {task} --conditions held-out")
+    over = " --conditions held-out" if fitted.conditions else ""
+    console.say(f"\nJudge it: pdiff evaluate {out} --task {task}{over}")
 
 
 def sweep(

@@ -63,8 +63,9 @@ def show_refinement(report: dict[str, Any]) -> None:
     """Print what refining measured."""
     before, after, steps = report["heldout_loss_before"], report["heldout_loss"], report["best_step"]
     rows = [["as it was fitted", "0", _text(before)], ["refined", str(steps), _text(after)]]
-    note = f"{report['num_heldout']} of {report['num_conditions']} conditions held out; {report['seconds']:.0f} s."
-    console.table("loss at conditions held out", ["generator", "steps", "loss"], rows, note=note)
+    what = report.get("learned_at", "conditions")
+    note = f"{report['num_heldout']} of {report['num_conditions']} {what} held out; {report['seconds']:.0f} s."
+    console.table(f"loss of {what} held out", ["generator", "steps", "loss"], rows, note=note)
     if not steps:
         console.say("Nothing was gained there: the generator is as it was.")
 

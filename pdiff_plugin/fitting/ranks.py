@@ -22,7 +22,7 @@ from pdiff_plugin.config import FitConfig, RefineConfig
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.fitting.fit import autoencoder_stage, run_stages
 from pdiff_plugin.fitting.folder import FitFolder, local_folder
-from pdiff_plugin.fitting.refine import Loss, run_refinement
+from pdiff_plugin.fitting.refine import Loss, Losses, run_refinement
 from pdiff_plugin.fitting.runtime import GroupRuntime
 from pdiff_plugin.fitting.statistics_stage import part_to_fit
 from pdiff_plugin.generator.generator import WeightGenerator
@@ -89,6 +89,7 @@ def refine_on_ranks(
     config: RefineConfig | None = None,
     *,
     conditions: Sequence[Mapping[str, Any]] | None = None,
+    measure: Loss | None = None,
     out: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> WeightGenerator | None:
@@ -98,7 +99,7 @@ def refine_on_ranks(
     ``loss`` draws its batch from the global random state, and not from what goes on from call to call.
 
     Args:
-        generator, model, loss, config, conditions: as in one process.
+        generator, model, loss, config, conditions, measure: as in one process.
         out: folder for the generator and for checkpoints, used by rank 0 alone.
         on_progress: told the loss, on rank 0.
 
@@ -113,7 +114,7 @@ def refine_on_ranks(
     if runtime.world_size > config.conditions_per_step:
         found = config.conditions_per_step
         raise ConfigError("conditions_per_step", found, f"must be at least {runtime.world_size}, the number of ranks")
-    return run_refinement(generator, model, loss, config, conditions, runtime)
+    return run_refinement(generator, model, Losses(loss, measure or loss), config, conditions, runtime)
 
 
 def _columns(num_values: int, config: FitConfig, runtime: GroupRuntime) -> slice:

@@ -1,11 +1,12 @@
-"""Teach a generator of conditions by the loss of the task, where a fit knows weights alone.
+"""Teach a generator by the loss of the task, where a fit knows weights alone.
 
-What the generator makes at a condition is changed by a small network of the condition, in its own latents and along a
-few directions in which nothing that was recorded varied; gradients go through the user's model. Weights that differ
+What the generator makes is changed by a small network of the condition, without conditions of the member's own latents,
+in its latents and along a few directions in which nothing that was recorded varied; gradients go through the user's
+model. Weights that differ
 little may answer very differently, which a fit to weights cannot know, and the runs' span is a ceiling otherwise.
 
-Shapes: N conditions to learn from, H of them held out, C of one step, F features, K latent width, r new directions, D
-values.
+Shapes: N conditions to learn from (or members, without conditions), H of them held out, C of one step, F features, K
+latent width, r new directions, D values.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from pdiff_plugin.fitting.centre_stage import spread_choice
 from pdiff_plugin.fitting.runtime import Runtime
 from pdiff_plugin.fitting.training import Schedule, Training, seeded
 from pdiff_plugin.generator.condition import Condition as Asked
-from pdiff_plugin.generator.condition_frames import ConditionFrames
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.generator_file import FILE_NAME
 from pdiff_plugin.generator.refinement import Refinement
 from pdiff_plugin.generator.subspace import SubspaceAutoencoder
+from pdiff_plugin.generator.variables import Variables
 from pdiff_plugin.modules.modes import modes_kept
 from pdiff_plugin.modules.names import named_tensors, unwrap, wrapped_names
 from pdiff_plugin.progress import OnProgress
@@ -56,8 +57,8 @@ _EVAL_EVERY = 50
 _HELDOUT_SHARE, _MOST_HELDOUT, _NUM_BATCHES = 0.1, 16, 4
 # With six angles of a circle, what did better at one of them did worse between them.
 _FEW = 8
-# Members of each condition that the network is added to, so that it suits all of them.
-_NUM_MEMBERS = 4
+# Members of each condition that the network is added to, so that it suits all of them; and in all, without conditions.
+_NUM_MEMBERS, _NUM_ALONE = 4, 256
 # Adam moves all parameters at one rate; in these units that suits each. Directions are in units of the weights.
 _KEPT_RATE, _DIRECTION_RATE = 10.0, 3.0
 
@@ -69,6 +70,7 @@ def refine(
     config: RefineConfig | None = None,
     *,
     conditions: Sequence[Mapping[str, Any]] | None = None,
+    measure: Loss | None = None,
     out: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
     **changes: Any,
@@ -88,35 +90,50 @@ def refine(
     returned did best there, and better than the generator as it was. The model comes back as it was given, and runs in
     eval mode.
 
+    A generator that was fitted without conditions is refined as well: its members learn from ``loss(model, {})``. That
+    is more training, which longer training may do as well. A few members are held out, which tells nothing of data that
+    nobody trained on: pass a loss of such data as ``measure``.
+
     Args:
-        generator: fitted with conditions, by the subspace autoencoder.
+        generator: fitted by the subspace autoencoder.
         model: the one that its weights are for.
         loss: of one batch of training data at a condition, drawn anew in each call: (model, condition). It has the
             global random state for itself, the same one for the same condition of the same step in every run.
         config: number of steps and directions, seed.
         conditions: to learn from; the recorded ones unless given.
+        measure: as ``loss``, of data that it does not take: what is returned did best by this where it was held out;
+            ``loss`` itself unless given.
         out: folder for the generator, and while it runs for a checkpoint, from which the same call goes on; where it
             had finished it returns at once.
         on_progress: told the loss.
         **changes: single fields of ``config``.
 
     Raises:
-        ConfigError: a generator that is not of that kind or was refined before, or fewer than four conditions.
+        ConfigError: a generator that is not of that kind or was refined before, fewer than four conditions, or
+            conditions for a generator without.
         ConditionError: a condition that is none, or unlike the recorded ones.
         LayoutMismatchError: the model does not have the generator's tensors.
         FitExistsError: ``out`` holds a generator that was refined with other settings.
     """
     config = configured(RefineConfig, config, changes)
     runtime = Runtime(Path(out) if out is not None else None, on_progress)
-    refined = run_refinement(generator, model, loss, config, conditions, runtime)
+    refined = run_refinement(generator, model, Losses(loss, measure or loss), config, conditions, runtime)
     assert refined is not None, "one process is rank 0"
     return refined
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What is trained on, and what tells how good that was."""
+
+    train: Loss
+    measure: Loss
 
 
 def run_refinement(
     generator: WeightGenerator,
     model: nn.Module,
-    loss: Loss,
+    losses: Losses,
     config: RefineConfig,
     conditions: Sequence[Mapping[str, Any]] | None,
     runtime: Runtime,
@@ -130,12 +147,13 @@ def run_refinement(
     with _weights_into(model, generator) as model_with:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        training = _Refining(generator, cloud, loss, model_with, config, runtime)
+        training = _Refining(generator, cloud, losses, model_with, config, runtime)
         training.run()
     if runtime.rank != 0:
         return None
     report = {
         "config": asdict(config),
+        "learned_at": "members" if generator.variables is None else "conditions",
         "num_conditions": len(cloud.conditions),
         "num_heldout": int(cloud.heldout.sum()),
         "heldout_loss_before": training.history[0]["heldout_loss"],
@@ -147,7 +165,7 @@ def run_refinement(
     refined = _assembled(generator, training.best) if training.best_step else generator
     refined = replace(refined, report={**generator.report, "refinement": report}, path=None)
     if not training.best_step:
-        logger.warning("refining made nothing better at held-out conditions; the generator is as it was")
+        logger.warning("refining made nothing better where it was held out; the generator is as it was")
     if folder is None:
         return refined
     refined.save(folder)
@@ -167,6 +185,8 @@ def _is_finished(folder: Path, config: RefineConfig) -> bool:
 class _Cloud:
     """The conditions to learn from, with the members that the generator makes there.
 
+    Without conditions, each of N members is at one of its own, an empty one whose features are the member's latents.
+
     Attributes:
         conditions: N of them.
         features: (N, F).
@@ -181,14 +201,29 @@ class _Cloud:
 
     @classmethod
     def of(cls, generator: WeightGenerator, given: Sequence[Mapping[str, Any]] | None, config: RefineConfig) -> _Cloud:
-        frames, variables = generator.frames, generator.variables
-        if variables is None or not isinstance(frames, ConditionFrames):
-            raise ConfigError("generator", "fitted without conditions", "must be fitted on runs with conditions")
         if not isinstance(generator.autoencoder, SubspaceAutoencoder):
             found = f"fitted with the autoencoder {generator.config.autoencoder.kind!r}"
             raise ConfigError("generator", found, "must be fitted with 'subspace'")
-        if frames.refinement is not None:
+        if generator.frames.refinement is not None:
             raise ConfigError("generator", "refined before", "must be the one that a fit made")
+        if generator.variables is not None:
+            return cls._of_conditions(generator, generator.variables, given, config)
+        if given is not None:
+            raise ConfigError("conditions", f"{len(given)} of them", "need a generator of runs with conditions")
+        asked = Asked(torch.arange(_NUM_ALONE) % len(generator.trajectories))
+        latents = generator.latents_of(asked, torch.Generator().manual_seed(config.seed))
+        # The last ones are of all runs in turn, as all are.
+        heldout = torch.arange(_NUM_ALONE) >= _NUM_ALONE - _MOST_HELDOUT
+        return cls([{}] * _NUM_ALONE, latents, latents[:, None], heldout)
+
+    @classmethod
+    def _of_conditions(
+        cls,
+        generator: WeightGenerator,
+        variables: Variables,
+        given: Sequence[Mapping[str, Any]] | None,
+        config: RefineConfig,
+    ) -> _Cloud:
         conditions = [parse_condition(one, "conditions") for one in given or generator.conditions]
         for condition in conditions:
             variables.check(condition)
@@ -264,14 +299,13 @@ def _assembled(generator: WeightGenerator, best: _Map) -> WeightGenerator:
     """The generator with the new directions among those of its basis, which stays orthonormal."""
     autoencoder, frames = generator.autoencoder, generator.frames
     assert isinstance(autoencoder, SubspaceAutoencoder)
-    assert isinstance(frames, ConditionFrames)
     basis = autoencoder.basis.float()
     K = len(basis)
     new = best.steps.detach() / _unit(autoencoder)  # (r, D)
     q, upper = torch.linalg.qr(torch.cat([basis, new]).T)  # (D, K + r), (K + r, K + r)
     sign = torch.where(upper.diagonal() < 0, -1.0, 1.0)
     q, upper = q * sign, upper * sign[:, None]
-    refinement = Refinement(frames.num_features, K, len(new))
+    refinement = Refinement(frames.num_features or K, K, len(new))
     refinement.load_state_dict(best.refinement.state_dict())
     with torch.no_grad():
         refinement.kept.copy_(best.kept)
@@ -345,12 +379,12 @@ class _Refining(Training):
         self,
         generator: WeightGenerator,
         cloud: _Cloud,
-        loss: Loss,
+        losses: Losses,
         model_with: Callable[[Tensor], Model],
         config: RefineConfig,
         runtime: Runtime,
     ) -> None:
-        self.cloud, self.loss, self.model_with, self.settings = cloud, loss, model_with, config
+        self.cloud, self.losses, self.model_with, self.settings = cloud, losses, model_with, config
         autoencoder = generator.autoencoder
         assert isinstance(autoencoder, SubspaceAutoencoder)
         self.decoder = _Decoder(autoencoder)
@@ -385,13 +419,13 @@ class _Refining(Training):
         """Mean loss over a few conditions, one batch at each of them; each rank has its part of the sum."""
         C = self.settings.conditions_per_step
         places = self.trained[torch.randint(len(self.trained), (C,), generator=self.rng)]
-        members = torch.randint(_NUM_MEMBERS, (C,), generator=self.rng)
+        members = torch.randint(self.cloud.latents.shape[1], (C,), generator=self.rng)
         own = range(C)[self.runtime.share(C)]
         flat = self.decoder(self.map, self.cloud.features[places[own]], self.cloud.latents[places[own], members[own]])
         losses = []
         for number, one in zip(own, flat, strict=True):
             with _own_random_state(self.settings.seed, C * (1 + self.step) + number):
-                losses.append(self._loss(one, int(places[number])))
+                losses.append(self._loss(self.losses.train, one, int(places[number])))
         return torch.stack(losses).sum() / C
 
     def add_up(self, value: Tensor) -> Tensor:
@@ -407,15 +441,16 @@ class _Refining(Training):
             # From the far end, where no step comes.
             with _own_random_state(self.settings.seed, -1 - number):
                 for _ in range(_NUM_BATCHES):
-                    losses[number] += float(self._loss(flat[number], int(places[number]))) / _NUM_BATCHES
-        found = float(self.runtime.all_reduce(losses).mean())
-        if not self.history or found < self.best_loss:
-            self.best_step, self.best_loss = self.step, found
+                    found = self._loss(self.losses.measure, flat[number], int(places[number]))
+                    losses[number] += float(found) / _NUM_BATCHES
+        mean = float(self.runtime.all_reduce(losses).mean())
+        if not self.history or mean < self.best_loss:
+            self.best_step, self.best_loss = self.step, mean
             self.best.load_state_dict(self.map.state_dict())
-        self.history.append({"step": self.step, "heldout_loss": found})
+        self.history.append({"step": self.step, "heldout_loss": mean})
 
-    def _loss(self, flat: Tensor, place: int) -> Tensor:
-        found = self.loss(self.model_with(flat), dict(self.cloud.conditions[place]))
+    def _loss(self, loss: Loss, flat: Tensor, place: int) -> Tensor:
+        found = loss(self.model_with(flat), dict(self.cloud.conditions[place]))
         if not isinstance(found, Tensor) or found.ndim:
             raise ConfigError("loss", type(found).__name__, "must return a tensor that is one number")
         return found

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from pdiff_plugin.generator.centres import Centre
 from pdiff_plugin.generator.condition import Condition
-from pdiff_plugin.generator.refinement import Refinement
+from pdiff_plugin.generator.refinement import Refinement, state_of
 from pdiff_plugin.generator.state import check_finite, check_shapes, under
-
-_REFINEMENT = "refinement."
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,7 @@ class ConditionFrames:
     def state_dict(self) -> dict[str, Tensor]:
         centre = {f"centre.{name}": tensor for name, tensor in self.centre.state_dict().items()}
         own = {"std": self.std, "scale": torch.tensor(self.scale, dtype=torch.float64)}
-        refinement = {} if self.refinement is None else self.refinement.state_dict()
-        return {**centre, **own, **{f"{_REFINEMENT}{name}": tensor for name, tensor in refinement.items()}}
+        return {**centre, **own, **state_of(self.refinement)}
 
     @classmethod
     def from_state(cls, document: Mapping[str, Any], state: Mapping[str, Tensor]) -> ConditionFrames:
@@ -81,9 +78,7 @@ class ConditionFrames:
         centre = Centre.from_state(document, under(state, "centre."))
         check_shapes(state, {"std": (1, centre.means.shape[1]), "scale": ()})
         check_finite(state, ("std", "scale"))
-        refinement = None
-        if own := under(state, _REFINEMENT):
-            refinement = Refinement.from_state(own, centre.features.shape[1], centre.means.shape[1])
+        refinement = Refinement.found_in(state, centre.features.shape[1], centre.means.shape[1])
         return cls(centre, state["std"].to(torch.float32, copy=True), float(state["scale"]), refinement)
 
 

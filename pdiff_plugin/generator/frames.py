@@ -3,7 +3,8 @@
 Snapshots of independent runs lie in clouds far apart. The diffusion works inside one cloud at a time: it meets
 coordinates of mean zero and known spread, and never spends its capacity on where the clouds are.
 
-Shapes: N latents, n of them for training, B in a batch, K latent width, R trajectories, k local width.
+Shapes: N latents, n of them for training, B in a batch, K latent width, R trajectories, k local width,
+r directions that a task added.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.generator.condition import Condition
+from pdiff_plugin.generator.refinement import Refinement, state_of
 from pdiff_plugin.generator.state import check_finite, check_shapes
 
 # Directions with less than this share of a trajectory's variance are noise of the arithmetic.
@@ -31,12 +33,14 @@ class Frames:
             those of the latents, k = K.
         std: (R, k), standard deviation of local coordinates along each axis; over all R and k their mean square is one.
         scale: what local coordinates are divided by, so that this holds.
+        refinement: what is made of the latents in the end, from themselves, or None.
     """
 
     centre: Tensor
     axes: Tensor | None
     std: Tensor
     scale: float
+    refinement: Refinement | None = None
 
     num_features = 0
 
@@ -46,11 +50,16 @@ class Frames:
         return self.std.shape[1]
 
     @property
+    def latent_dim(self) -> int:
+        """Width of the latents that come out, K or K + r."""
+        return self.centre.shape[1] + (0 if self.refinement is None else self.refinement.num_directions)
+
+    @property
     def num_trajectories(self) -> int:
         return len(self.centre)
 
     def to_local(self, latents: Tensor, condition: Condition) -> Tensor:
-        """Local coordinates (B, k) of latents (B, K) of B rows; what lies off the axes is dropped."""
+        """Local coordinates (B, k) of latents (B, K), before a refinement; what lies off the axes is dropped."""
         trajectory = condition.trajectory
         out = torch.empty(len(latents), self.width, dtype=latents.dtype, device=latents.device)
         for number in set(trajectory.tolist()):
@@ -60,7 +69,7 @@ class Frames:
         return out
 
     def to_latents(self, local: Tensor, condition: Condition) -> Tensor:
-        """Latents (B, K) of local coordinates (B, k)."""
+        """Latents (B, K), refined (B, K + r), of local coordinates (B, k)."""
         trajectory = condition.trajectory
         out = torch.empty(len(local), self.centre.shape[1], dtype=local.dtype, device=local.device)
         for number in set(trajectory.tolist()):
@@ -69,12 +78,15 @@ class Frames:
             out[mine] = self.centre[number].to(local) + (
                 moved if self.axes is None else moved @ self.axes[number].to(local).T
             )
-        return out
+        if self.refinement is None:
+            return out
+        refined: Tensor = self.refinement(out, out)
+        return refined
 
     def state_dict(self) -> dict[str, Tensor]:
         scale = torch.tensor(self.scale, dtype=torch.float64)
         axes = {} if self.axes is None else {"axes": self.axes}
-        return {"centre": self.centre, **axes, "std": self.std, "scale": scale}
+        return {"centre": self.centre, **axes, "std": self.std, "scale": scale, **state_of(self.refinement)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Frames:
@@ -84,7 +96,9 @@ class Frames:
         check_finite(state, ("centre", "axes", "std", "scale"))
         # In memory of their own: the last digit of a product depends on the alignment, which in a file is any.
         own = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
-        return cls(own["centre"], own.get("axes"), own["std"], float(state["scale"]))
+        K = own["centre"].shape[1]
+        refinement = Refinement.found_in(state, K, K)
+        return cls(own["centre"], own.get("axes"), own["std"], float(state["scale"]), refinement)
 
 
 def fit_frames(latents: Tensor, trajectory: Tensor, num_trajectories: int, width: int) -> Frames:

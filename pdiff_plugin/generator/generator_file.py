@@ -111,9 +111,11 @@ class GeneratorParts:
         }
         version = _VERSION_WITHOUT_CONDITIONS
         if self.variables is not None and isinstance(self.frames, ConditionFrames):
-            version = _VERSION_WITHOUT_REFINEMENT if self.frames.refinement is None else FORMAT_VERSION
+            version = _VERSION_WITHOUT_REFINEMENT
             header |= {"variables": self.variables.to_json(), "conditions": self.conditions}
             header |= {"centre": self.frames.centre.to_json()}
+        if self.frames.refinement is not None:
+            version = FORMAT_VERSION
         save_tensors(path, tensors, FORMAT, version, {name: json.dumps(part) for name, part in header.items()})
         return path
 
@@ -155,8 +157,10 @@ def _read_parts(file: _File) -> dict[str, Any]:
             check_shapes(state, {"centre.means": ("R", num_recorded)})
     else:
         with file.part("frames.") as state:
-            check_shapes(state, {"centre": (len(trajectories), autoencoder.latent_dim)})
+            check_shapes(state, {"centre": (len(trajectories), "K")})
             frames = Frames.from_state(state)
+            num_recorded = autoencoder.latent_dim - frames.latent_dim + frames.centre.shape[1]
+            check_shapes(state, {"centre": (len(trajectories), num_recorded)})
     with file.part("denoiser.") as state:
         denoiser = _network(new_denoiser, config, frames, state)
     with file.part("one_step.") as state:

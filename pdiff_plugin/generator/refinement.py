@@ -1,6 +1,7 @@
-"""What the loss of a task taught about latents at a condition, beside what was learned from recorded weights.
+"""What the loss of a task taught about latents, beside what was learned from recorded weights.
 
-Shapes: B conditions, F features, K latent width of the fit, r directions that the task added to it.
+Shapes: B members, F features of their conditions (without conditions, F = K: the latents themselves), K latent width of
+the fit, r directions that the task added to it.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pdiff_plugin.generator.layers import Linear
-from pdiff_plugin.generator.state import check_shapes, load_module
+from pdiff_plugin.generator.state import check_shapes, load_module, under
 
 _WIDTH = 64
+_PREFIX = "refinement."
 
 
 class Refinement(nn.Module):
     """Latents (B, K) and features (B, F) -> latents (B, K + r): how much of the former to keep, and what to add.
 
-    New, it keeps all and adds nothing along the K directions. What it adds along the others depends on the condition
+    New, it keeps all and adds nothing along the K directions. What it adds along the others depends on the features
     already, so that one can learn where they point to.
 
     Attributes:
@@ -52,16 +54,25 @@ class Refinement(nn.Module):
         return out
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], num_features: int, latent_dim: int) -> Refinement:
-        """What ``state_dict`` gave, of a fit with that latent width.
+    def found_in(cls, frames: Mapping[str, Tensor], num_features: int, latent_dim: int) -> Refinement | None:
+        """The one that :func:`state_of` put among the tensors of frames, of a fit with that latent width, if any.
 
         Raises:
             StateError: a tensor is missing or of another shape.
         """
+        state = under(frames, _PREFIX)
+        if not state:
+            return None
         check_shapes(state, {"onto": ("r", "K + r")})
         out = cls(num_features, latent_dim, len(state["onto"]))
         load_module(out, state)
         return out.requires_grad_(False).eval()
+
+
+def state_of(refinement: Refinement | None) -> dict[str, Tensor]:
+    """Its tensors as they stand among those of frames."""
+    state = {} if refinement is None else refinement.state_dict()
+    return {f"{_PREFIX}{name}": tensor for name, tensor in state.items()}
 
 
 def _network(num_features: int, last: nn.Linear) -> nn.Sequential:

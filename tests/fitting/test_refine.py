@@ -256,7 +256,7 @@ def test_a_finished_one_is_returned_at_once_and_never_replaced_by_another(circle
         refine(circle, Net(), loss, QUICK, num_steps=2, out=tmp_path)
 
 
-def test_what_cannot_be_refined_is_refused(circle, refined, walk_store: Path) -> None:
+def test_what_cannot_be_refined_is_refused(circle, refined) -> None:
     with pytest.raises(ConfigError, match="refined before"):
         refine(refined, Net(), loss)
     with pytest.raises(ConfigError, match="at least 4"):
@@ -269,13 +269,56 @@ def test_what_cannot_be_refined_is_refused(circle, refined, walk_store: Path) ->
         refine(circle, Net(), loss, num_directions=34)
     with pytest.raises(ConfigError, match="one number"):
         refine(circle, Net(), lambda model, condition: model(torch.ones(2, 4)), QUICK)
-    plain = pdiff.fit(walk_store, diffusion_of_one_step())
-    with pytest.raises(ConfigError, match="without conditions"):
-        refine(plain, Net(), loss)
 
 
-def diffusion_of_one_step() -> FitConfig:
-    return FitConfig(diffusion=pdiff.DiffusionConfig(max_steps=1, width=64))
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> pdiff.WeightGenerator:
+    """Fitted on two runs without conditions, at opposite sides of the circle."""
+    folder, rng = tmp_path_factory.mktemp("runs") / "store", torch.Generator().manual_seed(0)
+    for angle in (0, 180):
+        rows = values(angle, 0.0) * (1 + 0.02 * torch.randn(20, 36, generator=rng))
+        TrajectoryWriter(folder, LAYOUT, trajectory=f"at-{angle}").write_chunk(rows, list(range(1, 21)))
+    return pdiff.fit(folder, FitConfig(diffusion=pdiff.DiffusionConfig(max_steps=100, width=64)))
+
+
+def loss_of_its_run(model, condition) -> Tensor:
+    """Each run wants a step along the third axis, which none took."""
+    assert condition == {}
+    return torch.stack([loss(model, {"angle": angle}) for angle in (0.0, 180.0)]).min()
+
+
+def losses_of(generator: pdiff.WeightGenerator) -> Tensor:
+    model, found = Net().eval(), []
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for member in generator.sample(16, rng=torch.Generator().manual_seed(1)).members():
+            with pdiff.swapped(model, member):
+                found.append(loss_of_its_run(model, {}))
+    return torch.stack(found)
+
+
+def test_members_of_runs_without_conditions_do_better_each_in_its_own_run(two_runs, tmp_path: Path) -> None:
+    better = refine(two_runs, Net(), loss_of_its_run, QUICK, out=tmp_path)
+    assert losses_of(better).max() < 0.5 * losses_of(two_runs).min()
+    weights = better.sample(16, rng=torch.Generator().manual_seed(1))["head.weight"]
+    # Members take the runs in turn, and are as far apart as these, and different within each.
+    assert (weights[0] - weights[1]).norm() > 0.5 * (values(0, 0)[:24] - values(180, 0)[:24]).norm()
+    assert weights[::2].std(dim=0).mean() > 0.005
+    assert pdiff.WeightGenerator.load(tmp_path).report["refinement"]["learned_at"] == "members"
+
+
+def test_what_is_kept_did_best_by_another_measure_where_there_is_one(two_runs, caplog) -> None:
+    def worse(model, condition) -> Tensor:
+        return -loss_of_its_run(model, condition)
+
+    same = refine(two_runs, Net(), loss_of_its_run, QUICK, measure=worse, num_steps=50)
+    assert "made nothing better" in caplog.text
+    assert torch.equal(losses_of(same), losses_of(two_runs))
+
+
+def test_conditions_need_a_generator_that_knows_them(two_runs) -> None:
+    with pytest.raises(ConfigError, match="need a generator of runs with conditions"):
+        refine(two_runs, Net(), loss, conditions=ANGLES)
 
 
 def test_few_conditions_to_learn_from_are_warned_of(
