@@ -61,18 +61,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="synthetic images, everything but brief")
     options = parser.parse_args()
-    makers = {
-        "w1": whole_mlp,
-        "w2": last_norms,
-        "w3": five_runs,
-        "w5": lora,
-        "w6": eight_branches,
-        "w7": partial(overfitted, Perturb()),
-        "w7-cycles": partial(overfitted, Cycle(warmup_steps=160)),
-        "w7-branches": partial(overfitted, Reinit(warmup_steps=200)),
-    }
-    if unknown := set(options.workloads) - set(makers):
-        parser.error(f"no workload {', '.join(sorted(unknown))}; there are {', '.join(makers)}")
+    if unknown := set(options.workloads) - set(WORKLOADS):
+        parser.error(f"no workload {', '.join(sorted(unknown))}; there are {', '.join(WORKLOADS)}")
     if options.data is None and not options.smoke:
         parser.error("--data or --smoke is needed")
     if options.smoke and options.out == parser.get_default("out"):
@@ -81,7 +71,7 @@ def main() -> None:
     for name in options.workloads:
         folder = options.out / f"{name}-seed{options.seed}"
         started = time.perf_counter()
-        task = makers[name](train, test, folder / "store", options.seed, options.smoke)
+        task = WORKLOADS[name](train, test, folder / "store", options.seed, options.smoke)
         print(f"\n== {name}: snapshots recorded in {time.perf_counter() - started:.0f} s", flush=True)
         judge(task, folder, options.seed, options.smoke)
 
@@ -170,10 +160,11 @@ def overfitted(
 ) -> Task:
     """W7: train on few images, as they are, until none is wrong; then on with the last block and the head."""
     torch.manual_seed(seed)
-    train = train[0][:5000], train[1][:5000]
+    train = few(train)
     model, batches = SmallResNet(), loader(train, 16 if smoke else 128, shuffle=True)
     if not restored(model, store):
         train_all(model, batches, num_epochs=1 if smoke else 30, change=lambda x: x)
+        model.eval()
         wrong = sum(int((model(x).argmax(dim=1) != y).sum()) for x, y in batches)
         print(f"wrong images of {len(train[0])} that it was trained on: {wrong}", flush=True)
         is_one = isinstance(restart, Perturb)
@@ -191,6 +182,11 @@ def overfitted(
         restored(model, store)
     # As many as of w6.
     return Task(model.eval(), loader((test[0][:2500], test[1][:2500]), 500))
+
+
+def few(train: Split) -> Split:
+    """The images that W7 learns by heart."""
+    return train[0][:5000], train[1][:5000]
 
 
 def restored(model: nn.Module, store: Path) -> bool:
@@ -318,6 +314,18 @@ class Block(nn.Module):
         out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return F.relu(out + self.shortcut(x))
 
+
+# Each trains a model and records into a store, unless it is there: (train, test, store, seed, smoke) -> its task.
+WORKLOADS = {
+    "w1": whole_mlp,
+    "w2": last_norms,
+    "w3": five_runs,
+    "w5": lora,
+    "w6": eight_branches,
+    "w7": partial(overfitted, Perturb()),
+    "w7-cycles": partial(overfitted, Cycle(warmup_steps=160)),
+    "w7-branches": partial(overfitted, Reinit(warmup_steps=200)),
+}
 
 if __name__ == "__main__":
     main()
