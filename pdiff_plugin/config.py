@@ -117,8 +117,8 @@ class RecorderConfig:
     """Take the end as not known, even from a trainer that plans one: for training that may stop early. Snapshots are
     then written from the first step on, and the oldest deleted."""
     keep_sparse: bool = True
-    """Until the window has begun, keep sparse snapshots of the newer part of training, in case it ends before. At most
-    as many are written as the window has; they are deleted once that has enough."""
+    """Until the window has enough of them, keep sparse snapshots from before it, in case training ends there. About as
+    many are written as the window has (100 where an epoch has fewer steps), and the oldest deleted."""
     trajectory: str | None = None
     """Name of this run in the store; the next free `run-001`, `run-002`, ... unless given."""
     freeze_rest: bool = False

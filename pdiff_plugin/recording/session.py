@@ -422,9 +422,7 @@ class Session:
         if written is not None and written.sparse_steps:
             steps = written.sparse_steps
             beside = f", beside {written.num_window_rows} in the window" if written.num_window_rows else ""
-            kept = (
-                f"{len(steps)} snapshots of steps {steps[0]} to {steps[-1]}, taken sparsely before it, are kept{beside}"
-            )
+            kept = f"sparse snapshots from before it are kept, {len(steps)} of steps {steps[0]} to {steps[-1]}{beside}"
         elif window.total_steps is not None and self.step < window.first:
             kept = "no snapshot was taken"
         else:

@@ -11,6 +11,8 @@ from pdiff_plugin.snapshots.chunks import PlannedWindow
 
 # A fit needs 10; until there are so many, a training that ends may have too few of its window alone.
 ENOUGH_ROWS = 32
+# Rows before a window that nobody gave a length, though an epoch be shorter: a tenth of a run leaves some to fit.
+MIN_SPARSE_ROWS = 100
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class Window:
     """The steps to record: the end of a run of known length, or a ring of the newest rows.
 
     Should a run of known length never get to its end, there are sparse rows from before: of steps 1,
-    1 + ``sparse_every``, 1 + 2 ``sparse_every``, ..., at most as many as the window has. The newer half to three
-    quarters are kept, and none once there are enough of the window.
+    1 + ``sparse_every``, 1 + 2 ``sparse_every``, ..., about as many as the window has. The newer half to three quarters
+    are kept, and none once there are enough of the window.
 
     Attributes:
         total_steps: length of the run; None when it is not known.
@@ -62,7 +64,8 @@ class Window:
         if total_steps is None:
             return cls(None, 1, every, num_rows, num_enough)
         first = total_steps - (num_rows - 1) * every
-        sparse_every = max(every, ceil((first - 1) / num_rows)) if config.keep_sparse else None
+        num_sparse = num_rows if config.last_steps else min(config.max_snapshots, max(num_rows, MIN_SPARSE_ROWS))
+        sparse_every = max(every, ceil((first - 1) / num_sparse)) if config.keep_sparse else None
         return cls(total_steps, first, every, num_rows, num_enough, sparse_every)
 
     @property

@@ -97,9 +97,9 @@ class SnapshotStore:
             elif chunks:
                 num_sparse = sum(map(len, chunks)) - sum(map(len, found[name]))
                 self.left_out.append(
-                    f"{name} got to step {chunks[-1].steps[-1]} of {window.total_steps}, and its window begins at step "
-                    f"{window.first_step}: its {num_sparse} sparse snapshots from before that are left out, since "
-                    "other runs have those of their windows"
+                    f"{name} has snapshots up to step {chunks[-1].steps[-1]} of {window.total_steps}, and its window "
+                    f"begins at step {window.first_step}: its {num_sparse} sparse snapshots from before that are left "
+                    "out, since other runs have those of their windows"
                 )
         return found
 
