@@ -96,8 +96,8 @@ def show_store(document: dict[str, Any]) -> None:
     for t in document["trajectories"]:
         if t["sparse"]:
             console.say(
-                f"! {t['id']} ended, or is, at step {t['last_step']} of {t['total_steps']}, and its window begins at step "
-                f"{t['window_first_step']}: {t['sparse']} of its snapshots were taken sparsely before that."
+                f"! {t['id']} has snapshots up to step {t['last_step']} of {t['total_steps']}, and its window begins "
+                f"at step {t['window_first_step']}: {t['sparse']} of them were taken sparsely before that."
             )
     for sentence in document["left_out"]:
         console.say(f"! {sentence}.")
