@@ -72,9 +72,10 @@ def test_sparse_snapshots(benchmark, tmp_path, monkeypatch, name):
     assert max(sizes[True]) <= 2.2 * min(sizes[False])
     for keep_sparse in (False, True):
         low, middle, high = (value * 1e6 for value in statistics.quantiles(seconds[keep_sparse], n=4))
+        size = statistics.median(sizes[keep_sparse]) / 2**20
         print(
             f"\n{name}, {'with' if keep_sparse else 'without'} sparse snapshots: median {middle:.5g} us a step, "
-            f"quartiles {low:.5g} to {high:.5g}, n={num_runs}; {statistics.median(sizes[keep_sparse]) / 2**20:.4g} MiB written"
+            f"quartiles {low:.5g} to {high:.5g}, n={num_runs}; {size:.4g} MiB written"
         )
     ratios = [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]
     print(f"{name}, with / without, neighbouring runs: median {statistics.median(ratios):.4g}")
