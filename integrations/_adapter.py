@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from inspect import Parameter, Signature
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
+
+from torch import Tensor
 
 from pdiff_plugin.config import RecorderConfig
 from pdiff_plugin.errors import ConditionError, ConfigError, MissingDependencyError, NotHookableError
@@ -93,6 +97,18 @@ class Adapter:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def with_settings_named(init: Callable[..., None]) -> Signature:
+    """The signature of ``init`` with each setting of a recorder in the place of ``**changes``; None is its default."""
+    signature = inspect.signature(init)
+    types = get_type_hints(init) | get_type_hints(RecorderConfig, localns={"Tensor": Tensor})
+    named = [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=None, annotation=types[field.name] | None)
+        for field in fields(RecorderConfig)
+    ]
+    kept = [p.replace(annotation=types.get(p.name, p.annotation)) for p in signature.parameters.values()]
+    return signature.replace(parameters=[*kept[:-1], *named])
 
 
 def hookable(optimizer: Any) -> Any:

@@ -5,13 +5,16 @@ trainer = Trainer(callbacks=[PDiffRecorder()])
 
 from __future__ import annotations
 
+import os
 from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pdiff_plugin.config import RecorderConfig
 from pdiff_plugin.recording.recorder import DEFAULT_FOLDER
+from pdiff_plugin.recording.recorder import PDiffRecorder as Recorder
 
-from ._adapter import Adapter, Requires, hookable, looked_up
+from ._adapter import Adapter, Requires, hookable, looked_up, with_settings_named
 
 problem: ImportError | None = None
 try:
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 class PDiffRecorder(Adapter, Callback):
     """Records snapshots while a ``Trainer`` fits; see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
+    In a file of ``LightningCLI`` its settings are ``init_args``; one that is null is as if it were not there.
+
     With manual optimization the number of steps cannot be known, so the newest snapshots are kept.
 
     With ``condition="hparams"`` the condition of the run is what the module has saved by ``save_hyperparameters()``, as
@@ -36,6 +41,18 @@ class PDiffRecorder(Adapter, Callback):
     """
 
     requires = Requires("lightning", problem)
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str] | None = None,
+        config: RecorderConfig | None = None,
+        *,
+        recorder: Recorder | None = None,
+        **changes: Any,
+    ) -> None:
+        # LightningCLI gives all settings, None where its file has none.
+        given = {name: value for name, value in changes.items() if value is not None}
+        super().__init__(store, config, recorder=recorder, **given)
 
     @property
     def state_key(self) -> str:
@@ -75,3 +92,7 @@ class PDiffRecorder(Adapter, Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # Lightning calls neither on_train_end nor teardown after an exception.
         self.close()
+
+
+# LightningCLI looks there for the names and types of what a file may set.
+PDiffRecorder.__init__.__signature__ = with_settings_named(PDiffRecorder.__init__)  # type: ignore[attr-defined]

@@ -116,6 +116,9 @@ class RecorderConfig:
     keep_newest: bool = False
     """Take the end as not known, even from a trainer that plans one: for training that may stop early. Snapshots are
     then written from the first step on, and the oldest deleted."""
+    keep_sparse: bool = True
+    """Until the window has enough of them, keep sparse snapshots from before it, in case training ends there. About as
+    many are written as the window has (100 where an epoch has fewer steps), and the oldest deleted."""
     trajectory: str | None = None
     """Name of this run in the store; the next free `run-001`, `run-002`, ... unless given."""
     freeze_rest: bool = False
@@ -143,9 +146,9 @@ class RecorderConfig:
         layers = self.layers
         plain = layers_name(layers) if callable(layers) else layers if isinstance(layers, str) else list(layers)
         fields = {**vars(self), "layers": plain}
-        if self.condition is None:
-            del fields["condition"]  # trainers tell recorders apart by these, in checkpoints of earlier releases too
-        return fields
+        # Trainers tell recorders apart by these, in checkpoints of earlier releases too, which do not know them all.
+        newer = {"condition": None, "keep_sparse": True}
+        return {name: value for name, value in fields.items() if name not in newer or value != newer[name]}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,12 +34,16 @@ def store(path: Path) -> dict[str, Any]:
         steps = opened.steps[opened.trajectory_index == index]
         header = opened.base_header(name)
         drift = header.get("rest_drift")
+        window = opened.sparse.get(name)
         trajectories.append(
             {
                 "id": name,
                 "snapshots": len(steps),
                 "first_step": int(steps[0]),
                 "last_step": int(steps[-1]),
+                "sparse": int((steps < window.first_step).sum()) if window else 0,
+                "window_first_step": window.first_step if window else None,
+                "total_steps": window.total_steps if window else None,
                 "base": "yes" if header else "no",
                 "rest_drift": f"{float(drift):.2%}" if drift else "-",
                 "condition": opened.conditions.get(name),
@@ -55,6 +59,7 @@ def store(path: Path) -> dict[str, Any]:
         "trajectories": trajectories,
         "conditions": summary(list(opened.conditions.values())),
         "movement": found.to_json() if found else None,
+        "left_out": opened.left_out,
         "problems": opened.problems,
     }
 
@@ -89,6 +94,14 @@ def show_store(document: dict[str, Any]) -> None:
     console.table(title, headers, rows, note=note)
     if found and found.warning:
         console.say(f"! {found.warning}")
+    for t in document["trajectories"]:
+        if t["sparse"]:
+            console.say(
+                f"! {t['id']} has snapshots up to step {t['last_step']} of {t['total_steps']}, and its window begins "
+                f"at step {t['window_first_step']}: {t['sparse']} of them were taken sparsely before that."
+            )
+    for sentence in document["left_out"]:
+        console.say(f"! {sentence}.")
     _show_summary(document["conditions"], [condition for condition in conditions if condition])
     for problem in document["problems"]:
         console.say(f"! {problem}")

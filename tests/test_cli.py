@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from pdiff_plugin import FitConfig, SnapshotStore, WeightGenerator, __version__, cli
+from pdiff_plugin import FitConfig, PDiffRecorder, SnapshotStore, WeightGenerator, __version__, cli
 from pdiff_plugin.cli import main
 from pdiff_plugin.config import ConvConfig, SubspaceConfig
 from pdiff_plugin.snapshots.conditions import set_condition
@@ -800,3 +800,28 @@ def test_a_generator_is_refined_by_a_loss_and_says_what_that_gave(
     assert main([*command[:2], "--task", f"{module}:trained", "--out", "by-task", *quick]) == 0
     report = WeightGenerator.load(tmp_path / "by-task").report["refinement"]
     assert report["heldout_loss"] < report["heldout_loss_before"]
+
+
+def test_inspect_tells_of_a_run_that_ended_before_its_window(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def record(num_steps: int) -> None:
+        model = torch.nn.Linear(3, 2)
+        with PDiffRecorder(tmp_path, layers="all", last_steps=20).attach(model, total_steps=100) as recorder:
+            for _ in range(num_steps):
+                torch.nn.init.normal_(model.weight)
+                recorder.step()
+
+    record(61)
+    assert main(["inspect", str(tmp_path)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "! run-001 has snapshots up to step 61 of 100, and its window begins at step 81: 12 of them were" in text
+    record(100)
+    assert main(["inspect", str(tmp_path)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "! run-001 has snapshots up to step 61 of 100, and its window begins at step 81: its 12 sparse" in text
+    assert "run-002 20 81..100" in text
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [one["id"] for one in document["trajectories"]] == ["run-002"]
+    assert len(document["left_out"]) == 1

@@ -215,6 +215,7 @@ def _recorder(store: str | os.PathLike[str], config: CollectConfig, **own: Any) 
         max_snapshots=config.num_snapshots,
         dtype=config.dtype,
         save_base=config.save_base,
+        keep_sparse=False,  # steps before the first snapshot are for warming up, and an interrupted call goes on
         **own,
     )
 

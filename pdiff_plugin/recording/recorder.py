@@ -42,7 +42,8 @@ class PDiffRecorder:
             train()
 
     Args:
-        store: the store's folder, made when the first snapshot is written; ``./pdiff-snapshots`` unless given.
+        store: the store's folder, made when the first snapshot is written; ``./pdiff-snapshots`` unless given (or
+            ``./pdiff-snapshots-2`` and so on, where that is for other tensors: of a second network, say).
         config: what is recorded and when; for ``layers`` see :func:`~pdiff_plugin.recording.selection.select`.
         changes: single fields of :class:`~pdiff_plugin.config.RecorderConfig`: ``PDiffRecorder(layers="head")``.
 
@@ -173,7 +174,15 @@ class PDiffRecorder:
             restored_store = None  # the checkpoint was moved to another machine
         # The training may change its working folder (Hydra does), the store must not move with it.
         store = Path(os.path.abspath(self.store or restored_store or default_store))
-        self._session = Session(model, config, window, store, steps_per_epoch=steps_per_epoch, averaged=averaged)
+        self._session = Session(
+            model,
+            config,
+            window,
+            store,
+            is_default_store=self.store is None,
+            steps_per_epoch=steps_per_epoch,
+            averaged=averaged,
+        )
         self._outcome = self._session.outcome
         if self._is_restored:
             self._session.restore(self._state)

@@ -21,7 +21,7 @@ NUM_SAMPLED = 65_536
 class RestDrift:
     """Relative L2 change of tensors between two moments, estimated on at most 65,536 evenly strided values.
 
-    Two references are kept, so that a ring always has one that is as old as its oldest row.
+    Two references are kept, so that a ring, or the rows before a window, always have one that is as old as the oldest.
 
     Args:
         tensors: returns the live tensors, in one order.
@@ -39,6 +39,11 @@ class RestDrift:
     def mark(self, step: int) -> None:
         """Take the present values as the newest reference."""
         self._references.append((step, self._sample()))
+
+    def forget_older(self) -> None:
+        """Measure from the newest reference on."""
+        while len(self._references) > 1:
+            self._references.popleft()
 
     def measure(self) -> float | None:
         """Change since the oldest reference, or None without one. 0.0 when nothing else is trained."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +76,7 @@ class Session:
         config: what is recorded.
         window: the steps that are.
         store: the store's folder.
+        is_default_store: nobody chose it: where it is for other tensors, another beside it is taken.
         steps_per_epoch: optimizer steps in an epoch, if known.
         averaged: ``model`` is an averaged copy, whose parameters need no gradient.
 
@@ -92,20 +94,18 @@ class Session:
         window: Window,
         store: Path,
         *,
+        is_default_store: bool = False,
         steps_per_epoch: int | None = None,
         averaged: bool = False,
     ) -> None:
-        self.model, self.config, self.window, self.store = unwrap(model), config, window, store
+        self.model, self.config, self.window = unwrap(model), config, window
         self.steps_per_epoch, self.averaged = steps_per_epoch, averaged
         self.outcome = Outcome()
         self._condition: Condition | None = dict(config.condition) if isinstance(config.condition, Mapping) else None
         self.is_writer = _rank() == 0
         self.step, self.trajectory = 0, config.trajectory
-        # Ranks of a sharded model all write and must agree on a name: this is found before any of them has written.
-        self._shared_trajectory = next_free_trajectory(store) if world_size() > 1 else None
-        self._folder = store
         self._shapes: dict[str, tuple[int, ...]] | None = None  # whole shapes, if the model is sharded
-        self.num_recorded = 0
+        self.num_recorded = self._num_in_window = 0
         self.last_recorded = 0
         self._num_observed = 0
         self._resume_step: int | None = None
@@ -120,9 +120,14 @@ class Session:
         self._is_measured = False
         check_sharding(self.model)
         # Wrong `layers`, a store of other tensors or conditions must not surface at the end of a long training.
-        self._check_store(self.selection().layout)
+        self._planned_layout = self.selection().layout
+        self.store = self._folder = self._own_store(store) if is_default_store else store
+        self._check_store()
+        # Ranks of a sharded model all write and must agree on a name: this is found before any of them has written.
+        self._shared_trajectory = next_free_trajectory(self.store) if world_size() > 1 else None
         self._check_condition()
         self._freeze_in_window()
+        _running.add(self)
 
     def selection(self) -> Selection:
         """The tensors that are recorded, looked for anew where the model's have been replaced, added or frozen.
@@ -147,7 +152,7 @@ class Session:
         self._resume_step = self.step
         self._leave_other_runs_alone(counters.get("store"))
         self._check_condition()
-        self._num_observed = self.num_recorded = 0
+        self._num_observed = self.num_recorded = self._num_in_window = 0
         self._layout, self._is_measured = None, False
         self._freeze_in_window()
 
@@ -195,11 +200,14 @@ class Session:
             with torch.inference_mode(False), torch.no_grad():
                 return self.observe(step, epoch, metrics, found_inf)
         self.step = step
+        is_due = self.window.is_due(step)
         if self._num_observed == 0:
             self._resolve()
             self._check_trajectory()
+            # However soon it ends after this, there is a row.
+            is_due = is_due or (self.window.is_before(step) and self.is_writer and not self._holds_rows())
         self._num_observed += 1
-        if self.is_writer and self.outcome.error is None and self.window.is_due(step):
+        if is_due and self.is_writer and self.outcome.error is None:
             if epoch is None and self.steps_per_epoch:
                 epoch = step / self.steps_per_epoch
             try:
@@ -215,15 +223,11 @@ class Session:
             if self._writer is not None:
                 self._finish(self._writer)
         finally:
+            _running.discard(self)
             if self._frozen is not None:
                 self._frozen.restore()
-        first = self.window.first
-        if self.is_writer and self._num_observed and self.step < first:
-            logger.warning(
-                "training ended at step %d, before the recording window opened at step %d: no snapshot was taken. "
-                "For training that may stop early, keep_newest=True keeps the newest %d snapshots, wherever it ends.",
-                *(self.step, first, self.config.max_snapshots),
-            )
+        if _rank() == 0 and self._num_observed and self.outcome.error is None:
+            self._tell_early_end()
 
     def _record(self, info: RowInfo, found_inf: Tensor | None) -> None:
         writer = self._ready_writer()
@@ -233,13 +237,26 @@ class Session:
         if not writer.add(tensors, info, found_inf):
             self.outcome.error = writer.error
             return
-        is_ring = self.window.total_steps is None
-        if self.num_recorded == 0 or (is_ring and self.num_recorded % self.window.num_rows == 0):
-            self._drift.mark(info.step)
+        self._mark_reference(info.step)
         self.num_recorded += 1
         self.last_recorded = info.step
         if info.step == self.window.total_steps:
             self._measure_end(writer)
+
+    def _mark_reference(self, step: int) -> None:
+        """Have the drift of the rest measured from the oldest row that will be kept, or one a little older."""
+        window = self.window
+        if window.total_steps is None:
+            is_reference = self.num_recorded % window.num_rows == 0
+        elif step < window.first:
+            is_reference = self.num_recorded == 0 or window.is_doubled(step)
+        else:
+            is_reference = self._num_in_window == 0
+            self._num_in_window += 1
+        if is_reference:
+            self._drift.mark(step)
+        if self._num_in_window == window.num_enough:
+            self._drift.forget_older()
 
     def _ready_writer(self) -> BackgroundWriter:
         if self._writer is None:
@@ -272,7 +289,7 @@ class Session:
                 layout,
                 dtype,
                 self._read()[0].device,
-                keep=self.window.num_rows if self.window.total_steps is None else None,
+                self.window,
             )
             # A recorder that is forgotten without close(), and its session with it, still leaves no thread behind.
             weakref.finalize(self, self._writer.close).atexit = False
@@ -341,7 +358,7 @@ class Session:
             )
 
     def _is_last_row(self, trajectory: TrajectoryWriter) -> bool:
-        chunks, _ = read_chunks(trajectory.folder, trajectory.layout, trajectory.row_dtype)
+        chunks, _ = read_chunks(trajectory.folder, trajectory.layout, trajectory.row_dtype, with_sparse=True)
         if not chunks:
             return False
         values = dict(zip(trajectory.layout.names, self._read(), strict=True))
@@ -350,11 +367,20 @@ class Session:
         row = trajectory.layout.flatten(values, DTYPES[self.config.dtype])
         return torch.equal(row.to(trajectory.row_dtype).cpu(), last)
 
-    def _check_store(self, layout: Layout) -> None:
+    def _own_store(self, store: Path) -> Path:
+        """``store``, or the first of ``store-2``, ``store-3``, ... that is not for other tensors."""
+        own, numbers = store, itertools.count(2)
+        while any(known != self._planned_layout for known in _layouts_of(own)):
+            own = store.with_name(f"{store.name}-{next(numbers)}")
+        if own != store and self.is_writer:
+            logger.warning("%s is for other tensors: these are recorded in %s", store, own)
+        return own
+
+    def _check_store(self) -> None:
         if self.store.exists() and not self.store.is_dir():
             raise StoreNotFoundError(str(self.store), "it is a file")
-        if (self.store / LAYOUT_NAME).is_file():
-            read_layout(self.store)[0].check_same(layout, f"the store {self.store}")
+        for known in _layouts_of(self.store):
+            known.check_same(self._planned_layout, f"the store {self.store}")
 
     def _check_condition(self) -> None:
         """Raise :class:`ConditionError` where the condition is not that of the run that goes on, or is unlike those of
@@ -382,6 +408,31 @@ class Session:
             chunks, _ = read_chunks(folder, *read_layout(self._folder))
             raise TrajectoryExistsError(str(folder), sum(map(len, chunks)))
 
+    def _holds_rows(self) -> bool:
+        """Whether this run goes on in a trajectory that has rows of it."""
+        folder = self._folder / "trajectories" / (self.trajectory or "")
+        if self._resume_step is None or not folder.is_dir() or not (self._folder / LAYOUT_NAME).is_file():
+            return False
+        chunks, _ = read_chunks(folder, *read_layout(self._folder), with_sparse=True)
+        return any(step <= self._resume_step for chunk in chunks for step in chunk.steps)
+
+    def _tell_early_end(self) -> None:
+        """Say what is there of a training that ended before its window had enough rows."""
+        window, written = self.window, self._writer.trajectory if self._writer is not None else None
+        if written is not None and written.sparse_steps:
+            steps = written.sparse_steps
+            beside = f", beside {written.num_window_rows} in the window" if written.num_window_rows else ""
+            kept = f"sparse snapshots from before it are kept, {len(steps)} of steps {steps[0]} to {steps[-1]}{beside}"
+        elif window.total_steps is not None and self.step < window.first:
+            kept = "no snapshot was taken"
+        else:
+            return
+        logger.warning(
+            "training ended at step %d of the planned %d, and the recording window begins at step %d: %s. For training "
+            "that may stop early, keep_newest=True keeps the newest %d snapshots, wherever it ends.",
+            *(self.step, window.total_steps, window.first, kept, self.config.max_snapshots),
+        )
+
     def _freeze_in_window(self) -> None:
         if self.config.freeze_rest and self._frozen is None and self.step >= self.window.first - 1:
             self._frozen = FrozenRest(self.model, self.selection().tensors)
@@ -390,6 +441,16 @@ class Session:
     def _fail(self, error: Exception) -> None:
         self.outcome.error = error
         logger.warning("recording stopped, training goes on: %s", error, exc_info=error)
+
+
+# Those that have not been closed: what they are going to write is not in their stores yet.
+_running: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _layouts_of(store: Path) -> list[Layout]:
+    """What is recorded in ``store``, or is about to be."""
+    planned = [session._planned_layout for session in _running if session.store == store]
+    return planned + ([read_layout(store)[0]] if (store / LAYOUT_NAME).is_file() else [])
 
 
 def _fingerprint(model: nn.Module) -> dict[str, tuple[int, bool]]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pdiff_plugin.recording.window import Window
 from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
@@ -62,7 +63,7 @@ class BackgroundWriter:
         layout: of the rows.
         dtype: of the rows.
         device: where the tensors live.
-        keep: ring length: how many of the newest rows must stay on disk; all unless given.
+        window: what must stay on disk; everything unless given.
     """
 
     def __init__(
@@ -71,9 +72,11 @@ class BackgroundWriter:
         layout: Layout,
         dtype: torch.dtype,
         device: torch.device,
-        keep: int | None = None,
+        window: Window | None = None,
     ) -> None:
-        self.layout, self.keep = layout, keep
+        self.layout, self._window = layout, window
+        # Rows before this step go to chunks of their own.
+        self._first = window.first if window is not None else 0
         self.error: Exception | None = None
         self.trajectory: TrajectoryWriter | None = None
         self._open_trajectory = open_trajectory
@@ -111,6 +114,9 @@ class BackgroundWriter:
         if not self.is_active:
             return False
         with self._changed, self._no_grad:
+            buffer = self._current
+            if buffer is not None and buffer.infos and buffer.infos[0].step < self._first <= info.step:
+                self._close_chunk()
             buffer = self._current or self._take_buffer()
             if buffer is None:
                 return False
@@ -153,13 +159,11 @@ class BackgroundWriter:
                 self._changed.wait()
 
     def close(self) -> None:
-        """Write what is left, cut a ring to its length and end the thread. May be called again."""
+        """Write what is left, delete what is not to be kept and end the thread. May be called again."""
         if os.getpid() != self._pid or self._closing:
             return
         if self.trajectory is not None or self._current is not None or self._full:
-            if self.keep is not None:
-                keep = self.keep
-                self.submit(lambda trajectory: trajectory.drop_oldest(keep, exactly=True))
+            self.submit(partial(self._thin_out, exactly=True))
             self.flush()
         with self._changed:
             self._closing = True
@@ -238,11 +242,23 @@ class BackgroundWriter:
             rows, infos = rows[taken], [infos[i] for i in taken]
         if not infos:
             return
+        planned = self._window.planned if self._window is not None and infos[0].step < self._first else None
         self.trajectory.write_chunk(
-            rows, [i.step for i in infos], [i.epoch for i in infos], [_numbers(i.metrics) for i in infos]
+            rows, [i.step for i in infos], [i.epoch for i in infos], [_numbers(i.metrics) for i in infos], planned
         )
-        if self.keep is not None:
-            self.trajectory.drop_oldest(self.keep)
+        self._thin_out(self.trajectory)
+
+    def _thin_out(self, trajectory: TrajectoryWriter, *, exactly: bool = False) -> None:
+        """Delete the rows that the window does not keep; ``exactly`` also cuts into chunks."""
+        window = self._window
+        if window is None:
+            return
+        if window.total_steps is None:
+            trajectory.drop_oldest(window.num_rows, exactly=exactly)
+        elif trajectory.num_window_rows >= window.num_enough:
+            trajectory.drop_sparse()
+        elif window.sparse_every is not None:
+            trajectory.drop_sparse(window.kept_from(trajectory.last_step), exactly=exactly)
 
 
 def _views(row: Tensor, layout: Layout) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
     chunk-000001.safetensors   "rows" (n, D) in layout order, "steps" (n,) int64; the header holds, as text, ``format``,
                                ``format_version`` and two JSON lists, ``epochs`` and ``metrics``, one entry per row
+    sparse-000001.safetensors  the same for rows from before the window; the header also holds ``window``, a JSON object
 
 Shapes: n rows in a chunk, m of them wanted, D values in a row, c columns.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,9 +21,26 @@ from torch import Tensor
 from pdiff_plugin.errors import FormatError
 from pdiff_plugin.snapshots.files import is_number
 from pdiff_plugin.snapshots.layout import FORMAT, FORMAT_VERSION, Layout
-from pdiff_plugin.snapshots.tensor_files import from_json, load_tensors, save_tensors
+from pdiff_plugin.snapshots.tensor_files import from_json, load_header, load_tensors, save_tensors
 
 CHUNK_NAME = re.compile(r"chunk-(\d{6,})\.safetensors")
+SPARSE_NAME = re.compile(r"sparse-(\d{6,})\.safetensors")
+_LEFT_OUT = "Its snapshots are left out."
+
+
+@dataclass(frozen=True)
+class PlannedWindow:
+    """The window that sparse rows were taken before.
+
+    Attributes:
+        first_step: its first step.
+        total_steps: planned length of the run.
+        num_enough: once the trajectory has so many rows of its window, sparse ones do not count any more.
+    """
+
+    first_step: int
+    total_steps: int
+    num_enough: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,7 @@ class Chunk:
     epochs: list[float | None]
     metrics: list[dict[str, float]]
     _rows: Tensor
+    window: PlannedWindow | None = None  # of sparse rows
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -54,13 +73,16 @@ def save_chunk(
     steps: Sequence[int],
     epochs: Sequence[float | None] | None = None,
     metrics: Sequence[Mapping[str, float]] | None = None,
+    window: PlannedWindow | None = None,
 ) -> None:
-    """Write one chunk file, rows (n, D)."""
+    """Write one chunk file, rows (n, D); with ``window`` one of sparse rows."""
     tensors = {"rows": rows, "steps": torch.tensor(list(steps), dtype=torch.int64)}
     header = {
         "epochs": json.dumps(list(epochs) if epochs else [None] * len(steps)),
         "metrics": json.dumps([dict(m) for m in metrics] if metrics else [{}] * len(steps)),
     }
+    if window is not None:
+        header["window"] = json.dumps(asdict(window))
     save_tensors(path, tensors, FORMAT, FORMAT_VERSION, header)
 
 
@@ -88,31 +110,67 @@ def read_chunk(path: Path, layout: Layout, row_dtype: torch.dtype) -> Chunk:
         raise FormatError(str(path), "other epochs", f"{n} numbers or nulls")
     if not (_is_list(metrics, n) and all(isinstance(m, dict) and all(map(is_number, m.values())) for m in metrics)):
         raise FormatError(str(path), "other metrics", f"{n} objects of name -> number")
-    return Chunk(path, steps.tolist(), epochs, metrics, rows)
+    window = _window(path, header) if SPARSE_NAME.fullmatch(path.name) else None
+    return Chunk(path, steps.tolist(), epochs, metrics, rows, window)
 
 
-def read_chunks(folder: Path, layout: Layout, row_dtype: torch.dtype) -> tuple[list[Chunk], list[str]]:
+def _window(path: Path, header: Mapping[str, str]) -> PlannedWindow:
+    found = from_json(path, header, "window")
+    names = PlannedWindow.__dataclass_fields__
+    if not (isinstance(found, dict) and all(type(found.get(name)) is int and found[name] > 0 for name in names)):
+        raise FormatError(str(path), f"window {found!r}", f"an object of {', '.join(names)}")
+    return PlannedWindow(**{name: found[name] for name in names})
+
+
+def read_window(folder: Path) -> PlannedWindow | None:
+    """The window that the sparse rows of a trajectory were taken before, as the newest of them say; None without any.
+
+    Raises:
+        FormatError: they cannot be read.
+        FormatVersionError: from a newer release.
+    """
+    for path in reversed(chunk_files(folder, SPARSE_NAME)):
+        try:
+            return _window(path, load_header(path, FORMAT, FORMAT_VERSION))
+        except FileNotFoundError:
+            continue  # dropped meanwhile
+    return None
+
+
+def chunk_files(folder: Path, name: re.Pattern[str]) -> list[Path]:
+    """Files of ``folder`` that are called ``name``, by their numbers."""
+    return sorted((p for p in folder.iterdir() if name.fullmatch(p.name)), key=lambda p: (len(p.name), p.name))
+
+
+def read_chunks(
+    folder: Path, layout: Layout, row_dtype: torch.dtype, *, with_sparse: bool = False
+) -> tuple[list[Chunk], list[str]]:
     """All readable chunks of a trajectory in order, and a sentence for each that is not, or whose steps are no later
-    than those before.
+    than those before; with those of rows from before the window, if asked for.
 
     Anything else in the folder (temporary files of a killed writer, strays) is ignored.
     """
-    chunks: list[Chunk] = []
+    found: list[Chunk] = []
     problems: list[str] = []
-    for path in sorted(
-        (p for p in folder.iterdir() if CHUNK_NAME.fullmatch(p.name)), key=lambda p: (len(p.name), p.name)
-    ):
+    for path in chunk_files(folder, CHUNK_NAME) + (chunk_files(folder, SPARSE_NAME) if with_sparse else []):
         try:
-            chunk = read_chunk(path, layout, row_dtype)
-            last = next((before.steps[-1] for before in reversed(chunks) if before.steps), -1)
-            if chunk.steps and chunk.steps[0] <= last:
-                found = f"step {chunk.steps[0]} first"
-                raise FormatError(str(path), found, f"steps above {last}, the last of the chunk before")
-            chunks.append(chunk)
+            found.append(read_chunk(path, layout, row_dtype))
         except FileNotFoundError:
             continue  # a ring has dropped it meanwhile
         except FormatError as error:
-            problems.append(f"{error} Its snapshots are left out.")
+            problems.append(f"{error} {_LEFT_OUT}")
+    if any(chunk.window for chunk in found):
+        # A run that was prolonged has sparse rows behind those of its first window, too.
+        found.sort(key=lambda chunk: chunk.steps[:1])
+    chunks: list[Chunk] = []
+    last = -1
+    for chunk in found:
+        if chunk.steps and chunk.steps[0] <= last:
+            expected = f"steps above {last}, the last of the chunk before"
+            problems.append(f"{FormatError(str(chunk.path), f'step {chunk.steps[0]} first', expected)} {_LEFT_OUT}")
+        else:
+            chunks.append(chunk)
+            last = chunk.steps[-1] if chunk.steps else last
     return chunks, problems
 
 

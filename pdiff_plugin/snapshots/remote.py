@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -74,7 +75,8 @@ def _copy_store(url: str, folder: Path, share: Callable[[int], slice] | None) ->
         for rank, place in enumerate(world.folders):
             own = [(lo, hi) for owner, lo, hi in world.ranges(columns.start, columns.stop) if owner == rank]
             inside = PurePosixPath(root, place.relative_to(folder))
-            for remote in sorted(fs.glob(f"{inside}/trajectories/*/chunk-*.safetensors")):
+            chunks = [fs.glob(f"{inside}/trajectories/*/{kind}-*.safetensors") for kind in ("chunk", "sparse")]
+            for remote in sorted(chain.from_iterable(chunks)):
                 local = folder / PurePosixPath(str(remote)).relative_to(root)
                 local.parent.mkdir(parents=True, exist_ok=True)
                 _copy_chunk(fs, str(remote), local, own)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from pdiff_plugin.errors import FormatError, UnsupportedTensorError
 from pdiff_plugin.snapshots.base import read_base, read_base_header
-from pdiff_plugin.snapshots.chunks import Chunk, read_chunks
+from pdiff_plugin.snapshots.chunks import Chunk, PlannedWindow, read_chunks, read_window
 from pdiff_plugin.snapshots.files import read_json, write_json
 from pdiff_plugin.snapshots.layout import LAYOUT_NAME, Layout, TensorSpec, read_layout
 
@@ -178,13 +178,22 @@ class World:
         # A name that cannot be printed is none that a writer takes, and would be in every warning.
         return sorted(path.name for path in found if path.name.isprintable())
 
-    def chunks(self, trajectory: str) -> tuple[list[list[Chunk]], list[str]]:
+    def planned_window(self, trajectory: str) -> PlannedWindow | None:
+        """The window of a trajectory that has rows from before it, else None. Errors are those of :meth:`base_header`.
+
+        Such rows are there until the run gets to its window.
+        """
+        path = self.folders[0] / "trajectories" / trajectory
+        return read_window(path) if path.is_dir() else None
+
+    def chunks(self, trajectory: str, with_sparse: bool) -> tuple[list[list[Chunk]], list[str]]:
         """The chunks of a trajectory that each rank has written, and a sentence for each that cannot be read."""
         chunks: list[list[Chunk]] = []
         problems: list[str] = []
         for folder, layout, row_dtype in zip(self.folders, self._layouts, self._row_dtypes, strict=True):
             path = folder / "trajectories" / trajectory
-            found, unread = read_chunks(path, layout, row_dtype) if path.is_dir() else ([], [])
+            read = partial(read_chunks, path, layout, row_dtype, with_sparse=with_sparse)
+            found, unread = read() if path.is_dir() else ([], [])
             chunks.append(found)
             problems += unread
         return chunks, problems
@@ -295,8 +304,11 @@ class JoinedChunk:
         return out
 
 
-def read_trajectory(worlds: Sequence[World], trajectory: str) -> tuple[Sequence[Chunk | JoinedChunk], list[str]]:
-    """The rows of a trajectory in order, and a sentence for each chunk that cannot be read.
+def read_trajectory(
+    worlds: Sequence[World], trajectory: str, *, with_sparse: bool = False
+) -> tuple[Sequence[Chunk | JoinedChunk], list[str]]:
+    """The rows of a trajectory in order, those from before its window if asked for, and a sentence for each chunk that
+    cannot be read.
 
     Steps that some rank lacks are left out. A run that was resumed on another number of ranks was written by several
     worlds: where steps overlap, the one that got further counts. What was recorded whole counts before the first step
@@ -307,7 +319,7 @@ def read_trajectory(worlds: Sequence[World], trajectory: str) -> tuple[Sequence[
     rows: _Rows = {}
     sharded: list[_Rows] = []
     for world in worlds:
-        chunks, unread = world.chunks(trajectory)
+        chunks, unread = world.chunks(trajectory, with_sparse)
         problems += unread
         if world.is_sharded:
             sharded.append(_common_rows(world, chunks))

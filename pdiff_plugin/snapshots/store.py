@@ -2,6 +2,7 @@
 
     STORE/layout.json                                  names, shapes, dtypes, kinds; written once by the first writer
     STORE/trajectories/<id>/chunk-000001.safetensors   see chunks.py
+    STORE/trajectories/<id>/sparse-000001.safetensors  see chunks.py (of a run that did not get to its window)
     STORE/trajectories/<id>/base.safetensors           see base.py (optional)
     STORE/trajectories/<id>/condition.json             see conditions.py (optional)
     STORE/shards/                                      parts that the ranks of a sharded model wrote, see shards.py
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.errors import FormatError, FormatVersionError, StoreNotFoundError
-from pdiff_plugin.snapshots.chunks import Chunk
+from pdiff_plugin.snapshots.chunks import Chunk, PlannedWindow
 from pdiff_plugin.snapshots.conditions import read_conditions
 from pdiff_plugin.snapshots.shards import JoinedChunk, World, read_trajectory, read_worlds
 
@@ -42,6 +43,9 @@ class SnapshotStore:
         row_dtype: dtype of the rows on disk.
         trajectories: ids, in the order of the rows.
         conditions: trajectory -> names -> values of the setting that it was recorded at, of those that have one.
+        sparse: trajectory -> its planned window, of those that have rows from before it.
+        left_out: one sentence per trajectory that has nothing else, while others have rows of their windows: what
+            lies far from the end of a training is to stand in for these rows, not beside them.
         problems: one sentence per file that could not be read; what it holds is left out.
     """
 
@@ -52,9 +56,9 @@ class SnapshotStore:
         self.trajectories: list[str] = []
         self._chunks: list[tuple[int, Chunk | JoinedChunk]] = []
         self._base_headers: dict[str, dict[str, str]] = {}
-        for name in sorted({name for world in worlds for name in world.trajectories}):
-            chunks, problems = read_trajectory(worlds, name)
-            self.problems += problems
+        self.sparse: dict[str, PlannedWindow] = {}
+        self.left_out: list[str] = []
+        for name, chunks in self._read_trajectories().items():
             if chunks:
                 self._chunks += [(len(self.trajectories), chunk) for chunk in chunks]
                 self.trajectories.append(name)
@@ -67,6 +71,37 @@ class SnapshotStore:
         self.problems += problems
         for problem in self.problems:
             logger.warning(problem)
+        for sentence in self.left_out:
+            logger.info(sentence)
+
+    def _read_trajectories(self) -> dict[str, Sequence[Chunk | JoinedChunk]]:
+        """The chunks of every trajectory, by name. Rows from before a window count while no run has got to its own."""
+        found: dict[str, Sequence[Chunk | JoinedChunk]] = {}
+        short: dict[str, PlannedWindow] = {}
+        for name in sorted({name for world in self._worlds for name in world.trajectories}):
+            found[name], problems = read_trajectory(self._worlds, name)
+            self.problems += problems
+            try:
+                window = next(filter(None, (world.planned_window(name) for world in self._worlds)), None)
+            except (FormatError, FormatVersionError) as error:
+                self.problems.append(f"{error} What was recorded of {name} before its window is left out.")
+            else:
+                if window is not None and sum(map(len, found[name])) < window.num_enough:
+                    short[name] = window
+        are_alone = not any(found[name] for name in found.keys() - short.keys())
+        for name, window in short.items():
+            chunks, problems = read_trajectory(self._worlds, name, with_sparse=True)
+            if are_alone:
+                self.problems += [problem for problem in problems if problem not in self.problems]
+                found[name], self.sparse[name] = chunks, window
+            elif chunks:
+                num_sparse = sum(map(len, chunks)) - sum(map(len, found[name]))
+                self.left_out.append(
+                    f"{name} has snapshots up to step {chunks[-1].steps[-1]} of {window.total_steps}, and its window "
+                    f"begins at step {window.first_step}: its {num_sparse} sparse snapshots from before that are left "
+                    "out, since other runs have those of their windows"
+                )
+        return found
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> SnapshotStore:
@@ -103,6 +138,7 @@ class SnapshotStore:
         part._chunks = [(places[number], chunk) for number, chunk in self._chunks if number in places]
         part._base_headers = {name: header for name, header in self._base_headers.items() if name in kept}
         part.conditions = {name: condition for name, condition in self.conditions.items() if name in kept}
+        part.sparse = {name: window for name, window in self.sparse.items() if name in kept}
         return part
 
     def __len__(self) -> int:

@@ -98,15 +98,24 @@ def test_a_resumed_training_gives_the_store_of_an_uninterrupted_one(driver, tool
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_is_not_swallowed_and_leaves_a_readable_store(driver, toolbox, tmp_path, error):
-    job = toolbox.Job(tmp_path, settings={"last_steps": 9}, fail_at=7, error=error)
+    job = toolbox.Job(tmp_path, settings={"last_steps": 10}, fail_at=7, error=error)
     expected = (KeyboardInterrupt, SystemExit) if error is KeyboardInterrupt else ValueError
     with pytest.raises(expected):
         driver.train(job)
     assert len(job.history) == 7
     # The step that raised may or may not have reached the recorder first.
     num_rows = len(SnapshotStore.open(tmp_path / "pdiff-snapshots"))
-    assert_recorded(tmp_path, job.history, [2, 3, 4, 5, 6, 7][:num_rows])
-    assert num_rows >= 5
+    assert_recorded(tmp_path, job.history, [1, 2, 3, 4, 5, 6, 7][:num_rows])
+    assert num_rows >= 6
+
+
+def test_an_exception_before_the_window_leaves_what_was_recorded_sparsely(driver, toolbox, tmp_path):
+    job = toolbox.Job(tmp_path, settings={"last_steps": 2}, fail_at=7)
+    with pytest.raises(ValueError, match="raised in training"):
+        driver.train(job)
+    store = SnapshotStore.open(tmp_path / "pdiff-snapshots")
+    assert_recorded(tmp_path, job.history, [1, 5])
+    assert store.sparse["run-001"].total_steps == 10
 
 
 def test_a_full_disk_leaves_training_untouched(driver, toolbox, tmp_path, monkeypatch, caplog):
@@ -121,14 +130,14 @@ def test_a_full_disk_leaves_training_untouched(driver, toolbox, tmp_path, monkey
 
     monkeypatch.setattr("pdiff_plugin.recording.writer.CHUNK_ROWS", 2)
     monkeypatch.setattr(files.os, "fsync", full)
-    job = toolbox.Job(tmp_path / "with", settings={"last_steps": 9})
+    job = toolbox.Job(tmp_path / "with", settings={"last_steps": 10})
     weights = driver.train(job)
     monkeypatch.undo()
     assert all(torch.equal(weights[name], without[name]) for name in without)
     (told,) = [r.message for r in caplog.records if r.name.startswith("pdiff_plugin")]
     assert told.startswith("recording stopped, training goes on; snapshots written so far stay readable: ")
     assert "chunk-000003.safetensors cannot be written: the disk is full" in told
-    assert_recorded(tmp_path / "with", job.history, [2, 3, 4, 5])
+    assert_recorded(tmp_path / "with", job.history, [1, 2, 3, 4])
 
 
 def test_the_condition_ends_up_in_the_store(driver, toolbox, tmp_path):

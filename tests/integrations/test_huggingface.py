@@ -9,7 +9,7 @@ from pdiff_plugin import SnapshotStore, import_checkpoints
 from pdiff_plugin.errors import ConfigError
 
 transformers = pytest.importorskip("transformers")
-from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from pdiff_plugin.integrations.huggingface import PDiffRecorder  # noqa: E402
 
@@ -200,3 +200,59 @@ def test_the_condition_may_be_that_of_a_trial_or_of_the_arguments(tmp_path, call
 def test_a_condition_that_the_trainer_does_not_have_is_refused(tmp_path, condition, text):
     with pytest.raises(ConfigError, match=text):
         train(tiny_bert(), tmp_path, [PDiffRecorder(condition=condition)])
+
+
+def is_fit_for_a_fit(store, last_step):
+    """Whether a store has rows enough for a fit, up to about the end of the training."""
+    steps = store.steps.tolist()
+    return len(steps) >= 10 and last_step * 0.9 <= steps[-1] <= last_step
+
+
+def test_early_stopping_with_gradient_accumulation_leaves_sparse_snapshots(tmp_path, caplog):
+    data = [{"input_ids": torch.arange(i, i + 5) % 16, "labels": i % 2} for i in range(64)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        num_train_epochs=50,
+        learning_rate=1e-9,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="never_better",
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    stopping = EarlyStoppingCallback(early_stopping_patience=9)
+    trainer = Trainer(
+        tiny_bert(),
+        arguments,
+        train_dataset=data,
+        eval_dataset=data[:8],
+        compute_metrics=lambda _: {"never_better": 1.0},
+        callbacks=[PDiffRecorder(layers="all"), stopping],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 40  # ten epochs of four steps, of 200 planned
+    assert is_fit_for_a_fit(SnapshotStore.open(tmp_path / "pdiff-snapshots"), 40)
+    assert "training ended at step 40 of the planned 200" in caplog.text
+
+
+def test_a_callback_that_stops_training_after_a_resume_leaves_snapshots(tmp_path):
+    class StopAt(TrainerCallback):
+        def __init__(self, step):
+            self.step = step
+
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == self.step
+
+    settings = {"save_strategy": "steps", "save_steps": 20, "num_train_epochs": 50}
+    train(tiny_bert(), tmp_path, [PDiffRecorder(), StopAt(30)], **settings)
+    resume = str(tmp_path / "checkpoint-20")
+    train(tiny_bert(), tmp_path, [PDiffRecorder(), StopAt(50)], resume=resume, **settings)
+    store = SnapshotStore.open(tmp_path / "pdiff-snapshots")
+    assert store.trajectories == ["run-001"]
+    assert is_fit_for_a_fit(store, 50)

@@ -37,11 +37,11 @@ def test_terminate_closes_the_recording(toolbox, tmp_path):
     net = toolbox.make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     trainer = ignite.create_supervised_trainer(net, optimizer, nn.functional.cross_entropy)
-    PDiffRecorder(tmp_path, last_steps=9).attach(trainer, net, optimizer)
+    PDiffRecorder(tmp_path, last_steps=10).attach(trainer, net, optimizer)
     trainer.add_event_handler(ignite.Events.ITERATION_COMPLETED(once=7), trainer.terminate)
     trainer.run(toolbox.Job(tmp_path).batches(), max_epochs=2)
     store = SnapshotStore.open(tmp_path)
-    assert store.steps.tolist() == [2, 3, 4, 5, 6, 7]
+    assert store.steps.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert store.epochs[-1] == 1.4
 
 

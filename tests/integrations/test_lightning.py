@@ -1,3 +1,6 @@
+import json
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +10,7 @@ from pdiff_plugin import SnapshotStore, import_checkpoints
 from pdiff_plugin.errors import ConditionError, ConfigError
 
 lightning = pytest.importorskip("lightning.pytorch")
-from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
@@ -44,9 +47,9 @@ class Stream(IterableDataset):
         return iter(self.job.batches())
 
 
-def fit(module, data, tmp_path, recorder, **kwargs):
-    trainer = lightning.Trainer(
-        callbacks=[recorder],
+def make_trainer(tmp_path, callbacks, **kwargs):
+    return lightning.Trainer(
+        callbacks=callbacks,
         default_root_dir=tmp_path,
         enable_checkpointing=False,
         accelerator="cpu",
@@ -55,6 +58,10 @@ def fit(module, data, tmp_path, recorder, **kwargs):
         enable_model_summary=False,
         **kwargs,
     )
+
+
+def fit(module, data, tmp_path, recorder, **kwargs):
+    trainer = make_trainer(tmp_path, [recorder], **kwargs)
     trainer.fit(module, DataLoader(data, batch_size=None))
     return SnapshotStore.open(tmp_path / "pdiff-snapshots")
 
@@ -239,3 +246,154 @@ def test_a_condition_that_the_module_does_not_have_is_refused(toolbox, tmp_path,
 
 def test_the_key_in_a_checkpoint_does_not_change_with_the_condition():
     assert PDiffRecorder(condition={"a": 1}).state_key == PDiffRecorder().state_key
+
+
+def is_fit_for_a_fit(store, last_step):
+    """Whether a store has rows of different weights, enough for a fit, up to about the end of the training."""
+    steps = store.steps.tolist()
+    is_near = last_step * 0.9 <= steps[-1] <= last_step
+    return len(steps) >= 10 and is_near and len(torch.unique(store.rows(), dim=0)) == len(steps)
+
+
+def test_early_stopping_leaves_sparse_snapshots(toolbox, tmp_path, caplog):
+    class NeverBetter(Module):
+        def on_train_epoch_end(self):
+            self.log("score", 1.0)
+
+    stopping = EarlyStopping("score", patience=24, check_on_train_epoch_end=True)
+    recorder = PDiffRecorder()
+    trainer = make_trainer(tmp_path, [recorder, stopping], max_epochs=100)
+    trainer.fit(NeverBetter(toolbox), DataLoader(toolbox.Job(tmp_path).batches(), batch_size=None))
+    assert trainer.global_step == 125
+    assert is_fit_for_a_fit(SnapshotStore.open(tmp_path / "pdiff-snapshots"), 125)
+    assert "training ended at step 125 of the planned 500" in caplog.text
+
+
+def test_epochs_that_end_before_their_length_leave_sparse_snapshots(toolbox, tmp_path):
+    class Short(Module):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 2 else None  # skips the rest of the epoch
+
+    store = fit(Short(toolbox), toolbox.Job(tmp_path).batches(), tmp_path, PDiffRecorder(), max_epochs=30)
+    assert is_fit_for_a_fit(store, 60)
+
+
+def test_a_limit_on_batches_counts(toolbox, tmp_path):
+    batches = toolbox.Job(tmp_path).batches()
+    store = fit(Module(toolbox), batches, tmp_path, PDiffRecorder(), max_epochs=4, limit_train_batches=3)
+    assert store.steps.tolist() == [10, 11, 12]
+
+
+def test_max_steps_within_an_epoch_leaves_its_window(toolbox, tmp_path):
+    batches = toolbox.Job(tmp_path).batches()
+    store = fit(Module(toolbox), batches, tmp_path, PDiffRecorder(), max_steps=3, max_epochs=20)
+    assert store.steps.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("saved_by", ["another trainer", "the recorder's own"])
+def test_a_run_resumed_near_its_end_and_stopped_leaves_snapshots(toolbox, tmp_path, saved_by):
+    class Stopping(Module):
+        stop_at = 60
+
+        def on_train_epoch_end(self):
+            self.trainer.should_stop = self.trainer.global_step == self.stop_at
+
+    def make_recorders(is_first):
+        return [] if is_first and saved_by == "another trainer" else [PDiffRecorder()]
+
+    loader = DataLoader(toolbox.Job(tmp_path).batches(), batch_size=None)
+    first = make_trainer(tmp_path, make_recorders(True), max_epochs=40)
+    first.fit(Stopping(toolbox), loader)
+    first.save_checkpoint(tmp_path / "x.ckpt")
+    module = Stopping(toolbox)
+    module.stop_at = 130
+    make_trainer(tmp_path, make_recorders(False), max_epochs=40).fit(module, loader, ckpt_path=tmp_path / "x.ckpt")
+    store = SnapshotStore.open(tmp_path / "pdiff-snapshots")
+    assert store.trajectories == ["run-001"]
+    assert is_fit_for_a_fit(store, 130)
+
+
+def test_two_networks_of_one_module_get_a_store_each(toolbox, tmp_path, caplog):
+    class Gan(Module):
+        def __init__(self, toolbox):
+            super().__init__(toolbox)
+            self.automatic_optimization = False
+            self.critic = nn.Sequential(nn.Linear(64, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+
+        def training_step(self, batch, batch_idx):
+            losses = (super().training_step(batch, batch_idx), self.critic(batch[0]).mean())
+            for optimizer, loss in zip(self.optimizers(), losses, strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(net.parameters(), lr=0.1) for net in (self.net, self.critic)]
+
+    recorders = [PDiffRecorder(layers="net.*"), PDiffRecorder(layers="critic.*")]
+    trainer = make_trainer(tmp_path, recorders, max_epochs=1)
+    trainer.fit(Gan(toolbox), DataLoader(toolbox.Job(tmp_path).batches(), batch_size=None))
+    for name, first in (("pdiff-snapshots", "net.0.weight"), ("pdiff-snapshots-2", "critic.0.weight")):
+        store = SnapshotStore.open(tmp_path / name)
+        assert store.layout.names[0] == first
+        assert len(store) == 5
+    assert caplog.text.count("is for other tensors: these are recorded in") == 1
+
+
+def run_cli(tmp_path, config):
+    from lightning.pytorch.cli import LightningCLI
+
+    class Plain(Module):
+        def __init__(self, lr: float = 0.1):
+            super().__init__(Plain.toolbox)
+
+        def train_dataloader(self):
+            return DataLoader(Plain.toolbox.Job(tmp_path).batches(), batch_size=None)
+
+    Plain.toolbox = run_cli.toolbox
+    (tmp_path / "config.yaml").write_text(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the parser's own, about itself and the trainer's
+        return LightningCLI(Plain, args=["fit", "--config", str(tmp_path / "config.yaml")])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers": ["net.6", "net.4"], "last_steps": 3, "condition": {"angle": 45.0}},
+        {"config": {"layers": ["net.6", "net.4"], "last_steps": 3, "condition": {"angle": 45.0}}},
+    ],
+    ids=["one by one", "as one object"],
+)
+def test_the_command_line_interface_takes_the_settings_from_a_file_and_its_saved_file_can_be_run_again(
+    toolbox, tmp_path, settings
+):
+    pytest.importorskip("jsonargparse")
+    run_cli.toolbox = toolbox
+    store = tmp_path / "store"
+    callback = {
+        "class_path": "pdiff_plugin.integrations.lightning.PDiffRecorder",
+        "init_args": {"store": str(store), **settings},
+    }
+    trainer = {
+        "callbacks": [callback],
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "default_root_dir": str(tmp_path),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}},
+    }
+    cli = run_cli(tmp_path, json.dumps({"trainer": trainer}))
+    recorders = [callback for callback in cli.trainer.callbacks if isinstance(callback, PDiffRecorder)]
+    expected = CoreRecorder(store, layers=["net.6", "net.4"], last_steps=3, condition={"angle": 45.0})
+    assert [recorder.recorder.settings() for recorder in recorders] == [expected.settings()]
+    (saved,) = tmp_path.rglob("version_0/config.yaml")
+    assert "Unable to serialize" not in saved.read_text()
+    cli = run_cli(tmp_path, saved.read_text())
+    recorders = [callback for callback in cli.trainer.callbacks if isinstance(callback, PDiffRecorder)]
+    assert [recorder.recorder.settings() for recorder in recorders] == [expected.settings()]
+    opened = SnapshotStore.open(store)
+    assert opened.trajectories == ["run-001", "run-002"]
+    assert opened.steps.tolist() == [3, 4, 5] * 2

@@ -158,3 +158,11 @@ def test_fsdp1_is_refused_on_every_rank(tmp_path):
         assert status == 1
         assert "0.weight' is sharded by FullyShardedDataParallel or DeepSpeed ZeRO-3; models are recorded" in errors
     assert not (tmp_path / "store").exists()
+
+
+def test_shards_of_a_run_that_ends_before_its_window_are_joined_to_the_sparse_rows_of_one_process(tmp_path):
+    expected = SnapshotStore.open(run("single", tmp_path / "single", tmp_path, num_steps=2))
+    store = SnapshotStore.open(run("fsdp", tmp_path / "store", tmp_path, num_steps=2))
+    assert store.steps.tolist() == expected.steps.tolist() == [1, 2]
+    assert torch.equal(store.rows(), expected.rows())
+    assert store.sparse == expected.sparse != {}

@@ -595,13 +595,16 @@ def test_the_default_store_is_in_the_working_folder(net, tmp_path, monkeypatch):
     assert len(SnapshotStore.open("pdiff-snapshots")) == 1
 
 
-def test_training_that_ends_before_the_window_says_so(net, train, tmp_path, caplog):
+def test_training_that_ends_before_the_window_says_so_where_sparse_snapshots_are_switched_off(
+    net, train, tmp_path, caplog
+):
     optimizer = sgd(net)
-    with PDiffRecorder(tmp_path / "s", last_steps=3).attach(net, optimizer, total_steps=100):
+    recorder = PDiffRecorder(tmp_path / "s", last_steps=3, keep_sparse=False)
+    with recorder.attach(net, optimizer, total_steps=100):
         train(net, optimizer, 5)
     assert (
-        "training ended at step 5, before the recording window opened at step 98: no snapshot was taken. "
-        "For training that may stop early, keep_newest=True keeps the newest 300 snapshots, wherever it ends."
+        "training ended at step 5 of the planned 100, and the recording window begins at step 98: no snapshot was "
+        "taken. For training that may stop early, keep_newest=True keeps the newest 300 snapshots, wherever it ends."
     ) in caplog.text
     assert not (tmp_path / "s").exists()
 

@@ -12,6 +12,7 @@ import fsspec
 import pytest
 import torch
 
+from pdiff_plugin import PDiffRecorder
 from pdiff_plugin.errors import FolderInUseError, StoreNotFoundError
 from pdiff_plugin.snapshots.remote import copy_store, is_remote, mirrored
 from pdiff_plugin.snapshots.store import SnapshotStore
@@ -154,3 +155,15 @@ def test_what_changes_in_a_mirrored_folder_changes_in_the_bucket(bucket: str) ->
         (folder / "diffusion.checkpoint.safetensors").unlink()
     assert fs.cat(f"{bucket}/fit/fit.json") == b"two"
     assert [Path(name).name for name in fs.ls(f"{bucket}/fit", detail=False)] == ["fit.json"]
+
+
+def test_a_run_that_ended_before_its_window_is_copied_with_its_sparse_snapshots(bucket: str, tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    with PDiffRecorder(tmp_path / "store", layers="all", last_steps=20).attach(model, total_steps=100) as recorder:
+        for _ in range(61):
+            recorder.step()
+    fsspec.filesystem("memory").put(str(tmp_path / "store"), "/bucket/store", recursive=True)
+    copy = SnapshotStore.open(copy_store(f"{bucket}/store", tmp_path / "copy"))
+    assert copy.problems == []
+    assert copy.steps.tolist() == list(range(17, 62, 4))
+    assert copy.sparse == SnapshotStore.open(tmp_path / "store").sparse

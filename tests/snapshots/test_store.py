@@ -19,6 +19,7 @@ from pdiff_plugin.errors import (
     StoreNotFoundError,
     TrajectoryExistsError,
 )
+from pdiff_plugin.snapshots.chunks import PlannedWindow
 from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.store import SnapshotStore
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
@@ -471,3 +472,59 @@ def test_the_store_of_format_version_1_is_read():
     assert store.state_dict(0)["bn.running_mean"].dtype == torch.bfloat16
     assert store.base("run-001")["bn.num_batches_tracked"].item() == 4
     assert store.base_header("run-001")["rest_drift"] == "0.125"
+
+
+WINDOW = PlannedWindow(90, 100, 3)
+
+
+def write_sparse(path, steps, trajectory="a", **kwargs):
+    writer = TrajectoryWriter(path, LAYOUT, trajectory=trajectory, **kwargs)
+    writer.write_chunk(torch.rand(len(steps), 7), steps, window=WINDOW)
+    return writer
+
+
+def test_sparse_rows_stand_before_those_of_a_window_until_there_are_enough(tmp_path):
+    writer = write_sparse(tmp_path, [1, 31, 61])
+    for step, expected in ((90, [1, 31, 61, 90]), (91, [1, 31, 61, 90, 91]), (92, [90, 91, 92])):
+        writer.write_chunk(torch.rand(1, 7), [step])
+        store = SnapshotStore.open(tmp_path)
+        assert store.steps.tolist() == expected
+        assert store.sparse == ({} if step == 92 else {"a": WINDOW})
+
+
+def test_sparse_rows_are_cut_and_dropped(tmp_path):
+    writer = write_sparse(tmp_path, [1, 31, 61])
+    writer.write_chunk(torch.rand(1, 7), [90])
+    writer.drop_sparse(32)
+    assert SnapshotStore.open(tmp_path).steps.tolist() == [1, 31, 61, 90]
+    writer.drop_sparse(32, exactly=True)
+    store = SnapshotStore.open(tmp_path)
+    assert store.steps.tolist() == [61, 90]
+    assert store.sparse == {"a": WINDOW}
+    writer.drop_sparse()
+    assert writer.sparse_steps == []
+    assert SnapshotStore.open(tmp_path).steps.tolist() == [90]
+
+
+def test_a_resumed_writer_drops_sparse_rows_past_its_step_and_goes_on_numbering(tmp_path):
+    write_sparse(tmp_path, [1, 31, 61]).close()
+    writer = write_sparse(tmp_path, [50], resume_step=40)
+    assert writer.sparse_steps == [1, 31, 50]
+    assert SnapshotStore.open(tmp_path).steps.tolist() == [1, 31, 50]
+    assert sorted(path.name for path in writer.folder.glob("sparse-*")) == [
+        "sparse-000001.safetensors",
+        "sparse-000002.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("window", ["", "[1]", '{"first_step": 1, "total_steps": 2}', '{"first_step": 0}'])
+def test_sparse_rows_without_a_window_are_reported_and_left_out(tmp_path, window):
+    writer = write_sparse(tmp_path, [1, 2])
+    (path,) = writer.folder.glob("sparse-*")
+    tensors = {"rows": torch.rand(2, 7), "steps": torch.tensor([1, 2])}
+    header = {"format": "pdiff-snapshots", "format_version": "1", "epochs": "[null, null]", "metrics": "[{}, {}]"}
+    save_file(tensors, path, {**header, "window": window})
+    store = SnapshotStore.open(tmp_path)
+    assert len(store) == 0
+    assert len(store.problems) == 1
+    assert "window" in store.problems[0]
