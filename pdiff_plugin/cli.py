@@ -40,6 +40,7 @@ from pdiff_plugin.config import (
     TuneConfig,
 )
 from pdiff_plugin.errors import ConfigError, MissingDependencyError, PDiffError, StoreNotFoundError
+from pdiff_plugin.hub import hub_address
 from pdiff_plugin.progress import Terminated, terminate
 from pdiff_plugin.snapshots.files import storage_error
 from pdiff_plugin.snapshots.scratch import remove_abandoned
@@ -54,7 +55,12 @@ Where = Annotated[FlagCreatePairsOff[DistributedConfig], Inline]
 Layers = Annotated[
     str, arg(help="Selection, as for PDiffRecorder: last-norms:N, norms, head, lora, all, or a glob of module names.")
 ]
-FitPath = Positional[Annotated[Path, arg(metavar="FIT", help="Folder of a fit, or its generator.safetensors.")]]
+FitPath = Positional[
+    Annotated[
+        Path,
+        arg(metavar="FIT", help="Folder of a fit, or its generator.safetensors, or hf://user/name[@revision]."),
+    ]
+]
 FitStore = Annotated[
     Path | None, arg(metavar="STORE", help="The snapshot store; the one the generator was fitted on unless given.")
 ]
@@ -157,7 +163,7 @@ def inspect(path: Positional[Path], *, picture: Path | None = None, json: Json =
     """Show what is in a snapshot store, or in a fitted generator.
 
     Args:
-        path: A store, a generator file or the folder of a fit.
+        path: A store, a generator file, the folder of a fit, or hf://user/name[@revision].
         picture: PNG file to draw the conditions of a store into, where one or two numbers among them vary.
     """
     from pdiff_plugin.generator.generator_file import FILE_NAME
@@ -166,8 +172,8 @@ def inspect(path: Positional[Path], *, picture: Path | None = None, json: Json =
         from pdiff_plugin.evaluation.condition_map import save_picture
 
         save_picture(list(pdiff.SnapshotStore.open(path).conditions.values()), picture)
-    if path.suffix == ".safetensors" or (path / FILE_NAME).is_file():
-        document, show = describe.generator(str(path), pdiff.WeightGenerator.load(path)), describe.show_generator
+    if path.suffix == ".safetensors" or (path / FILE_NAME).is_file() or hub_address(str(path)):
+        document, show = describe.generator(str(path), _loaded(path)), describe.show_generator
     else:
         document, show = describe.store(path), describe.show_store
     (describe.print_json if json else show)(document)
@@ -419,7 +425,7 @@ def generate(
         num_members: How many members to make.
         overwrite: Replace members that are in the folder already.
     """
-    fitted = pdiff.WeightGenerator.load(generator)
+    fitted = _loaded(generator)
     gate.check()
     from pdiff_plugin.generator.members import write_members
 
@@ -430,7 +436,7 @@ def generate(
     if _runs_on_ray(distributed):
         from pdiff_plugin.cluster.members import write_members_on_workers
 
-        write = partial(write_members_on_workers, generator=generator, distributed=distributed)
+        write = partial(write_members_on_workers, generator=fitted.path or generator, distributed=distributed)
     paths: list[Path] = []
     with console.progress() as on_progress:
         for folder, condition in folders:
@@ -477,7 +483,7 @@ def refine(
     from pdiff_plugin.evaluation.condition_task import task_at
     from pdiff_plugin.snapshots.conditions import read_condition_lines
 
-    fitted = pdiff.WeightGenerator.load(generator)
+    fitted = _loaded(generator)
     if not fitted.conditions:
         raise ConfigError("generator", str(generator), "must be fitted on runs with conditions")
     learned_at = read_condition_lines(conditions) if conditions is not None else None
@@ -511,7 +517,7 @@ def sweep(
     """
     from pdiff_plugin.snapshots.files import write_json
 
-    fitted = pdiff.WeightGenerator.load(generator)
+    fitted = _loaded(generator)
     judged, snapshots = made_by("--task", task, pdiff.Task), _store_of(fitted, store)
     out.mkdir(parents=True, exist_ok=True)
     with console.progress() as on_progress:
@@ -642,7 +648,8 @@ def evaluate(
 
     Args:
         train_with: Takes a seed and returns a trained model; with it a real deep ensemble is trained and judged, too.
-        out: Folder for the result, from which `pdiff report` draws; evaluation/ beside the generator unless given.
+        out: Folder for the result, from which `pdiff report` draws; evaluation/ beside the generator unless given (of
+            one on the Hub, in this folder).
     """
     if train_with is None and config.num_retrained != EvaluateConfig.num_retrained:
         raise ConfigError(
@@ -650,7 +657,7 @@ def evaluate(
         )
     best.check()
     over.check(config, train_with=train_with, save_best=best.save_best, num_workers=_runs_on_ray(distributed))
-    fitted = pdiff.WeightGenerator.load(generator)
+    fitted = _loaded(generator)
     if over.conditions:
         _evaluate_over(over, task, _store_of(fitted, store), fitted, out or _beside(generator), config, json)
         return
@@ -677,6 +684,8 @@ def evaluate(
 
 def _beside(generator: Path) -> Path:
     """Where the result of an evaluation goes unless told."""
+    if hub_address(str(generator)):
+        return Path("evaluation")
     return (generator if generator.is_dir() else generator.parent) / "evaluation"
 
 
@@ -718,6 +727,43 @@ def report(evaluation: Positional[Annotated[Path, arg(metavar="EVALUATION")]], *
         console.say(f"Wrote {pdiff.write_report(evaluation, out)}")
 
 
+def push(
+    generator: FitPath,
+    repo: Positional[Annotated[str, arg(metavar="user/name")]],
+    *,
+    revision: str | None = None,
+    private: Switch = False,
+    base_model: str | None = None,
+    evaluation: Path | None = None,
+) -> None:
+    """Upload a generator to the Hugging Face Hub, with a model card that begins with the verdict of its evaluation.
+
+    Args:
+        repo: The repository, made if missing.
+        revision: Branch to push to, made if missing; main unless given.
+        private: Make the repository a private one.
+        base_model: The model whose weights these are, as the Hub names it (timm/resnet18.a1_in1k).
+        evaluation: Folder that `pdiff evaluate` wrote; evaluation/ beside the generator, if there is one, unless given.
+    """
+    fitted = _loaded(generator)
+    found = evaluation or _beside(generator)
+    judged = _evaluation_in(found) if evaluation is not None or found.is_dir() else None
+    if judged is None:
+        console.tell(f"no evaluation in {found}: the model card will say that it was not evaluated")
+    address = fitted.push_to_hub(
+        repo, private=private or None, branch=revision, evaluation=judged, base_model=base_model
+    )
+    console.say(f"Pushed: {address}")
+
+
+def _evaluation_in(folder: Path) -> pdiff.Evaluation | pdiff.ConditionEvaluation:
+    """The one in a folder; of a generator judged in both ways the one over conditions, which is what it is for."""
+    from pdiff_plugin.evaluation.condition_result import JSON_NAME
+
+    kind = pdiff.ConditionEvaluation if (folder / JSON_NAME).is_file() else pdiff.Evaluation
+    return kind.load(folder)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "layers": layers,
@@ -731,6 +777,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep,
     "evaluate": evaluate,
     "report": report,
+    "push": push,
 }
 _CONFIGS = (
     *(FitConfig, *AUTOENCODER_CONFIGS.values(), DiffusionConfig, TuneConfig, RefineConfig),
@@ -869,6 +916,13 @@ def _scorer(distributed: DistributedConfig) -> Iterator[dict[str, Any]]:
     with connected(distributed.address):
         wait_for_room(distributed)
         yield {"score": ClusterScorer(distributed)}
+
+
+def _loaded(generator: Path) -> pdiff.WeightGenerator:
+    """The generator on disk, or on the Hub."""
+    if (address := hub_address(str(generator))) is None:
+        return pdiff.WeightGenerator.load(generator)
+    return pdiff.WeightGenerator.from_pretrained(address[0], revision=address[1])
 
 
 def _store_of(fitted: pdiff.WeightGenerator, given: Path | None) -> pdiff.SnapshotStore:
