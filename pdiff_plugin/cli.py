@@ -61,6 +61,13 @@ FitPath = Positional[
         arg(metavar="FIT", help="Folder of a fit, or its generator.safetensors, or hf://user/name[@revision]."),
     ]
 ]
+LogTo = Annotated[
+    UseAppendAction[tuple[str, ...]],
+    arg(
+        metavar="tensorboard:FOLDER|wandb:PROJECT|mlflow:URI",
+        help="Also log curves and figures there; may be given several times.",
+    ),
+]
 FitStore = Annotated[
     Path | None, arg(metavar="STORE", help="The snapshot store; the one the generator was fitted on unless given.")
 ]
@@ -271,6 +278,7 @@ def fit(
     preset: Literal["default", "paper"] = "default",
     autoencoder: AutoencoderName = "subspace",
     fresh: Fresh = False,
+    log: LogTo = (),
     json: Json = False,
     config: Annotated[FitConfig, Inline] = FitConfig(),  # noqa: B008 (frozen)
     distributed: Where = DistributedConfig(),  # noqa: B008 (frozen)
@@ -292,9 +300,11 @@ def fit(
         if _runs_on_ray(distributed) or is_remote(store) or is_remote(out):
             from pdiff_plugin.cluster.fit import fit_distributed
 
-            fitted = fit_distributed(store, config, distributed, out=out, fresh=fresh, on_progress=on_progress)
+            fitted = fit_distributed(
+                store, config, distributed, out=out, fresh=fresh, on_progress=on_progress, loggers=log
+            )
         else:
-            fitted = pdiff.fit(store, config, out=out, fresh=fresh, on_progress=on_progress)
+            fitted = pdiff.fit(store, config, out=out, fresh=fresh, on_progress=on_progress, loggers=log)
     document = describe.generator(out, fitted)
     if json:
         describe.print_json(document)
@@ -469,6 +479,7 @@ def refine(
     loss: Annotated[str, arg(metavar="MODULE:FUNCTION")],
     out: Path,
     conditions: Path | None = None,
+    log: LogTo = (),
     json: Json = False,
     config: Annotated[RefineConfig, Inline] = RefineConfig(),  # noqa: B008 (frozen)
 ) -> None:
@@ -490,7 +501,9 @@ def refine(
     model = task_at(function_named("--task", task), fitted.conditions[0]).model
     measure = find_function("--loss", loss, "model", "condition")
     with console.progress() as on_progress:
-        refined = pdiff.refine(fitted, model, measure, config, conditions=learned_at, out=out, on_progress=on_progress)
+        refined = pdiff.refine(
+            fitted, model, measure, config, conditions=learned_at, out=out, on_progress=on_progress, loggers=log
+        )
     report = refined.report["refinement"]
     if json:
         describe.print_json(report)
@@ -602,6 +615,7 @@ class OverConditions:
         fitted: pdiff.WeightGenerator,
         folder: Path,
         config: EvaluateConfig,
+        log: Sequence[str],
     ) -> pdiff.ConditionEvaluation:
         """Judge over the conditions, with the members and the seed of ``config``."""
         wrong = next((text for text in self.extra if not text.partition("=")[2]), None)
@@ -618,6 +632,7 @@ class OverConditions:
                 extra={name: find_function("--extra", function, "condition") for name, _, function in pairs},
                 refit_in=folder / "refit",
                 on_progress=on_progress,
+                loggers=log,
                 num_members=config.num_members,
                 seed=config.seed,
                 joint_steps=self.joint_steps,
@@ -637,6 +652,7 @@ def evaluate(
     store: FitStore = None,
     train_with: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None,
     out: Path | None = None,
+    log: LogTo = (),
     json: Json = False,
     best: Annotated[SaveBest, Inline] = SaveBest(),
     over: Annotated[OverConditions, Inline] = OverConditions(),
@@ -659,7 +675,7 @@ def evaluate(
     over.check(config, train_with=train_with, save_best=best.save_best, num_workers=_runs_on_ray(distributed))
     fitted = _loaded(generator)
     if over.conditions:
-        _evaluate_over(over, task, _store_of(fitted, store), fitted, out or _beside(generator), config, json)
+        _evaluate_over(over, task, _store_of(fitted, store), fitted, out or _beside(generator), config, log, json)
         return
     judged = made_by("--task", task, pdiff.Task)
     train = find_function("--train-with", train_with, "seed") if train_with else None
@@ -670,7 +686,7 @@ def evaluate(
         made.mkdir(parents=True, exist_ok=True)
     with console.progress() as on_progress, _scorer(distributed) as options:
         result = pdiff.evaluate(
-            judged, snapshots, fitted, **vars(config), retrain=train, on_progress=on_progress, **options
+            judged, snapshots, fitted, **vars(config), retrain=train, on_progress=on_progress, loggers=log, **options
         )
     result.save(folder)
     saved = best.save(result)
@@ -696,10 +712,11 @@ def _evaluate_over(
     generator: pdiff.WeightGenerator,
     folder: Path,
     config: EvaluateConfig,
+    log: Sequence[str],
     json: bool,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    result = over.judge(task, store, generator, folder, config)
+    result = over.judge(task, store, generator, folder, config, log)
     path = result.save(folder)
     if json:
         describe.print_json(result.to_json())

@@ -36,6 +36,7 @@ from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.generator_file import FILE_NAME
 from pdiff_plugin.generator.refinement import Refinement
 from pdiff_plugin.generator.subspace import SubspaceAutoencoder
+from pdiff_plugin.loggers import Loggers, logged
 from pdiff_plugin.modules.modes import modes_kept
 from pdiff_plugin.modules.names import named_tensors, unwrap, wrapped_names
 from pdiff_plugin.progress import OnProgress
@@ -70,6 +71,7 @@ def refine(
     conditions: Sequence[Mapping[str, Any]] | None = None,
     out: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
+    loggers: Loggers = (),
     **changes: Any,
 ) -> WeightGenerator:
     """A generator whose members do better at ``loss``, or the same one where that could not be had.
@@ -97,6 +99,8 @@ def refine(
         out: folder for the generator, and while it runs for a checkpoint, from which the same call goes on; where it
             had finished it returns at once.
         on_progress: told the loss.
+        loggers: take the curves and figures, see :class:`pdiff_plugin.Logger`; a text such as ``tensorboard:runs/a`` is
+            opened and closed here.
         **changes: single fields of ``config``.
 
     Raises:
@@ -110,7 +114,17 @@ def refine(
     if folder is not None and (folder / FILE_NAME).exists():
         return _finished(folder, config)
     cloud = _Cloud.of(generator, conditions, config)
-    runtime = Runtime(folder, on_progress)
+    with logged(loggers, {"refine": asdict(config)}, on_progress) as log:
+        refined = _refined(generator, model, loss, cloud, config, Runtime(folder, log.on_progress))
+        log.figures({"report": {"refinement": refined.report["refinement"]}})
+    return refined
+
+
+def _refined(
+    generator: WeightGenerator, model: nn.Module, loss: Loss, cloud: _Cloud, config: RefineConfig, runtime: Runtime
+) -> WeightGenerator:
+    """Train, and put together what is best."""
+    folder = runtime.folder
     started = time.perf_counter()
     with _weights_into(model, generator) as model_with:
         if folder is not None:
@@ -353,13 +367,16 @@ class _Refining(Training):
         """Train for all steps."""
         if not self.history:
             self.measure()
+            self.runtime.report(STAGE, 0, self.settings.num_steps, heldout_loss=self.history[0]["heldout_loss"])
         with self.checkpointed() as steps:
             while self.step < self.settings.num_steps:
                 with steps.step():
                     value = self.advance(self.batch_loss)
                     if self.step % _EVAL_EVERY == 0 or self.step == self.settings.num_steps:
                         self.measure()
-                self.report(value, every=10)
+                last = self.history[-1]
+                measured = {"heldout_loss": last["heldout_loss"]} if last["step"] == self.step else {}
+                self.report(value, every=10, **measured)
 
     def batch_loss(self) -> Tensor:
         """Mean loss over a few conditions, one batch at each of them."""
