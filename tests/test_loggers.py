@@ -55,7 +55,6 @@ class Fitted:
     generator: WeightGenerator
     document: dict[str, Any]
     folder: Path
-    run_id: str
 
     def expected(self) -> Curves:
         """The curves in fit.json, without what was not measured."""
@@ -72,16 +71,14 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     from lightning.pytorch.loggers import CSVLogger
 
     folder = tmp_path_factory.mktemp("logged")
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}  # a test talks to nobody
     with (
-        mock.patch.dict(os.environ, quiet),
+        mock.patch.dict(os.environ, {"WANDB_ERROR_REPORTING": "false"}),  # a test talks to nobody
         TensorBoardLogger(folder / "board") as board,
         WandbLogger("pdiff", mode="offline", dir=str(folder)) as wandb,
-        MlflowLogger(f"sqlite:///{folder}/mlflow.db") as mlflow,
         LightningLogger(CSVLogger(str(folder), name="lightning", version="0", flush_logs_every_n_steps=1)) as lightning,
     ):
-        generator = fit(STORE, QUICK, out=folder / "fit", loggers=[board, wandb, mlflow, lightning])
-    return Fitted(generator, json.loads((folder / "fit" / "fit.json").read_text()), folder, mlflow.run_id)
+        generator = fit(STORE, QUICK, out=folder / "fit", loggers=[board, wandb, lightning])
+    return Fitted(generator, json.loads((folder / "fit" / "fit.json").read_text()), folder)
 
 
 def assert_curves(found: Curves, fitted: Fitted) -> None:
@@ -143,14 +140,20 @@ def test_an_offline_run_of_wandb_holds_what_fit_json_says(fitted: Fitted) -> Non
     assert settings["fit"]["diffusion"]["max_steps"] == 40
 
 
-def test_mlflow_holds_what_fit_json_says(fitted: Fitted) -> None:
-    from mlflow import MlflowClient
+def test_mlflow_holds_what_fit_json_says(fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")  # a test talks to nobody
+    mlflow = pytest.importorskip("mlflow")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{fitted.folder}/mlflow.db")
-    run = client.get_run(fitted.run_id)
-    history = {name: client.get_metric_history(fitted.run_id, name) for name in run.data.metrics}
+    with MlflowLogger(uri) as logger:
+        fit(STORE, QUICK, loggers=[logger])
+
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    run = client.get_run(logger.run_id)
+    history = {name: client.get_metric_history(logger.run_id, name) for name in run.data.metrics}
     assert_curves({name: {one.step: one.value for one in entries} for name, entries in history.items()}, fitted)
     assert run.data.params["fit/diffusion/max_steps"] == "40"
+    assert mlflow.active_run() is None
     assert run.info.status == "FINISHED"
 
 
