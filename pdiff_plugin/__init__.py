@@ -56,6 +56,11 @@ if _TYPE_CHECKING:
     from pdiff_plugin.fitting.refine import refine as refine
     from pdiff_plugin.generator.generator import WeightGenerator as WeightGenerator
     from pdiff_plugin.generator.weights import WeightSet as WeightSet
+    from pdiff_plugin.loggers import LightningLogger as LightningLogger
+    from pdiff_plugin.loggers import Logger as Logger
+    from pdiff_plugin.loggers import MlflowLogger as MlflowLogger
+    from pdiff_plugin.loggers import TensorBoardLogger as TensorBoardLogger
+    from pdiff_plugin.loggers import WandbLogger as WandbLogger
     from pdiff_plugin.modules.swap import swap_ as swap_
     from pdiff_plugin.modules.swap import swapped as swapped
     from pdiff_plugin.recording.checkpoints import import_checkpoints as import_checkpoints
@@ -81,6 +86,11 @@ _HOME = {
     "set_conditions": "snapshots.conditions",
     "FitConfig": "config",
     "Layout": "snapshots.layout",
+    "LightningLogger": "loggers",
+    "Logger": "loggers",
+    "MlflowLogger": "loggers",
+    "TensorBoardLogger": "loggers",
+    "WandbLogger": "loggers",
     "PDiffError": "errors",
     "PDiffRecorder": "recording.recorder",
     "Perturb": "config",
@@ -160,6 +170,11 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "Sweep",
     "write_report",
     "write_condition_report",
+    "Logger",
+    "TensorBoardLogger",
+    "WandbLogger",
+    "MlflowLogger",
+    "LightningLogger",
     "PDiffError",
 ]
 

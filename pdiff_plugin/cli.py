@@ -40,6 +40,7 @@ from pdiff_plugin.config import (
     TuneConfig,
 )
 from pdiff_plugin.errors import ConfigError, MissingDependencyError, PDiffError, StoreNotFoundError
+from pdiff_plugin.hub import hub_address
 from pdiff_plugin.progress import Terminated, terminate
 from pdiff_plugin.snapshots.files import storage_error
 from pdiff_plugin.snapshots.scratch import remove_abandoned
@@ -54,7 +55,19 @@ Where = Annotated[FlagCreatePairsOff[DistributedConfig], Inline]
 Layers = Annotated[
     str, arg(help="Selection, as for PDiffRecorder: last-norms:N, norms, head, lora, all, or a glob of module names.")
 ]
-FitPath = Positional[Annotated[Path, arg(metavar="FIT", help="Folder of a fit, or its generator.safetensors.")]]
+FitPath = Positional[
+    Annotated[
+        Path,
+        arg(metavar="FIT", help="Folder of a fit, or its generator.safetensors, or hf://user/name[@revision]."),
+    ]
+]
+LogTo = Annotated[
+    UseAppendAction[tuple[str, ...]],
+    arg(
+        metavar="tensorboard:FOLDER|wandb:PROJECT|mlflow:URI",
+        help="Also log curves and figures there; may be given several times.",
+    ),
+]
 FitStore = Annotated[
     Path | None, arg(metavar="STORE", help="The snapshot store; the one the generator was fitted on unless given.")
 ]
@@ -157,7 +170,7 @@ def inspect(path: Positional[Path], *, picture: Path | None = None, json: Json =
     """Show what is in a snapshot store, or in a fitted generator.
 
     Args:
-        path: A store, a generator file or the folder of a fit.
+        path: A store, a generator file, the folder of a fit, or hf://user/name[@revision].
         picture: PNG file to draw the conditions of a store into, where one or two numbers among them vary.
     """
     from pdiff_plugin.generator.generator_file import FILE_NAME
@@ -166,8 +179,8 @@ def inspect(path: Positional[Path], *, picture: Path | None = None, json: Json =
         from pdiff_plugin.evaluation.condition_map import save_picture
 
         save_picture(list(pdiff.SnapshotStore.open(path).conditions.values()), picture)
-    if path.suffix == ".safetensors" or (path / FILE_NAME).is_file():
-        document, show = describe.generator(str(path), pdiff.WeightGenerator.load(path)), describe.show_generator
+    if path.suffix == ".safetensors" or (path / FILE_NAME).is_file() or hub_address(str(path)):
+        document, show = describe.generator(str(path), _loaded(path)), describe.show_generator
     else:
         document, show = describe.store(path), describe.show_store
     (describe.print_json if json else show)(document)
@@ -265,6 +278,7 @@ def fit(
     preset: Literal["default", "paper"] = "default",
     autoencoder: AutoencoderName = "subspace",
     fresh: Fresh = False,
+    log: LogTo = (),
     json: Json = False,
     config: Annotated[FitConfig, Inline] = FitConfig(),  # noqa: B008 (frozen)
     distributed: Where = DistributedConfig(),  # noqa: B008 (frozen)
@@ -286,9 +300,11 @@ def fit(
         if _runs_on_ray(distributed) or is_remote(store) or is_remote(out):
             from pdiff_plugin.cluster.fit import fit_distributed
 
-            fitted = fit_distributed(store, config, distributed, out=out, fresh=fresh, on_progress=on_progress)
+            fitted = fit_distributed(
+                store, config, distributed, out=out, fresh=fresh, on_progress=on_progress, loggers=log
+            )
         else:
-            fitted = pdiff.fit(store, config, out=out, fresh=fresh, on_progress=on_progress)
+            fitted = pdiff.fit(store, config, out=out, fresh=fresh, on_progress=on_progress, loggers=log)
     document = describe.generator(out, fitted)
     if json:
         describe.print_json(document)
@@ -419,7 +435,7 @@ def generate(
         num_members: How many members to make.
         overwrite: Replace members that are in the folder already.
     """
-    fitted = pdiff.WeightGenerator.load(generator)
+    fitted = _loaded(generator)
     gate.check()
     from pdiff_plugin.generator.members import write_members
 
@@ -430,7 +446,7 @@ def generate(
     if _runs_on_ray(distributed):
         from pdiff_plugin.cluster.members import write_members_on_workers
 
-        write = partial(write_members_on_workers, generator=generator, distributed=distributed)
+        write = partial(write_members_on_workers, generator=fitted.path or generator, distributed=distributed)
     paths: list[Path] = []
     with console.progress() as on_progress:
         for folder, condition in folders:
@@ -464,6 +480,7 @@ def refine(
     measure: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None,
     out: Path,
     conditions: Path | None = None,
+    log: LogTo = (),
     json: Json = False,
     config: Annotated[RefineConfig, Inline] = RefineConfig(),  # noqa: B008 (frozen)
 ) -> None:
@@ -481,7 +498,7 @@ def refine(
     from pdiff_plugin.evaluation.task_loss import task_loss
     from pdiff_plugin.snapshots.conditions import read_condition_lines
 
-    fitted = pdiff.WeightGenerator.load(generator)
+    fitted = _loaded(generator)
     learned_at = read_condition_lines(conditions) if conditions is not None else None
     make = function_named("--task", task) if fitted.conditions else partial(made_by, "--task", task, pdiff.Task)
     model = task_at(make, fitted.conditions[0]).model if fitted.conditions else make().model
@@ -489,7 +506,15 @@ def refine(
     chosen_by = None if measure is None else find_function("--measure", measure, "model", "condition")
     with console.progress() as on_progress:
         refined = pdiff.refine(
-            fitted, model, train, config, conditions=learned_at, measure=chosen_by, out=out, on_progress=on_progress
+            fitted,
+            model,
+            train,
+            config,
+            conditions=learned_at,
+            measure=chosen_by,
+            out=out,
+            on_progress=on_progress,
+            loggers=log,
         )
     report = refined.report["refinement"]
     if json:
@@ -518,7 +543,7 @@ def sweep(
     """
     from pdiff_plugin.snapshots.files import write_json
 
-    fitted = pdiff.WeightGenerator.load(generator)
+    fitted = _loaded(generator)
     judged, snapshots = made_by("--task", task, pdiff.Task), _store_of(fitted, store)
     out.mkdir(parents=True, exist_ok=True)
     with console.progress() as on_progress:
@@ -603,6 +628,7 @@ class OverConditions:
         fitted: pdiff.WeightGenerator,
         folder: Path,
         config: EvaluateConfig,
+        log: Sequence[str],
     ) -> pdiff.ConditionEvaluation:
         """Judge over the conditions, with the members and the seed of ``config``."""
         wrong = next((text for text in self.extra if not text.partition("=")[2]), None)
@@ -619,6 +645,7 @@ class OverConditions:
                 extra={name: find_function("--extra", function, "condition") for name, _, function in pairs},
                 refit_in=folder / "refit",
                 on_progress=on_progress,
+                loggers=log,
                 num_members=config.num_members,
                 seed=config.seed,
                 joint_steps=self.joint_steps,
@@ -638,6 +665,7 @@ def evaluate(
     store: FitStore = None,
     train_with: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None,
     out: Path | None = None,
+    log: LogTo = (),
     json: Json = False,
     best: Annotated[SaveBest, Inline] = SaveBest(),
     over: Annotated[OverConditions, Inline] = OverConditions(),
@@ -649,7 +677,8 @@ def evaluate(
 
     Args:
         train_with: Takes a seed and returns a trained model; with it a real deep ensemble is trained and judged, too.
-        out: Folder for the result, from which `pdiff report` draws; evaluation/ beside the generator unless given.
+        out: Folder for the result, from which `pdiff report` draws; evaluation/ beside the generator unless given (of
+            one on the Hub, in this folder).
     """
     if train_with is None and config.num_retrained != EvaluateConfig.num_retrained:
         raise ConfigError(
@@ -657,9 +686,9 @@ def evaluate(
         )
     best.check()
     over.check(config, train_with=train_with, save_best=best.save_best, num_workers=_runs_on_ray(distributed))
-    fitted = pdiff.WeightGenerator.load(generator)
+    fitted = _loaded(generator)
     if over.conditions:
-        _evaluate_over(over, task, _store_of(fitted, store), fitted, out or _beside(generator), config, json)
+        _evaluate_over(over, task, _store_of(fitted, store), fitted, out or _beside(generator), config, log, json)
         return
     judged = made_by("--task", task, pdiff.Task)
     train = find_function("--train-with", train_with, "seed") if train_with else None
@@ -670,7 +699,7 @@ def evaluate(
         made.mkdir(parents=True, exist_ok=True)
     with console.progress() as on_progress, _scorer(distributed) as options:
         result = pdiff.evaluate(
-            judged, snapshots, fitted, **vars(config), retrain=train, on_progress=on_progress, **options
+            judged, snapshots, fitted, **vars(config), retrain=train, on_progress=on_progress, loggers=log, **options
         )
     result.save(folder)
     saved = best.save(result)
@@ -684,6 +713,8 @@ def evaluate(
 
 def _beside(generator: Path) -> Path:
     """Where the result of an evaluation goes unless told."""
+    if hub_address(str(generator)):
+        return Path("evaluation")
     return (generator if generator.is_dir() else generator.parent) / "evaluation"
 
 
@@ -694,10 +725,11 @@ def _evaluate_over(
     generator: pdiff.WeightGenerator,
     folder: Path,
     config: EvaluateConfig,
+    log: Sequence[str],
     json: bool,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    result = over.judge(task, store, generator, folder, config)
+    result = over.judge(task, store, generator, folder, config, log)
     path = result.save(folder)
     if json:
         describe.print_json(result.to_json())
@@ -725,6 +757,43 @@ def report(evaluation: Positional[Annotated[Path, arg(metavar="EVALUATION")]], *
         console.say(f"Wrote {pdiff.write_report(evaluation, out)}")
 
 
+def push(
+    generator: FitPath,
+    repo: Positional[Annotated[str, arg(metavar="user/name")]],
+    *,
+    revision: str | None = None,
+    private: Switch = False,
+    base_model: str | None = None,
+    evaluation: Path | None = None,
+) -> None:
+    """Upload a generator to the Hugging Face Hub, with a model card that begins with the verdict of its evaluation.
+
+    Args:
+        repo: The repository, made if missing.
+        revision: Branch to push to, made if missing; main unless given.
+        private: Make the repository a private one.
+        base_model: The model whose weights these are, as the Hub names it (timm/resnet18.a1_in1k).
+        evaluation: Folder that `pdiff evaluate` wrote; evaluation/ beside the generator, if there is one, unless given.
+    """
+    fitted = _loaded(generator)
+    found = evaluation or _beside(generator)
+    judged = _evaluation_in(found) if evaluation is not None or found.is_dir() else None
+    if judged is None:
+        console.tell(f"no evaluation in {found}: the model card will say that it was not evaluated")
+    address = fitted.push_to_hub(
+        repo, private=private or None, branch=revision, evaluation=judged, base_model=base_model
+    )
+    console.say(f"Pushed: {address}")
+
+
+def _evaluation_in(folder: Path) -> pdiff.Evaluation | pdiff.ConditionEvaluation:
+    """The one in a folder; of a generator judged in both ways the one over conditions, which is what it is for."""
+    from pdiff_plugin.evaluation.condition_result import JSON_NAME
+
+    kind = pdiff.ConditionEvaluation if (folder / JSON_NAME).is_file() else pdiff.Evaluation
+    return kind.load(folder)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "layers": layers,
@@ -738,6 +807,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep,
     "evaluate": evaluate,
     "report": report,
+    "push": push,
 }
 _CONFIGS = (
     *(FitConfig, *AUTOENCODER_CONFIGS.values(), DiffusionConfig, TuneConfig, RefineConfig),
@@ -876,6 +946,13 @@ def _scorer(distributed: DistributedConfig) -> Iterator[dict[str, Any]]:
     with connected(distributed.address):
         wait_for_room(distributed)
         yield {"score": ClusterScorer(distributed)}
+
+
+def _loaded(generator: Path) -> pdiff.WeightGenerator:
+    """The generator on disk, or on the Hub."""
+    if (address := hub_address(str(generator))) is None:
+        return pdiff.WeightGenerator.load(generator)
+    return pdiff.WeightGenerator.from_pretrained(address[0], revision=address[1])
 
 
 def _store_of(fitted: pdiff.WeightGenerator, given: Path | None) -> pdiff.SnapshotStore:

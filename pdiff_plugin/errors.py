@@ -31,6 +31,7 @@ survives the pickle trip home from a worker process.
     ├── ClusterAccessError        (PermissionError)    a Ray cluster refuses us
     ├── ClusterTooSmallError      (RuntimeError)       a cluster that can never run what was asked
     ├── BucketError               (OSError)            a bucket that refuses us, or does not answer
+    ├── HubError                  (OSError)            the Hugging Face Hub refuses us, or does not answer
     ├── FolderInUseError          (RuntimeError)       another process writes to a folder in a bucket
     ├── StorageError              (OSError)            no room on a disk, or one that can only be read
     ├── StorageNotSharedError     (FileNotFoundError)  a path that a node of the cluster cannot see
@@ -60,6 +61,7 @@ __all__ = [
     "FormatError",
     "FormatVersionError",
     "GeneratorNotFoundError",
+    "HubError",
     "LayoutMismatchError",
     "MembersExistError",
     "MissingDependencyError",
@@ -479,6 +481,20 @@ class BucketError(PDiffError, OSError):
             f"{self.url}: {self.reason}. Check its name and the credentials and service address in the environment (of "
             "s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL) on every node, and that "
             "they may list, read and write there; then run the same command again."
+        )
+
+
+@dataclass(eq=False)
+class HubError(PDiffError, OSError):
+    """The Hugging Face Hub refuses us, or does not answer."""
+
+    repo_id: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"hf://{self.repo_id}: {self.reason.rstrip('.')}. Check the name and the revision; a repository that is "
+            "private or yours needs `hf auth login` or HF_TOKEN."
         )
 
 

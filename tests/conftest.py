@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,31 @@ def write_walk(path: Path, num_snapshots: int = 60, *, seed: int = 0, trajectory
     if rows:
         writer.write_chunk(torch.stack(rows), range(1, num_snapshots + 1))
     return path
+
+
+class RecordingLogger:
+    """A logger that keeps what it is told: name -> step -> value."""
+
+    def __init__(self) -> None:
+        self.curves: dict[str, dict[int, float]] = {}
+        self.settings: dict[str, Any] = {}
+        self.num_calls, self.is_closed = 0, False
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.num_calls += 1
+        for name, value in metrics.items():
+            self.curves.setdefault(name, {})[step] = value
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        self.settings |= config
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def recorder() -> RecordingLogger:
+    return RecordingLogger()
 
 
 @pytest.fixture
@@ -106,8 +132,19 @@ from pdiff_plugin import FitConfig
 from pdiff_plugin.fitting.ranks import fit_on_ranks
 
 rank, meeting, store, out, config = int(sys.argv[1]), *sys.argv[2:]
+
+
+class Lines:
+    def log(self, metrics, step):
+        with open(f"{meeting}-rank-{rank}.log", "a") as file:
+            file.write(json.dumps([step, metrics]) + "\\n")
+
+    def log_config(self, config):
+        self.log({}, -1)
+
+
 distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-generator = fit_on_ranks(store, FitConfig.from_json(json.loads(config)), out=out)
+generator = fit_on_ranks(store, FitConfig.from_json(json.loads(config)), out=out, loggers=[Lines()])
 assert (generator is None) == (rank == 1)
 distributed.destroy_process_group()
 """

@@ -48,6 +48,7 @@ def test_importing_the_command_line_loads_neither_torch_nor_ray() -> None:
     assert not loaded_by("import pdiff_plugin.cli") & {"torch", "ray", "timm", "sklearn"}
 
 
-def test_fitting_sampling_and_judging_load_no_ray() -> None:
+def test_fitting_sampling_and_judging_load_neither_ray_nor_what_talks_to_hubs_and_loggers() -> None:
     names = "PDiffRecorder, fit, WeightGenerator, DiffusionEnsemble, evaluate, collect"
-    assert "ray" not in loaded_by(f"from pdiff_plugin import {names}")
+    unwanted = {"ray", "huggingface_hub", "tensorboard", "wandb", "mlflow"}
+    assert not loaded_by(f"from pdiff_plugin import {names}") & unwanted

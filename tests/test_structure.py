@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up: a file imports from its own room and from those before it.
 ORDER = [
-    ("_version", "errors", "progress", "config"),
+    ("_version", "errors", "progress", "config", "hub", "loggers"),
     ("modules",),
     ("snapshots",),
     ("recording",),

@@ -37,6 +37,7 @@ from pdiff_plugin.fitting.folder import FitFolder, local_folder
 from pdiff_plugin.fitting.ranks import check_num_ranks, fit_on_ranks, opened_store, whole_path
 from pdiff_plugin.fitting.statistics_stage import part_to_fit
 from pdiff_plugin.generator.generator import WeightGenerator
+from pdiff_plugin.loggers import Log, Loggers, logged
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.snapshots.fingerprint import first_columns
 from pdiff_plugin.snapshots.remote import is_remote
@@ -71,6 +72,7 @@ def fit_distributed(
     out: str | os.PathLike[str],
     fresh: bool = False,
     on_progress: OnProgress | None = None,
+    loggers: Loggers = (),
 ) -> WeightGenerator:
     """As :func:`pdiff_plugin.fit`, on the workers of a Ray cluster; the result is the same up to rounding.
 
@@ -81,6 +83,7 @@ def fit_distributed(
         out: run folder on storage that every node sees, or the URL of one in a bucket.
         fresh: start anew, replacing the fit in ``out``.
         on_progress: told how the stages get on, in the calling thread.
+        loggers: take the curves and figures, in the calling thread too.
 
     Raises:
         UnusableSnapshotsError, FitExistsError: as in one process.
@@ -97,14 +100,19 @@ def fit_distributed(
             store = stack.enter_context(opened_store(job.store, first_columns))
         store = part_to_fit(store, config)
         with local_folder(job.out) as path:
-            is_finished = FitFolder.open(store, config, path, fresh=fresh, source=job.store).is_finished
+            folder = FitFolder.open(store, config, path, fresh=fresh, source=job.store)
+            is_finished = folder.is_finished
         if not is_finished:
+            log = stack.enter_context(logged(loggers, {"fit": folder.settings}))
             with connected(distributed.address):
                 wait_for_room(distributed)
                 check_shared(job.shared_files())
-                _Watch(job, distributed, on_progress).run()
-    with local_folder(job.out) as path:
-        return WeightGenerator.load(path)  # its file stays mapped where the folder is only a copy
+                _Watch(job, distributed, on_progress, log).run()
+        with local_folder(job.out) as path:
+            generator = WeightGenerator.load(path)  # its file stays mapped where the folder is only a copy
+        if not is_finished:
+            log.figures({"report": generator.report})
+    return generator
 
 
 @dataclass(frozen=True)
@@ -241,14 +249,14 @@ def _work(settings: dict[str, Any]) -> None:
 
 
 class _Teller:
-    """``on_progress`` of a worker: passes on one report of a stage in a while, and its last one."""
+    """``on_progress`` of a worker: passes on all figures, of other reports one in a while, and the last of a stage."""
 
     def __init__(self, board: Any) -> None:
         self.board, self.stage, self.told = board, "", 0.0
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        is_due = progress.stage != self.stage or now - self.told > _TELL_EVERY_S
+        is_due = bool(progress.metrics) or progress.stage != self.stage or now - self.told > _TELL_EVERY_S
         if is_due or progress.step >= progress.total_steps:
             self.stage, self.told = progress.stage, now
             self.board.put.remote(progress)
@@ -268,8 +276,8 @@ class _ToBoard(logging.Handler):
 class _Watch:
     """The driver's side: starts the work, shows how it gets on, and ends it when it cannot go on."""
 
-    def __init__(self, job: _Job, distributed: DistributedConfig, on_progress: OnProgress | None) -> None:
-        self.job, self.distributed, self.on_progress = job, distributed, on_progress
+    def __init__(self, job: _Job, distributed: DistributedConfig, on_progress: OnProgress | None, log: Log) -> None:
+        self.job, self.distributed, self.on_progress, self.log = job, distributed, on_progress, log
         self.nodes = alive_nodes()
         self.joined: dict[int, _Joined] = {}
         self.short_since: float | None = None
@@ -318,6 +326,7 @@ class _Watch:
 
     def _take(self, message: Any) -> None:
         if isinstance(message, Progress):
+            self.log.record(message)
             if self.on_progress is not None:
                 metrics = {**message.metrics, "workers": float(len(self.joined))}
                 self.on_progress(Progress(message.stage, message.step, message.total_steps, metrics))

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from pdiff_plugin.ensemble.runner import Execution, MemberRunner, Strategy, chec
 from pdiff_plugin.ensemble.soup import uniform_soup
 from pdiff_plugin.errors import ConfigError, DataError, FormatError, LayoutMismatchError
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.hub import About, HubMixin, Judged
 from pdiff_plugin.modules.batches import Inputs, arguments_of, num_batches_in
 from pdiff_plugin.modules.names import check_fits, named_tensors, shapes_of, unwrap
 from pdiff_plugin.modules.swap import swap_
@@ -41,7 +42,7 @@ FORMAT_VERSION = 1
 EnsembleTask = Literal["classification", "multilabel", "regression", "gaussian-regression"]
 
 
-class DiffusionEnsemble(nn.Module):
+class DiffusionEnsemble(HubMixin, nn.Module):
     """M members that share one model and differ in the tensors of ``weights``.
 
     It stands in for the model in an evaluation loop: calling it gives the log of the mean member probability, so
@@ -74,6 +75,8 @@ class DiffusionEnsemble(nn.Module):
         LayoutMismatchError: naming the first tensor that the model lacks or has in another shape.
         TrainingModeError: the model, or a part of it, is in train mode.
     """
+
+    hub_file: ClassVar[str] = "ensemble.safetensors"
 
     def __init__(
         self,
@@ -279,6 +282,28 @@ class DiffusionEnsemble(nn.Module):
                 raise LayoutMismatchError(name, "no such tensor", str(tuple(tensor.shape)), str(path))
         swap_(model, shared)
         return ensemble
+
+    @classmethod
+    def _load_shared(cls, path: Path, **options: Any) -> DiffusionEnsemble:
+        return cls.load(path, **options)
+
+    def _save_for_others(self, path: Path) -> None:
+        self.save(path)
+
+    def _about(self, source: str, evaluation: Judged | None) -> About:
+        del evaluation
+        num_values = sum(tensor[0].numel() for tensor in self.weights.values())
+        text = (
+            f"An ensemble of {self.num_members} members of one {type(self.model).__name__} as one module "
+            f"({self.task}): they differ in {num_values:,} values in {len(self.names)} tensors, and the file holds the "
+            "rest of the model, too."
+        )
+        loading = (
+            "from pdiff_plugin import DiffusionEnsemble\n\n"
+            "# model: the same architecture, whose weights become the file's\n"
+            f"ensemble = DiffusionEnsemble.from_pretrained({source}, model=model.eval())"
+        )
+        return About(text, loading, ("ensemble",))
 
     def _gaussians(self, output: Any) -> Tensor:
         return gaussians_of(output if self.select is None else self.select(output))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from pdiff_plugin._version import __version__
 from pdiff_plugin.config import EvaluateConditionsConfig, configured
 from pdiff_plugin.errors import ConfigError, FitExistsError
-from pdiff_plugin.evaluation.condition_findings import JudgedCondition, RowFigures, verdicts_of
+from pdiff_plugin.evaluation.condition_findings import JudgedCondition, RowFigures, series_of, verdicts_of
 from pdiff_plugin.evaluation.condition_places import HELD_OUT, Place, places_of, runs_to_judge
 from pdiff_plugin.evaluation.condition_result import ConditionEvaluation
 from pdiff_plugin.evaluation.condition_rows import GENERATED, TRAINED, Made, RowMaker
@@ -28,6 +28,7 @@ from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.loggers import Loggers, logged
 from pdiff_plugin.modules.names import named_tensors
 from pdiff_plugin.progress import OnProgress, Progress, timed
 from pdiff_plugin.snapshots.store import SnapshotStore
@@ -44,6 +45,7 @@ def evaluate_conditions(
     extra: Mapping[str, MakeRow] | None = None,
     refit_in: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
+    loggers: Loggers = (),
     **changes: Any,
 ) -> ConditionEvaluation:
     """Compare weights generated for conditions that were never fitted with training there and with all that is cheaper.
@@ -65,6 +67,8 @@ def evaluate_conditions(
         refit_in: folder for the generator that is fitted without the judged conditions, kept in memory unless given;
             what was fitted there before is replaced.
         on_progress: told the number of conditions done.
+        loggers: take the means of every row and the verdict, see :class:`pdiff_plugin.Logger`; a text such as
+            ``tensorboard:runs/a`` is opened and closed here.
         **changes: single fields of ``config``.
 
     Raises:
@@ -78,6 +82,25 @@ def evaluate_conditions(
     _check(store, generator)
     names = list(next(iter(store.conditions.values())))
     check_function(task, names)
+    with logged(loggers, {"evaluate": asdict(config)}, on_progress) as log:
+        result = _evaluation(task, store, generator, config, conditions, train, extra or {}, refit_in, log.on_progress)
+        log.figures(_logged_figures(result))
+        log.config({"verdict": {"sentence": result.sentence}})
+    return result
+
+
+def _evaluation(
+    task: MakeTask,
+    store: SnapshotStore,
+    generator: WeightGenerator,
+    config: EvaluateConditionsConfig,
+    conditions: Sequence[str],
+    train: Train | None,
+    extra: Mapping[str, MakeRow],
+    refit_in: str | os.PathLike[str] | None,
+    on_progress: OnProgress | None,
+) -> ConditionEvaluation:
+    """Make the rows at every condition, score them and judge."""
     seconds: dict[str, float] = {}
     assert generator.variables is not None
     runs, is_refit = runs_to_judge(
@@ -99,7 +122,7 @@ def evaluate_conditions(
     with timed(seconds, "read"):
         recorded = Recorded.read(store, generator)
     with timed(seconds, "prepare"):
-        maker = RowMaker(store, generator, recorded, places, config, train, extra or {})
+        maker = RowMaker(store, generator, recorded, places, config, train, extra)
     judged, kind, name = [], None, ""
     for number, place in enumerate(places):
         own = task_at(task, place.condition)
@@ -129,6 +152,18 @@ def evaluate_conditions(
             **_details(maker),
         },
     )
+
+
+def _logged_figures(result: ConditionEvaluation) -> dict[str, Any]:
+    """Means of every row, inside and outside the fitted range, and the numbers of the verdicts there."""
+    means: dict[str, Any] = {}
+    for group in result.verdicts:
+        mine = [place for place in result.places if place.group == group]
+        rows = {name: series_of(mine, name) for name in result.row_names}
+        means[group] = {
+            name: {"loss": float(row.loss.nanmean()), "score": float(row.score.nanmean())} for name, row in rows.items()
+        }
+    return {"evaluate": means, "verdict": {group: verdict.to_json() for group, verdict in result.verdicts.items()}}
 
 
 def _details(maker: RowMaker) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.evaluation.verdict import Comparison, Differences, Nearness, Verdict, judge
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.loggers import Loggers, logged
 from pdiff_plugin.modules.names import named_tensors
 from pdiff_plugin.progress import OnProgress, Progress, timed
 from pdiff_plugin.snapshots.movement import movement
@@ -53,6 +54,7 @@ def evaluate(
     retrain: Retrain | None = None,
     score: Scorer = score_sets,
     on_progress: OnProgress | None = None,
+    loggers: Loggers = (),
     **changes: Any,
 ) -> Evaluation:
     """Compare generated members with the snapshots and with baselines from the same snapshots.
@@ -71,6 +73,8 @@ def evaluate(
         retrain: the user's own training function, for a real deep ensemble: seed -> trained model.
         score: scores sets of members, here unless given; see :class:`pdiff_plugin.cluster.scores.ClusterScorer`.
         on_progress: told the number of batches done.
+        loggers: take the figures of every set and the verdict, see :class:`pdiff_plugin.Logger`; a text such as
+            ``tensorboard:runs/a`` is opened and closed here.
         **changes: single fields of ``config``: ``num_members``, ``num_draws``, ``sets`` (names, ``"all"`` or
             ``"core"``), ``seed``, ``recalibrate``, ``num_retrained``, ``memory_gb``, ``quick``.
 
@@ -89,6 +93,24 @@ def evaluate(
     store = opened(store, task)
     if generator is not None:
         store.layout.check_same(generator.layout, f"the store {store.path}")
+    with logged(loggers, {"evaluate": {**asdict(config), "task": task.name}}, on_progress) as log:
+        result = _evaluation(task, store, generator, weights, config, retrain, score, log.on_progress)
+        log.figures({"evaluate": result.sets, "verdict": result.verdict.numbers})
+        log.config({"verdict": {"sentence": result.sentence, "outcome": result.verdict.outcome}})
+    return result
+
+
+def _evaluation(
+    task: Task,
+    store: SnapshotStore,
+    generator: WeightGenerator | None,
+    weights: WeightSet | None,
+    config: EvaluateConfig,
+    retrain: Retrain | None,
+    score: Scorer,
+    on_progress: OnProgress | None,
+) -> Evaluation:
+    """Draw the sets, score them and judge."""
     wanted = _wanted(config, len(store.trajectories))
     seconds: dict[str, float] = {}
     with timed(seconds, "read"):

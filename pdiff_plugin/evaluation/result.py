@@ -155,6 +155,11 @@ class Evaluation:
         return _kind_of(self.details)
 
     @property
+    def sentence(self) -> str:
+        """The verdict."""
+        return self.verdict.sentence
+
+    @property
     def title(self) -> str:
         """Of the table."""
         quick = ", quick: few members, wider errors" if self.details.get("quick") else ""

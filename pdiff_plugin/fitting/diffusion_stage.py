@@ -33,6 +33,8 @@ _EVAL_REPEATS = 32
 # Samples drawn at each measurement, and the steps a preconditioned flow takes to them: a tenth of a second in all.
 _EVAL_SAMPLES = 128
 _EVAL_STEPS = 8
+# Entries of the history that are no figure of the denoiser.
+_OF_THE_TRAINING = ("step", "best_step", "best_loss", "seconds")
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,8 @@ class DenoiserTraining(Training):
 
     def run(self, batches: Batches, on_history: Callable[[list[dict[str, float]]], None]) -> None:
         """Train until nothing is gained any more; ``on_history`` is told the history after each measurement."""
+        if self.history and self.step == 0:
+            self.tell(on_history)
         with self.checkpointed() as steps:
             while self.goes_on:
                 with steps.step():
@@ -179,9 +183,13 @@ class DenoiserTraining(Training):
                     if self.is_measured:
                         self.measure()
                 if self.is_measured:
-                    now = {key: self.history[-1][key] for key in ("train_loss", "heldout_loss", "novelty")}
-                    self.runtime.report(self.stage, self.step, self.settings.max_steps, **now)
-                    on_history(self.history)
+                    self.tell(on_history)
+
+    def tell(self, on_history: Callable[[list[dict[str, float]]], None]) -> None:
+        """Report the last measurement."""
+        now = {key: value for key, value in self.history[-1].items() if key not in _OF_THE_TRAINING}
+        self.runtime.report(self.stage, self.step, self.settings.max_steps, **now)
+        on_history(self.history)
 
     @property
     def seconds(self) -> float:

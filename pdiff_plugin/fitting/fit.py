@@ -32,6 +32,7 @@ from pdiff_plugin.generator.autoencoder import Encoded
 from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.frames import Frames, fit_frames, plain_frames
 from pdiff_plugin.generator.generator import WeightGenerator
+from pdiff_plugin.loggers import Loggers, logged
 from pdiff_plugin.progress import OnProgress
 from pdiff_plugin.snapshots.fingerprint import fingerprint
 from pdiff_plugin.snapshots.split import Split
@@ -76,6 +77,7 @@ def fit(
     out: str | os.PathLike[str] | None = None,
     fresh: bool = False,
     on_progress: OnProgress | None = None,
+    loggers: Loggers = (),
 ) -> WeightGenerator:
     """Learn an autoencoder and a latent diffusion on the snapshots of a store.
 
@@ -87,6 +89,8 @@ def fit(
         out: run folder, made if missing; without it nothing is written.
         fresh: start anew, replacing the fit in ``out``.
         on_progress: told how the stages get on.
+        loggers: take the curves and figures, see :class:`pdiff_plugin.Logger`; a text such as ``tensorboard:runs/a`` is
+            opened and closed here.
 
     Raises:
         UnusableSnapshotsError: fewer than 10 snapshots, all equal, or more than 5 % with NaN or Inf.
@@ -98,8 +102,10 @@ def fit(
     folder = FitFolder.open(store, config, Path(out) if out is not None else None, fresh=fresh)
     if folder.is_finished and folder.path is not None:
         return WeightGenerator.load(folder.path)
-    generator = run_stages(store, config, folder, Runtime(folder.path, on_progress))
-    assert generator is not None, "one process is rank 0"
+    with logged(loggers, {"fit": folder.settings}, on_progress) as log:
+        generator = run_stages(store, config, folder, Runtime(folder.path, log.on_progress))
+        assert generator is not None, "one process is rank 0"
+        log.figures({"report": generator.report})
     return generator
 
 

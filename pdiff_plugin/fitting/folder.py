@@ -82,6 +82,11 @@ class FitFolder:
         done = self.document["status"] == "finished"
         return done and self.path is not None and (self.path / FILE_NAME).is_file()
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a logger is told of the fit."""
+        return {**self.document["config"], "store": self.document["store"]}
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Add the seconds spent inside to ``document["seconds"][stage]``, over all attempts."""

@@ -26,6 +26,7 @@ from pdiff_plugin.fitting.refine import Loss, Losses, run_refinement
 from pdiff_plugin.fitting.runtime import GroupRuntime
 from pdiff_plugin.fitting.statistics_stage import part_to_fit
 from pdiff_plugin.generator.generator import WeightGenerator
+from pdiff_plugin.loggers import Loggers, logged
 from pdiff_plugin.progress import OnProgress
 from pdiff_plugin.snapshots.fingerprint import first_columns
 from pdiff_plugin.snapshots.remote import copy_store, is_remote
@@ -40,6 +41,7 @@ def fit_on_ranks(
     out: str | os.PathLike[str],
     fresh: bool = False,
     on_progress: OnProgress | None = None,
+    loggers: Loggers = (),
 ) -> WeightGenerator | None:
     """As :func:`pdiff_plugin.fit`, on all ranks of the default process group, every one of which calls this alike.
 
@@ -52,6 +54,7 @@ def fit_on_ranks(
         out: run folder, seen by rank 0 alone or by all, or the URL of one in a bucket.
         fresh: start anew, replacing the fit in ``out``.
         on_progress: told how the stages get on, on rank 0.
+        loggers: take the curves and figures, on rank 0; those of the other ranks are neither opened nor used.
 
     Returns:
         The generator on rank 0, None on the others.
@@ -79,7 +82,13 @@ def fit_on_ranks(
             {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_workers": runtime.world_size}
         )
         folder.write()
-        return run_stages(opened, config, folder, runtime)
+        mine = loggers if runtime.rank == 0 else ()
+        log = stack.enter_context(logged(mine, {"fit": folder.settings}, on_progress))
+        runtime.on_progress = log.on_progress
+        generator = run_stages(opened, config, folder, runtime)
+        if generator is not None:
+            log.figures({"report": generator.report})
+        return generator
 
 
 def refine_on_ranks(

@@ -37,6 +37,7 @@ from pdiff_plugin.generator.generator_file import FILE_NAME
 from pdiff_plugin.generator.refinement import Refinement
 from pdiff_plugin.generator.subspace import SubspaceAutoencoder
 from pdiff_plugin.generator.variables import Variables
+from pdiff_plugin.loggers import Loggers, logged
 from pdiff_plugin.modules.modes import modes_kept
 from pdiff_plugin.modules.names import named_tensors, unwrap, wrapped_names
 from pdiff_plugin.progress import OnProgress
@@ -73,6 +74,7 @@ def refine(
     measure: Loss | None = None,
     out: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
+    loggers: Loggers = (),
     **changes: Any,
 ) -> WeightGenerator:
     """A generator whose members do better at ``loss``, or the same one where that could not be had.
@@ -106,6 +108,8 @@ def refine(
         out: folder for the generator, and while it runs for a checkpoint, from which the same call goes on; where it
             had finished it returns at once.
         on_progress: told the loss.
+        loggers: take the curves and figures, see :class:`pdiff_plugin.Logger`; a text such as ``tensorboard:runs/a`` is
+            opened and closed here.
         **changes: single fields of ``config``.
 
     Raises:
@@ -116,9 +120,14 @@ def refine(
         FitExistsError: ``out`` holds a generator that was refined with other settings.
     """
     config = configured(RefineConfig, config, changes)
-    runtime = Runtime(Path(out) if out is not None else None, on_progress)
-    refined = run_refinement(generator, model, Losses(loss, measure or loss), config, conditions, runtime)
-    assert refined is not None, "one process is rank 0"
+    folder = Path(out) if out is not None else None
+    if folder is not None and _is_finished(folder, config):
+        return WeightGenerator.load(folder)
+    with logged(loggers, {"refine": asdict(config)}, on_progress) as log:
+        runtime = Runtime(folder, log.on_progress)
+        refined = run_refinement(generator, model, Losses(loss, measure or loss), config, conditions, runtime)
+        assert refined is not None, "one process is rank 0"
+        log.figures({"report": {"refinement": refined.report["refinement"]}})
     return refined
 
 
@@ -407,13 +416,16 @@ class _Refining(Training):
         """Train for all steps."""
         if not self.history:
             self.measure()
+            self.runtime.report(STAGE, 0, self.settings.num_steps, heldout_loss=self.history[0]["heldout_loss"])
         with self.checkpointed() as steps:
             while self.step < self.settings.num_steps:
                 with steps.step():
                     value = self.advance(self.batch_loss)
                     if self.step % _EVAL_EVERY == 0 or self.step == self.settings.num_steps:
                         self.measure()
-                self.report(value, every=10)
+                last = self.history[-1]
+                measured = {"heldout_loss": last["heldout_loss"]} if last["step"] == self.step else {}
+                self.report(value, every=10, **measured)
 
     def batch_loss(self) -> Tensor:
         """Mean loss over a few conditions, one batch at each of them; each rank has its part of the sum."""

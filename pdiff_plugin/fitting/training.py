@@ -157,10 +157,10 @@ class Training:
         """Add up gradients and loss over ranks where these share a batch; here each trains by itself."""
         return value
 
-    def report(self, value: Tensor, every: int) -> None:
-        """Tell the loss, on every so manyth step and on the last."""
+    def report(self, value: Tensor, every: int, **measured: float) -> None:
+        """Tell the loss and what was measured, on every so manyth step and on the last."""
         if self.step % every == 0 or self.step == self.schedule.max_steps:
-            self.runtime.report(self.stage, self.step, self.schedule.max_steps, train_loss=float(value))
+            self.runtime.report(self.stage, self.step, self.schedule.max_steps, train_loss=float(value), **measured)
 
     def save(self) -> None:
         """Write the checkpoint."""

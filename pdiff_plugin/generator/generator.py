@@ -6,11 +6,13 @@ tensor's own shape.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,12 @@ from torch import Tensor, nn
 from pdiff_plugin.config import SamplingConfig, check_sampler, configured
 from pdiff_plugin.errors import ConfigError, UnknownConditionError
 from pdiff_plugin.generator.condition import Condition
-from pdiff_plugin.generator.generator_file import GeneratorParts
+from pdiff_plugin.generator.generator_file import FILE_NAME, GeneratorParts
 from pdiff_plugin.generator.samplers import NATURAL_SAMPLER, OnStep, run_sampler, sampler_for
 from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.hub import About, HubMixin, Judged
 from pdiff_plugin.snapshots.conditions import Value, describe_condition, parse_condition
+from pdiff_plugin.snapshots.files import json_safe
 from pdiff_plugin.snapshots.layout import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -30,8 +34,10 @@ logger = logging.getLogger(__name__)
 _MEMBER_BATCH = 1024
 
 
-class WeightGenerator(GeneratorParts):
+class WeightGenerator(HubMixin, GeneratorParts):
     """Samples new weights for the tensors of a layout; see :class:`GeneratorParts` for its parts and its file."""
+
+    hub_file: ClassVar[str] = FILE_NAME
 
     def __repr__(self) -> str:
         return (
@@ -255,3 +261,44 @@ class WeightGenerator(GeneratorParts):
         if sampling.trajectory is None:
             return Condition(torch.arange(num_members) % len(self.trajectories))
         return Condition(torch.full((num_members,), self.trajectories.index(sampling.trajectory)))
+
+    @classmethod
+    def _load_shared(cls, path: Path, **options: Any) -> WeightGenerator:
+        return cls.load(path, **options)
+
+    def _save_for_others(self, path: Path) -> None:
+        # The folders of somebody's disk are nobody else's business.
+        store = PurePath(str(self.provenance.get("store", ""))).name
+        replace(self, provenance={**self.provenance, "store": store}).save(path)
+
+    def _about(self, source: str, evaluation: Judged | None) -> About:
+        judged = evaluation.details.get("generator", {}) if evaluation is not None else {}
+        # Held-out conditions are judged by a fit of the same settings without them, and the evaluation says so.
+        is_refit = evaluation is not None and evaluation.details.get("refitted", False)
+        if "report" in judged and not is_refit and not _are_same(judged["report"], self.report):
+            raise ConfigError("evaluation", "of another fit", "must be of this generator; judge it anew")
+        names = ", ".join(self.layout.names[:6]) + (", ..." if len(self.layout.names) > 6 else "")
+        num_snapshots, num_runs = self.provenance.get("num_snapshots", "some"), len(self.trajectories)
+        text = (
+            "A generator of weights: Neural Network Diffusion (p-diff, [arXiv 2402.13144]"
+            f"(https://arxiv.org/abs/2402.13144)) fitted to {num_snapshots} snapshots of {num_runs} training "
+            f"{'run' if num_runs == 1 else 'runs'}. It makes {self.layout.num_values:,} values in "
+            f"{len(self.layout.names)} tensors ({names}); the rest of the model is not in it, and has to be the one "
+            "beside which they were trained."
+        )
+        condition = f", condition={self.conditions[0]!r}" if self.conditions else ""
+        if condition:
+            text += f" They are made for a condition: {', '.join(self.conditions[0])}."
+        loading = (
+            "from pdiff_plugin import WeightGenerator, ensemble_from_diffusion\n\n"
+            f"generator = WeightGenerator.from_pretrained({source})\n"
+            f"member = generator.sample(1{condition}).member(0)  # for model.load_state_dict(member, strict=False)\n"
+            "# or many members as one module that works like the model:\n"
+            f"ensemble = ensemble_from_diffusion(model.eval(), generator, num_members=16{condition})"
+        )
+        return About(text, loading)
+
+
+def _are_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two reports say the same once they have been in a file."""
+    return json.dumps(json_safe(one), sort_keys=True) == json.dumps(json_safe(other), sort_keys=True)

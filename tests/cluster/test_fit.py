@@ -39,13 +39,18 @@ def relative_distance(one: WeightGenerator, other: WeightGenerator) -> float:
     return max(float((a[k] - b[k]).double().norm() / a[k].double().norm().clamp_min(1e-12)) for k in a)
 
 
-def test_two_workers_fit_what_one_process_fits_and_show_progress(local_ray, make_store, tmp_path):
+def test_two_workers_fit_what_one_process_fits_and_show_progress(local_ray, make_store, tmp_path, recorder):
     store = make_store(trajectories=2)
     alone = fit(store, QUICK, out=tmp_path / "alone")
     seen = []
 
     together = fit_distributed(
-        store, QUICK, DistributedConfig(num_workers=2), out=tmp_path / "together", on_progress=seen.append
+        store,
+        QUICK,
+        DistributedConfig(num_workers=2),
+        out=tmp_path / "together",
+        on_progress=seen.append,
+        loggers=[recorder],
     )
 
     assert relative_distance(alone, together) < 1e-5
@@ -56,6 +61,10 @@ def test_two_workers_fit_what_one_process_fits_and_show_progress(local_ray, make
     assert [attempt["num_workers"] for attempt in documents[1]["attempts"]] == [2]
     assert {"statistics", "autoencoder", "diffusion"} <= {report.stage for report in seen}
     assert seen[-1].metrics["workers"] == 2
+    curve = {entry["step"]: entry["heldout_loss"] for entry in documents[1]["history"]}
+    assert recorder.curves["diffusion/heldout_loss"] == pytest.approx(curve, abs=1e-6)
+    assert recorder.curves["report/fidelity"] == {0: together.report["fidelity"]}
+    assert not any(name.startswith("statistics/") for name in recorder.curves)
 
 
 @pytest.mark.slow

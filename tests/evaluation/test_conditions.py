@@ -145,6 +145,16 @@ def outcome_of(evaluation: ConditionEvaluation) -> str:
     return evaluation.verdicts["inside"].outcome
 
 
+def test_means_of_every_row_and_the_sentence_are_logged(tmp_path: Path, recorder: Any) -> None:
+    found = judged(tmp_path, linear, linear, loggers=[recorder])
+    for name in ("generated", "trained", "nearest"):
+        mean = sum(place.rows[name].loss for place in found.places) / len(found.places)
+        assert recorder.curves[f"evaluate/inside/{name}/loss"] == {0: pytest.approx(mean)}
+    recovery = found.verdicts["inside"].recovery["generated"]
+    assert recorder.curves["verdict/inside/recovery/generated/loss"] == {0: recovery.loss}
+    assert recorder.settings["verdict"] == {"sentence": found.sentence}
+
+
 def test_on_a_line_interpolation_is_enough(tmp_path: Path) -> None:
     found = judged(tmp_path, linear, linear)
     assert outcome_of(found) == "interpolation is enough"

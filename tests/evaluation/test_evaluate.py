@@ -55,6 +55,16 @@ def result(one_run: Run) -> Evaluation:
     return evaluate(task, store, weights=pairs(store), num_members=8, sets="core")
 
 
+def test_figures_of_every_set_and_the_verdict_are_logged(one_run: Run, result: Evaluation, recorder: Any) -> None:
+    task, store = one_run
+    evaluate(task, store, weights=pairs(store), num_members=8, sets="core", loggers=[recorder])
+    for name, figures in result.sets.items():
+        assert recorder.curves[f"evaluate/{name}/ensemble_nll"] == {0: figures["ensemble_nll"]}
+    assert recorder.settings["evaluate"]["task"] == "digits"
+    assert recorder.settings["verdict"]["sentence"] == result.sentence
+    assert not recorder.is_closed
+
+
 def test_json_has_the_five_sets_with_every_figure(result: Evaluation) -> None:
     document = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert set(document) >= {"sets", "verdict", "seconds"}

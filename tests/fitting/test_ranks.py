@@ -38,6 +38,9 @@ def test_two_ranks_fit_what_one_process_fits_and_go_on_where_it_stopped(make_sto
 
     together = fit_in_a_group(store, QUICK)
 
+    (log,) = tmp_path.glob("*.log")  # one rank logs
+    assert log.name.endswith("-rank-0.log")
+    assert any("diffusion/heldout_loss" in line for line in log.read_text().splitlines())
     for name, tensor in alone.denoiser.state_dict().items():
         torch.testing.assert_close(together.denoiser.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
     assert sorted(p.name for p in (tmp_path / "fit").iterdir()) == ["fit.json", "generator.safetensors"]
@@ -77,13 +80,14 @@ def test_ranks_that_copy_their_columns_from_a_bucket_know_the_store_by_all_of_th
     assert fit(store, QUICK, out=tmp_path / "here").provenance == together.provenance
 
 
-def test_a_group_of_one_rank_fits_exactly_what_one_process_fits(make_store, group_of_one, tmp_path):
+def test_a_group_of_one_rank_fits_exactly_what_one_process_fits(make_store, group_of_one, tmp_path, recorder):
     store, seen = make_store(), []
     alone = fit(store, QUICK, out=tmp_path / "alone")
 
-    generator = fit_on_ranks(store.path, QUICK, out=tmp_path / "fit", on_progress=seen.append)
+    generator = fit_on_ranks(store.path, QUICK, out=tmp_path / "fit", on_progress=seen.append, loggers=[recorder])
 
     assert isinstance(generator, WeightGenerator)
+    assert recorder.curves["report/fidelity"] == {0: generator.report["fidelity"]}
     files = [(tmp_path / name / "generator.safetensors").read_bytes() for name in ("alone", "fit")]
     assert files[0] == files[1]
     assert generator.report == alone.report

@@ -101,6 +101,16 @@ def test_members_do_better_at_angles_that_nothing_was_learned_at(circle, refined
     assert mean_loss(refined) < 0.2 * mean_loss(circle)
 
 
+def test_the_losses_on_the_way_are_logged(circle, recorder) -> None:
+    found = refine(circle, Net(), loss, QUICK, conditions=ANGLES, num_steps=60, loggers=[recorder])
+    report = found.report["refinement"]
+    curve = {entry["step"]: entry["heldout_loss"] for entry in report["history"]}
+    assert recorder.curves["refine/heldout_loss"] == curve
+    assert list(curve) == [0, 50, 60]
+    assert list(recorder.curves["refine/train_loss"]) == [10, 20, 30, 40, 50, 60]
+    assert recorder.curves["report/refinement/heldout_loss"] == {0: report["heldout_loss"]}
+
+
 def test_members_stay_different(circle, refined) -> None:
     before, after = (members(one, 70.0)["head.weight"].std(dim=0).mean() for one in (circle, refined))
     assert after > 0.3 * before
