@@ -26,12 +26,12 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "sphinx.ext.mathjax",
     "myst_nb",  # MyST pages, and notebooks with the output that they hold
     "sphinx_copybutton",
     "sphinx_design",
     "commands",
     "docstrings",
+    "mathml",
     "names",
 ]
 exclude_patterns = ["extensions", "**/_*.md"]
@@ -40,6 +40,8 @@ html_title = "pdiff-plugin"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_math_renderer = "mathml"
+pygments_dark_style = "monokai"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
 myst_heading_anchors = 3

@@ -1,6 +1,6 @@
 """Execute examples/notebooks/*.py and store each as a notebook with its output beside the script.
 
-    python docs/make_notebooks.py [NAME ...]
+python docs/make_notebooks.py [NAME ...]
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _VARIANTS = {"fit": {"--autoencoder conv": ["fit", "--autoencoder", "conv"]}}
 
 
 class Commands(SphinxDirective):
-    """Sections with a usage line, the description and every flag, for references by ``:option:`` and, to ``pdiff-NAME``, ``:ref:``."""
+    """Sections with usage, description and every flag; ``:option:`` and ``:ref:`pdiff-NAME``` lead to them."""
 
     def run(self) -> list[nodes.Node]:
         lines = [line for name in cli.COMMANDS for line in _section(name)]

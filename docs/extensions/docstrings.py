@@ -9,6 +9,7 @@ from sphinx.application import Sphinx
 # (B, K), (N,), (K + r, D), (M, *shape): sizes of one letter or so, at least one comma.
 _SIZE = r"(?:\*shape|\.\.\.|[A-Za-z]\w?(?: ?[+*x] ?[a-zA-Z0-9])?|[1-9])"
 _SHAPE = re.compile(rf"\({_SIZE}(?:, {_SIZE})*,?(?<=[,\w.])\)")
+_ONE_SIZE = re.compile(r": ([A-Z])\.$")  # `num_members: M.`, which would begin a list
 _LITERAL = re.compile(r"(``.*?``|:\w+:`.*?`|`.*?`)")
 
 
@@ -21,8 +22,10 @@ def mark_up(app: Sphinx, what: str, name: str, obj: object, options: object, lin
             code_indent = None
         if code_indent is None:
             parts = _LITERAL.split(line)
-            parts[::2] = (_SHAPE.sub(lambda m: f"``{m[0]}``" if "," in m[0] or "*" in m[0] else m[0], part) for part in parts[::2])
-            lines[number] = "".join(parts)
+            parts[::2] = (
+                _SHAPE.sub(lambda m: f"``{m[0]}``" if "," in m[0] or "*" in m[0] else m[0], part) for part in parts[::2]
+            )
+            lines[number] = _ONE_SIZE.sub(r": ``\1``.", "".join(parts))
             if line.rstrip().endswith("::"):
                 code_indent = indent
     if what in ("attribute", "data", "property"):

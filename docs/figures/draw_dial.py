@@ -1,6 +1,6 @@
 """Draw dial.svg from the tables of rotations in guides/dial.md and benchmarks.md: NLL against the gap between stops.
 
-    python docs/figures/draw_dial.py
+python docs/figures/draw_dial.py
 """
 
 from __future__ import annotations

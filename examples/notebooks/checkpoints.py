@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Judge an ensemble that you already have
 #
-# A training that is over has left checkpoints, and somebody proposes to use them as an ensemble. Is that worth its forward passes?
-# Make a snapshot store of the files, and compare: no generator is needed. Ten seconds on one core.
+# A training that is over has left checkpoints, and somebody proposes to use them as an ensemble. Is that worth its
+# forward passes? Make a snapshot store of the files, and compare: no generator is needed. Ten seconds on one core.
 
 # %%
 from pathlib import Path
@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pdiff_plugin import Task, evaluate, import_checkpoints
 
-torch.set_num_threads(1)
 torch.manual_seed(0)
+torch.set_num_threads(1)
 
 # %% [markdown]
-# Two trainings from different seeds, which know nothing of pdiff-plugin and save a checkpoint after every epoch of the last
-# thirty. They stand for the files that you have.
+# Two trainings from different seeds, which know nothing of pdiff-plugin and save a checkpoint after every epoch of
+# the last thirty. They stand for the files that you have.
 
 # %%
 digits = load_digits()
@@ -49,21 +49,21 @@ for seed in (0, 1):
 # %% [markdown]
 # ## Import
 #
-# One snapshot a file, one trajectory a run, in the order that the files themselves tell. Files are opened without running code
-# from them. In the shell: `pdiff import checkpoints/seed0-*.pt --store runs/mine --layers all`.
+# One snapshot a file, one trajectory a run, in the order that the files themselves tell. Files are opened without
+# running code from them. In the shell: `pdiff import checkpoints/seed0-*.pt --store runs/mine --layers all`.
 
 # %%
 for seed in (0, 1):
     files = sorted(folder.glob(f"seed{seed}-*.pt"))
     store = import_checkpoints(files, store="runs/mine", layers="all", trajectory=f"seed-{seed}")
-store
+print(store)
 
 # %% [markdown]
 # ## Judge
 #
-# Without a generator the table has everything that the checkpoints give by themselves. `snapshots` is the ensemble that was
-# proposed; `last` are the two final models; `average-per-run` averages the weights of each run, and `average` those of both, which
-# is no model: two trainings end with their hidden units in different orders.
+# Without a generator the table has everything that the checkpoints give by themselves. `snapshots` is the ensemble
+# that was proposed; `last` are the two final models; `average-per-run` averages the weights of each run, and
+# `average` those of both, which is no model: two trainings end with their hidden units in different orders.
 
 # %%
 task = Task(model.eval(), DataLoader(test_data, batch_size=500), name="digits")

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A sweep as a dial
 #
-# A small network is trained further at twelve rotations of its images, from one start. A generator of these runs makes weights for
-# rotations that nobody trained at. It is judged there beside training, the nearest run, and regressions on the same weights.
-# Half a minute on one core.
+# A small network is trained further at twelve rotations of its images, from one start. A generator of these runs
+# makes weights for rotations that nobody trained at. It is judged there beside training, the nearest run, and
+# regressions on the same weights. Half a minute on one core.
 
 # %%
 import matplotlib.pyplot as plt
@@ -25,8 +25,8 @@ from pdiff_plugin import (
     fit,
 )
 
-torch.set_num_threads(1)
 torch.manual_seed(0)
+torch.set_num_threads(1)
 
 # %%
 digits = load_digits()
@@ -45,8 +45,8 @@ def rotated(images, degrees):
 # %% [markdown]
 # ## One start
 #
-# Weights of independent starts cannot be interpolated. So one network is trained on all rotations mixed, and every run of the
-# sweep starts from it.
+# Weights of independent starts cannot be interpolated. So one network is trained on all rotations mixed, and every
+# run of the sweep starts from it.
 
 # %%
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -61,8 +61,9 @@ for _ in range(600):
 # %% [markdown]
 # ## Record the sweep
 #
-# `collect` trains the chosen layers (here all of them) at each condition, with a rate that falls, and records the last steps of
-# each run. Every other one is then held out of the fit, to be judged at.
+# `collect` trains the chosen layers (here all of them) at each condition, with a rate that falls, and records the
+# last steps of each run. Every other one is then held out of the fit, to be judged at.
+
 
 # %%
 def train_loader(angle):
@@ -75,13 +76,13 @@ store = collect(
     model, loss_fn=nn.CrossEntropyLoss(), store="dial/store", layers="all", lr=1e-2, num_snapshots=10,
     restart=Cycle(warmup_steps=90), conditions=[{"angle": angle} for angle in angles], data=train_loader,
 )  # fmt: skip
-store
+print(store)
 
 # %% [markdown]
 # ## Fit
 #
-# Angles come round, which no number tells of itself: `angle:cyclic=360`. The fit chooses the regression that predicts conditions
-# held out best, and learns what is left around it.
+# Angles come round, which no number tells of itself: `angle:cyclic=360`. The fit chooses the regression that predicts
+# conditions held out best, and learns what is left around it.
 
 # %%
 held_out = ",".join(f"{angle:g}" for angle in angles[1::2])
@@ -118,8 +119,8 @@ plt.show()
 # %% [markdown]
 # ## Judge
 #
-# At the twelve angles that the fit has not seen, beside everything else that one could do there. `trained` are the runs that were
-# recorded at them, the best that can be hoped for.
+# At the twelve angles that the fit has not seen, beside everything else that one could do there. `trained` are the
+# runs that were recorded at them, the best that can be hoped for.
 
 
 # %%
@@ -131,6 +132,6 @@ result = evaluate_conditions(task, store, generator, num_members=8)
 print(result)
 
 # %% [markdown]
-# Read the rows `ridge`, `gp`, `neighbours` and `network` before the row `generated`: they are regressions on the same recorded
-# weights and cost nothing. Where the sentence says that one of them is enough, it is. To go beyond what weights alone tell, teach
-# the generator the task: see `refine`.
+# Read the rows `ridge`, `gp`, `neighbours` and `network` before the row `generated`: they are regressions on the same
+# recorded weights and cost nothing. Where the sentence says that one of them is enough, it is. To go beyond what
+# weights alone tell, teach the generator the task: see `refine`.

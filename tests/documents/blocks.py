@@ -1,4 +1,4 @@
-"""The blocks of code in Markdown pages, and how they are run: Python in one namespace a page, `pdiff` in this process."""
+"""The blocks of code in Markdown pages, and how they run: Python in one namespace a page, `pdiff` in this process."""
 
 from __future__ import annotations
 

@@ -14,8 +14,19 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pdiff_plugin import cli
-from pdiff_plugin import ConditionConfig, Cycle, DiffusionConfig, FitConfig, PDiffRecorder, RefineConfig, Task, collect, fit
+from pdiff_plugin import (
+    ConditionConfig,
+    Cycle,
+    DiffusionConfig,
+    FitConfig,
+    PDiffRecorder,
+    RefineConfig,
+    Task,
+    cli,
+    collect,
+    fit,
+)
+from pdiff_plugin.fitting import centre_stage, condition_stage
 
 STYLES = ("oil", "ink")
 
@@ -104,12 +115,15 @@ class Problem:
 
 @pytest.fixture(scope="session")
 def brief() -> Iterator[None]:
-    """Fits of a second: the pages run at the defaults, of which a training this short is one."""
+    """Fits of a second: what pages and notebooks call works as at the defaults, its figures mean nothing."""
     defaults = {DiffusionConfig: {"max_steps": 40, "eval_every_n_steps": 20}, RefineConfig: {"num_steps": 20}}
     with pytest.MonkeyPatch.context() as patch:
         for kind, changes in defaults.items():
             for name, value in changes.items():
                 patch.setitem(kind.__init__.__kwdefaults__, name, value)
+        patch.setattr(centre_stage, "_MAX_STEPS", 50)
+        patch.setattr(condition_stage, "_MAX_FOLDS", 1)
+        patch.setattr(condition_stage, "_LEAST_STEPS", 40)
         patch.setitem(cli.refine.__kwdefaults__, "config", RefineConfig())
         yield
 
@@ -122,9 +136,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, brief: None) -> Path:
     with PDiffRecorder(folder / "runs" / "a").attach(model, optimizer, total_steps=100):
         problem.train(num_steps=100)
     fit(folder / "runs" / "a", out=folder / "fits" / "a")
-    conditions = [
-        {"angle": angle, "style": STYLES[number % 2]} for number, angle in enumerate(range(0, 360, 30))
-    ]
+    conditions = [{"angle": angle, "style": STYLES[number % 2]} for number, angle in enumerate(range(0, 360, 30))]
     for name, kept in (("sweep", ("angle", "style")), ("angles", ("angle",))):
         collect(
             model,
