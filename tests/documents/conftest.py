@@ -113,9 +113,9 @@ class Problem:
         }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def brief() -> Iterator[None]:
-    """Fits of a second: what pages and notebooks call works as at the defaults, its figures mean nothing."""
+    """Fits of a second: what pages and notebooks call works as at the defaults, its figures mean nothing. Undone after a module."""
     defaults = {DiffusionConfig: {"max_steps": 40, "eval_every_n_steps": 20}, RefineConfig: {"num_steps": 20}}
     with pytest.MonkeyPatch.context() as patch:
         for kind, changes in defaults.items():
@@ -128,7 +128,7 @@ def brief() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, brief: None) -> Path:
     """A folder as the pages expect it, to be copied."""
     folder, problem = tmp_path_factory.mktemp("pages") / "home", Problem()
