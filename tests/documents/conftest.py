@@ -115,7 +115,7 @@ class Problem:
 
 @pytest.fixture(scope="module")
 def brief() -> Iterator[None]:
-    """Fits of a second: what pages and notebooks call works as at the defaults, its figures mean nothing. Undone after a module."""
+    """Fits of a second, for one module: all works as at the defaults, figures mean nothing."""
     defaults = {DiffusionConfig: {"max_steps": 40, "eval_every_n_steps": 20}, RefineConfig: {"num_steps": 20}}
     with pytest.MonkeyPatch.context() as patch:
         for kind, changes in defaults.items():
