@@ -1,4 +1,4 @@
-"""``FORMAT.md`` describes every format that the package writes."""
+"""``docs/reference/formats.md`` describes every format that the package writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import pdiff_plugin
 
 ROOT = Path(pdiff_plugin.__file__).parent
-TEXT = (ROOT / "snapshots" / "FORMAT.md").read_text(encoding="utf-8")
+TEXT = (ROOT.parent / "docs" / "reference" / "formats.md").read_text(encoding="utf-8")
 
 
 def constants() -> dict[str, int]:

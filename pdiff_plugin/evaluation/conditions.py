@@ -50,7 +50,7 @@ def evaluate_conditions(
 ) -> ConditionEvaluation:
     """Compare weights generated for conditions that were never fitted with training there and with all that is cheaper.
 
-    See EVALUATION.md for the rows and the rule behind the sentence.
+    The rows, and the rule behind the sentence: ``docs/reference/evaluation.md``.
 
     Args:
         task: takes names of the condition, any of them or ``**condition``, and returns the task there:

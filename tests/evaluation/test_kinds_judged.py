@@ -17,7 +17,6 @@ from sklearn.metrics import average_precision_score, jaccard_score, mean_squared
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import pdiff_plugin.evaluation
 from pdiff_plugin import (
     DiffusionConfig,
     DiffusionEnsemble,
@@ -42,7 +41,7 @@ from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 from .conftest import digits
 
-DOCUMENT = Path(pdiff_plugin.evaluation.__file__).parent / "EVALUATION.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "evaluation.md"
 LICENCE = Path(__file__).parents[2] / "LICENSE"
 WINDOW, VOCABULARY = 24, 128
 NUM_SNAPSHOTS, NUM_MEMBERS = 40, 6

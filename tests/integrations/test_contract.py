@@ -25,7 +25,7 @@ IGNORED = {
     ],
     "keras": ["ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"],
 }
-# Composer pins an older torch than the others want: it runs in an environment of its own, see integrations/README.md.
+# Composer pins an older torch than the others want: its environment is in docs/trainers/composer.md.
 NAMES = ("lightning", "huggingface", "accelerate", "ignite", "fastai", "keras", "ray_train", "composer")
 TRAINERS = [
     pytest.param(name, marks=[pytest.mark.filterwarnings(text) for text in IGNORED.get(name, [])]) for name in NAMES

@@ -1,4 +1,4 @@
-"""The snippets of integrations/README.md, as they stand."""
+"""The snippets of docs/trainers, as they stand."""
 
 import re
 from pathlib import Path
@@ -8,12 +8,8 @@ import torch
 
 from pdiff_plugin import SnapshotStore
 
-README = Path(__file__).parents[2] / "integrations" / "README.md"
-SECTIONS = {
-    title: re.findall(r"```python\n(.*?)```", body, flags=re.DOTALL)
-    for title, body in re.findall(r"^#+ (.*?)\n(.*?)(?=^#|\Z)", README.read_text(), flags=re.DOTALL | re.MULTILINE)
-}
-SETUP = SECTIONS["PDiffRecorder in your trainer"][0]
+PAGES = Path(__file__).parents[2] / "docs" / "trainers"
+DATA = "_data"  # included by the others
 STEPS = list(range(30, 59))  # the second of two epochs of 29 batches
 
 pytestmark = [
@@ -30,38 +26,44 @@ pytestmark = [
 ]
 
 
-def run(section, tmp_path, monkeypatch):
+def run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    for code in (SETUP, *SECTIONS[section]):
-        exec(compile(code, f"{README.name}: {section}", "exec"), namespace)
+    for name in (DATA, page):
+        for code in re.findall(r"^```python\n(.*?)^```", (PAGES / f"{name}.md").read_text(), re.DOTALL | re.MULTILINE):
+            exec(compile(code, f"{name}.md", "exec"), namespace)
     return namespace
 
 
-@pytest.mark.parametrize(
-    ("section", "package", "store", "steps"),
-    [
-        ("Lightning", "lightning", "lightning_logs/version_0/pdiff-snapshots", STEPS),
-        ("transformers", "transformers", "output/pdiff-snapshots", STEPS),
-        ("Accelerate", "accelerate", "pdiff-snapshots", list(range(1, 59))),
-        ("Ignite", "ignite", "pdiff-snapshots", STEPS),
-        ("fastai", "fastai", "pdiff-snapshots", STEPS),
-        ("Keras", "keras", "pdiff-snapshots", STEPS),
-        pytest.param("Composer", "composer", "pdiff-snapshots", STEPS, id="composer"),
-        ("timm, and loops of your own", "torch", "pdiff-snapshots", list(range(1, 59))),
-    ],
-)
-def test_a_snippet_runs_as_it_stands_and_records(section, package, store, steps, tmp_path, monkeypatch):
+CASES = [
+    ("lightning", "lightning", "lightning_logs/version_0/pdiff-snapshots", STEPS),
+    ("transformers", "transformers", "output/pdiff-snapshots", STEPS),
+    ("accelerate", "accelerate", "pdiff-snapshots", list(range(1, 59))),
+    ("ignite", "ignite", "pdiff-snapshots", STEPS),
+    ("fastai", "fastai", "pdiff-snapshots", STEPS),
+    ("keras", "keras", "pdiff-snapshots", STEPS),
+    pytest.param("composer", "composer", "pdiff-snapshots", STEPS, id="composer"),
+    ("pytorch", "torch", "pdiff-snapshots", list(range(1, 59))),
+]
+
+
+@pytest.mark.parametrize(("page", "package", "store", "steps"), CASES)
+def test_a_snippet_runs_as_it_stands_and_records(page, package, store, steps, tmp_path, monkeypatch):
     pytest.importorskip(package)
-    run(section, tmp_path, monkeypatch)
+    run(page, tmp_path, monkeypatch)
     found = SnapshotStore.open(tmp_path / store)
     assert found.steps.tolist() == steps
     assert len(torch.unique(found.rows(), dim=0)) == len(steps)
 
 
 def test_the_snippet_of_ray_train_records_once_for_two_workers(local_ray, tmp_path, monkeypatch):
-    namespace = run("Ray Train", tmp_path, monkeypatch)
+    namespace = run("ray-train", tmp_path, monkeypatch)
     assert namespace["result"].error is None
     store = SnapshotStore.open(tmp_path / "results" / "digits" / "pdiff-snapshots")
     assert store.trajectories == ["run-001"]
     assert store.steps.tolist() == list(range(1, 31))  # 15 batches a worker and epoch
+
+
+def test_every_trainer_has_a_page_and_every_page_a_case():
+    of_cases = {getattr(case, "values", case)[0] for case in CASES} | {"ray-train"}
+    assert of_cases == {page.stem for page in PAGES.glob("*.md")} - {DATA, "index", "timm"}  # timm: test_timm.py
