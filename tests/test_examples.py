@@ -31,6 +31,12 @@ def test_a_workload_prints_its_table_and_its_curve(tmp_path: Path) -> None:
     assert "At equal novelty" in text
 
 
+def test_a_refined_generator_stands_beside_as_much_training(tmp_path: Path) -> None:
+    text = run(str(EXAMPLES / "refine_runs.py"), "--smoke", "w1", cwd=tmp_path)
+    for name in ("snapshots", "generated", "refined", "snapshots, each trained on", "run gone on, averages"):
+        assert f"\n{name} " in text
+
+
 def test_a_whole_resnet_is_fitted_and_its_member_judged_beside_snapshots(tmp_path: Path) -> None:
     text = run(str(EXAMPLES / "whole_resnet.py"), "--smoke", cwd=tmp_path)
     assert "18 snapshots of 191,594 values" in text
@@ -40,7 +46,7 @@ def test_a_whole_resnet_is_fitted_and_its_member_judged_beside_snapshots(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["w2", "w3", "w5", "w6"])
+@pytest.mark.parametrize("name", ["w2", "w3", "w5", "w6", "w7-cycles"])
 def test_every_other_workload_runs_too(tmp_path: Path, name: str) -> None:
     text = run(str(EXAMPLES / "workloads.py"), "--smoke", name, cwd=tmp_path)
     assert "\ngenerated " in text

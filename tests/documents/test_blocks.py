@@ -27,6 +27,7 @@ REASONS = {
     "test command",  # .ci/run runs it
     "installs",
     "needs a cluster",
+    "needs an account; tests/test_hub.py runs it against a stand-in",
     "starts a Ray for half a minute; tests/cluster runs it",
 }
 KNOWN = {"docs/reference/evaluation.md": {"Task": Task, "torch": torch}}  # each of its snippets is one line of a script
