@@ -29,6 +29,7 @@ from pdiff_plugin import console, describe
 from pdiff_plugin.config import (
     AUTOENCODER_CONFIGS,
     AutoencoderName,
+    ConditionConfig,
     DiffusionConfig,
     DistributedConfig,
     EvaluateConditionsConfig,
@@ -810,7 +811,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "push": push,
 }
 _CONFIGS = (
-    *(FitConfig, *AUTOENCODER_CONFIGS.values(), DiffusionConfig, TuneConfig, RefineConfig),
+    *(FitConfig, *AUTOENCODER_CONFIGS.values(), DiffusionConfig, ConditionConfig, TuneConfig, RefineConfig),
     *(SamplingConfig, Gate, SaveBest, OverConditions, EvaluateConfig, DistributedConfig),
 )
 _PRESETS: dict[str, Callable[[], FitConfig]] = {"default": FitConfig, "paper": FitConfig.paper}
