@@ -501,8 +501,12 @@ def refine(
 
     fitted = _loaded(generator)
     learned_at = read_condition_lines(conditions) if conditions is not None else None
-    make = function_named("--task", task) if fitted.conditions else partial(made_by, "--task", task, pdiff.Task)
-    model = task_at(make, fitted.conditions[0]).model if fitted.conditions else make().model
+    if fitted.conditions:
+        make = function_named("--task", task)
+        model = task_at(make, fitted.conditions[0]).model
+    else:
+        judged = made_by("--task", task, pdiff.Task)
+        make, model = lambda: judged, judged.model
     train = task_loss(make) if loss is None else find_function("--loss", loss, "model", "condition")
     chosen_by = None if measure is None else find_function("--measure", measure, "model", "condition")
     with console.progress() as on_progress:

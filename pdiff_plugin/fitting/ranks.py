@@ -22,7 +22,7 @@ from pdiff_plugin.config import FitConfig, RefineConfig
 from pdiff_plugin.errors import ConfigError
 from pdiff_plugin.fitting.fit import autoencoder_stage, run_stages
 from pdiff_plugin.fitting.folder import FitFolder, local_folder
-from pdiff_plugin.fitting.refine import Loss, Losses, run_refinement
+from pdiff_plugin.fitting.refine import Loss, Losses, finished_in, run_refinement
 from pdiff_plugin.fitting.runtime import GroupRuntime
 from pdiff_plugin.fitting.statistics_stage import part_to_fit
 from pdiff_plugin.generator.generator import WeightGenerator
@@ -119,10 +119,13 @@ def refine_on_ranks(
         ConfigError: there are more ranks than conditions in a step; or as in one process.
     """
     config = config or RefineConfig()
-    runtime = GroupRuntime(None if out is None else Path(out), on_progress)
+    folder = None if out is None else Path(out)
+    runtime = GroupRuntime(folder, on_progress)
     if runtime.world_size > config.conditions_per_step:
         found = config.conditions_per_step
         raise ConfigError("conditions_per_step", found, f"must be at least {runtime.world_size}, the number of ranks")
+    if folder is not None and runtime.on_rank_0(lambda: finished_in(folder, config) is not None):
+        return WeightGenerator.load(folder) if runtime.rank == 0 else None
     return run_refinement(generator, model, Losses(loss, measure or loss), config, conditions, runtime)
 
 

@@ -121,8 +121,8 @@ def refine(
     """
     config = configured(RefineConfig, config, changes)
     folder = Path(out) if out is not None else None
-    if folder is not None and _is_finished(folder, config):
-        return WeightGenerator.load(folder)
+    if folder is not None and (finished := finished_in(folder, config)) is not None:
+        return finished
     with logged(loggers, {"refine": asdict(config)}, on_progress) as log:
         runtime = Runtime(folder, log.on_progress)
         refined = run_refinement(generator, model, Losses(loss, measure or loss), config, conditions, runtime)
@@ -149,8 +149,6 @@ def run_refinement(
 ) -> WeightGenerator | None:
     """Refine as one process, or as one rank of a group: the generator on rank 0, None on the others."""
     folder = runtime.folder
-    if folder is not None and runtime.on_rank_0(lambda: _is_finished(folder, config)):
-        return WeightGenerator.load(folder) if runtime.rank == 0 else None
     cloud = _Cloud.of(generator, conditions, config)
     started = time.perf_counter()
     with _weights_into(model, generator) as model_with:
@@ -182,12 +180,18 @@ def run_refinement(
     return WeightGenerator.load(folder)
 
 
-def _is_finished(folder: Path, config: RefineConfig) -> bool:
+def finished_in(folder: Path, config: RefineConfig) -> WeightGenerator | None:
+    """The generator that was refined into a folder with these settings, or None where there is none yet.
+
+    Raises:
+        FitExistsError: one of other settings.
+    """
     if not (folder / FILE_NAME).exists():
-        return False
-    if WeightGenerator.load(folder).report.get("refinement", {}).get("config") != asdict(config):
+        return None
+    found = WeightGenerator.load(folder)
+    if found.report.get("refinement", {}).get("config") != asdict(config):
         raise FitExistsError(str(folder), "not refined with these settings")
-    return True
+    return found
 
 
 @dataclass(frozen=True)
