@@ -631,11 +631,10 @@ class OverConditions:
         task: str,
         store: pdiff.SnapshotStore,
         fitted: pdiff.WeightGenerator,
-        folder: Path,
         config: EvaluateConfig,
-        log: Sequence[str],
+        **options: Any,
     ) -> pdiff.ConditionEvaluation:
-        """Judge over the conditions, with the members and the seed of ``config``."""
+        """Judge over the conditions, with members and seed of ``config``, and ``options`` of the judge."""
         wrong = next((text for text in self.extra if not text.partition("=")[2]), None)
         if wrong is not None:
             raise ConfigError("--extra", wrong, "must be NAME=MODULE:FUNCTION")
@@ -648,14 +647,13 @@ class OverConditions:
                 conditions=self.conditions,
                 train=find_function("--train", self.train, "model", "conditions", "num_steps") if self.train else None,
                 extra={name: find_function("--extra", function, "condition") for name, _, function in pairs},
-                refit_in=folder / "refit",
                 on_progress=on_progress,
-                loggers=log,
                 num_members=config.num_members,
                 seed=config.seed,
                 joint_steps=self.joint_steps,
                 fine_tune_steps=self.fine_tune_steps,
                 train_seconds=self.train_seconds,
+                **options,
             )
 
 
@@ -690,10 +688,15 @@ def evaluate(
             "--num-retrained", config.num_retrained, "must be given together with --train-with package.module:function"
         )
     best.check()
-    over.check(config, train_with=train_with, save_best=best.save_best, num_workers=_runs_on_ray(distributed))
+    over.check(config, train_with=train_with, save_best=best.save_best)
     fitted = _loaded(generator)
     if over.conditions:
-        _evaluate_over(over, task, _store_of(fitted, store), fitted, out or _beside(generator), config, log, json)
+        folder = out or _beside(generator)
+        folder.mkdir(parents=True, exist_ok=True)
+        snapshots = _store_of(fitted, store)
+        with _on_workers(distributed, "judge") as options:
+            judged_over = over.judge(task, snapshots, fitted, config, refit_in=folder / "refit", loggers=log, **options)
+        _show_over(judged_over, folder, json)
         return
     judged = made_by("--task", task, pdiff.Task)
     train = find_function("--train-with", train_with, "seed") if train_with else None
@@ -702,7 +705,7 @@ def evaluate(
     folder = out or _beside(generator)
     for made in (folder, best.save_best or folder):
         made.mkdir(parents=True, exist_ok=True)
-    with console.progress() as on_progress, _scorer(distributed) as options:
+    with console.progress() as on_progress, _on_workers(distributed, "score") as options:
         result = pdiff.evaluate(
             judged, snapshots, fitted, **vars(config), retrain=train, on_progress=on_progress, loggers=log, **options
         )
@@ -723,18 +726,7 @@ def _beside(generator: Path) -> Path:
     return (generator if generator.is_dir() else generator.parent) / "evaluation"
 
 
-def _evaluate_over(
-    over: OverConditions,
-    task: str,
-    store: pdiff.SnapshotStore,
-    generator: pdiff.WeightGenerator,
-    folder: Path,
-    config: EvaluateConfig,
-    log: Sequence[str],
-    json: bool,
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    result = over.judge(task, store, generator, folder, config, log)
+def _show_over(result: pdiff.ConditionEvaluation, folder: Path, json: bool) -> None:
     path = result.save(folder)
     if json:
         describe.print_json(result.to_json())
@@ -940,17 +932,18 @@ def _runs_on_ray(distributed: DistributedConfig) -> bool:
 
 
 @contextmanager
-def _scorer(distributed: DistributedConfig) -> Iterator[dict[str, Any]]:
-    """Options of `evaluate` that share out its work, where that was asked for."""
+def _on_workers(distributed: DistributedConfig, option: Literal["score", "judge"]) -> Iterator[dict[str, Any]]:
+    """The option of an evaluation that shares out its work, where that was asked for."""
     if not _runs_on_ray(distributed):
         yield {}
         return
     from pdiff_plugin.cluster.connection import connected, wait_for_room
-    from pdiff_plugin.cluster.scores import ClusterScorer
+    from pdiff_plugin.cluster.scores import ClusterJudge, ClusterScorer
 
+    makers = {"score": ClusterScorer, "judge": ClusterJudge}
     with connected(distributed.address):
         wait_for_room(distributed)
-        yield {"score": ClusterScorer(distributed)}
+        yield {option: makers[option](distributed)}
 
 
 def _loaded(generator: Path) -> pdiff.WeightGenerator:

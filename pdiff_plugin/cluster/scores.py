@@ -1,4 +1,4 @@
-"""An evaluation on the workers of a Ray cluster."""
+"""Evaluations on the workers of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import ray
 import torch
 from torch import Tensor
 
-from pdiff_plugin.cluster.connection import map_in_order
+from pdiff_plugin.cluster.connection import check_shared, map_in_order
 from pdiff_plugin.config import DistributedConfig
 from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.evaluation.condition_judging import Done, Judging, OnDone
 from pdiff_plugin.evaluation.kind import Scores
 from pdiff_plugin.evaluation.scores import View, score_sets
 from pdiff_plugin.evaluation.task import Data, Task
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.progress import OnProgress, Progress
+from pdiff_plugin.snapshots.shards import layout_files
 
 
 class ClusterScorer:
@@ -66,3 +68,29 @@ def _score_one(
 ) -> tuple[dict[str, Scores], Tensor]:
     sets, views, data, seed = item
     return score_sets(task, sets, data, views=views, seed=seed)
+
+
+class ClusterJudge:
+    """As :func:`judge_here`, with a task of the cluster for every condition; the figures are those of one process.
+
+    What was fitted and read is put into the object store once; what was recorded at a condition is read by who judges
+    it, from storage that every node sees. To be used while connected.
+    """
+
+    def __init__(self, distributed: DistributedConfig) -> None:
+        self.distributed = distributed
+
+    def __call__(self, judging: Judging, first: Task, on_done: OnDone) -> list[Done]:
+        """Judge all conditions.
+
+        Raises:
+            StorageNotSharedError: a node does not see the store.
+        """
+        del first  # made anew by who judges there
+        check_shared(layout_files(judging.maker.store.path))
+        numbers = range(len(judging))
+        return map_in_order(_judge_one, judging, numbers, self.distributed, lambda done: on_done(done, ""))
+
+
+def _judge_one(judging: Judging, number: int) -> Done:
+    return judging(number)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdiff_plugin.config import EvaluateConditionsConfig
 from pdiff_plugin.evaluation.baselines import Look, rng_for
@@ -167,7 +167,15 @@ class RowMaker:
         )
         self.seconds_once = {NETWORK: seconds}
         self.partners = partners(places, config.seed)
-        self._joint: Task | None = None
+        self._joint: nn.Module | None = None
+
+    def train_joint(self, task: Task) -> tuple[float, int]:
+        """Train the joint model, from that of ``task``; seconds and steps that it took, none where it is not wanted."""
+        if self.trainer is None or not self.config.joint_steps:
+            return 0.0, 0
+        trained, seconds = self.trainer.trained(task, None, self.recorded.conditions, self.config.joint_steps)
+        self._joint, self.seconds_once[JOINT] = trained.model, seconds
+        return seconds, self.config.joint_steps
 
     def rows(self, number: int, task: Task) -> Iterator[tuple[str, Made]]:
         """All rows at one of the conditions, one after the other."""
@@ -230,12 +238,8 @@ class RowMaker:
 
     def _tuned(self, number: int, task: Task, starts: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Made]]:
         assert self.trainer is not None
-        if self.config.joint_steps:
-            if self._joint is None:
-                steps = self.config.joint_steps
-                self._joint, seconds = self.trainer.trained(task, None, self.recorded.conditions, steps)
-                self.seconds_once[JOINT] = seconds
-            yield JOINT, Made(task=replace(task, model=self._joint.model))
+        if self._joint is not None:
+            yield JOINT, Made(task=replace(task, model=self._joint))
         condition = dict(self.places[number].condition)
         for start, weights in starts.items():
             for steps in self.config.fine_tune_steps:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,20 +16,16 @@ import torch
 from pdiff_plugin._version import __version__
 from pdiff_plugin.config import EvaluateConditionsConfig, configured
 from pdiff_plugin.errors import ConfigError, FitExistsError
-from pdiff_plugin.evaluation.condition_findings import JudgedCondition, RowFigures, series_of, verdicts_of
+from pdiff_plugin.evaluation.condition_findings import series_of, verdicts_of
+from pdiff_plugin.evaluation.condition_judging import JudgeAll, Judging, judge_here
 from pdiff_plugin.evaluation.condition_places import HELD_OUT, Place, places_of, runs_to_judge
 from pdiff_plugin.evaluation.condition_result import ConditionEvaluation
-from pdiff_plugin.evaluation.condition_rows import GENERATED, TRAINED, Made, RowMaker
+from pdiff_plugin.evaluation.condition_rows import RowMaker
 from pdiff_plugin.evaluation.condition_task import MakeRow, MakeTask, Train, check_function, task_at
 from pdiff_plugin.evaluation.condition_weights import Recorded
-from pdiff_plugin.evaluation.kind import Measured, Scores, ensemble_loss, ensemble_score
-from pdiff_plugin.evaluation.scores import score_sets
-from pdiff_plugin.evaluation.task import Task
 from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.generator.generator import WeightGenerator
-from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.loggers import Loggers, logged
-from pdiff_plugin.modules.names import named_tensors
 from pdiff_plugin.progress import OnProgress, Progress, timed
 from pdiff_plugin.snapshots.store import SnapshotStore
 
@@ -44,6 +40,7 @@ def evaluate_conditions(
     train: Train | None = None,
     extra: Mapping[str, MakeRow] | None = None,
     refit_in: str | os.PathLike[str] | None = None,
+    judge: JudgeAll = judge_here,
     on_progress: OnProgress | None = None,
     loggers: Loggers = (),
     **changes: Any,
@@ -66,6 +63,7 @@ def evaluate_conditions(
         extra: further rows by name: condition -> weights, or a :class:`Task` whose own model is judged as it is.
         refit_in: folder for the generator that is fitted without the judged conditions, kept in memory unless given;
             what was fitted there before is replaced.
+        judge: judges all conditions, here unless given; see :class:`pdiff_plugin.cluster.scores.ClusterJudge`.
         on_progress: told the number of conditions done.
         loggers: take the means of every row and the verdict, see :class:`pdiff_plugin.Logger`; a text such as
             ``tensorboard:runs/a`` is opened and closed here.
@@ -83,29 +81,32 @@ def evaluate_conditions(
     names = list(next(iter(store.conditions.values())))
     check_function(task, names)
     with logged(loggers, {"evaluate": asdict(config)}, on_progress) as log:
-        result = _evaluation(task, store, generator, config, conditions, train, extra or {}, refit_in, log.on_progress)
+        seconds: dict[str, float] = {}
+        generator, places, notes = _to_judge(
+            store, generator, config.seed, conditions, refit_in, log.on_progress, seconds
+        )
+        with timed(seconds, "read"):
+            recorded = Recorded.read(store, generator)
+        with timed(seconds, "prepare"):
+            maker = RowMaker(store, generator, recorded, places, config, train, extra or {})
+        result = _evaluation(task, maker, judge, notes, seconds, log.on_progress)
         log.figures(_logged_figures(result))
         log.config({"verdict": {"sentence": result.sentence}})
     return result
 
 
-def _evaluation(
-    task: MakeTask,
+def _to_judge(
     store: SnapshotStore,
     generator: WeightGenerator,
-    config: EvaluateConditionsConfig,
+    seed: int,
     conditions: Sequence[str],
-    train: Train | None,
-    extra: Mapping[str, MakeRow],
     refit_in: str | os.PathLike[str] | None,
     on_progress: OnProgress | None,
-) -> ConditionEvaluation:
-    """Make the rows at every condition, score them and judge."""
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float],
+) -> tuple[WeightGenerator, list[Place], list[str]]:
+    """A generator that was not fitted on the conditions that are wanted, those, and what there is to say of them."""
     assert generator.variables is not None
-    runs, is_refit = runs_to_judge(
-        store.conditions, generator.trajectories, conditions, generator.variables, config.seed
-    )
+    runs, is_refit = runs_to_judge(store.conditions, generator.trajectories, conditions, generator.variables, seed)
     notes = []
     refined = generator.report.get("refinement", {})
     if refined.get("best_step"):  # else it is as the fit made it
@@ -118,37 +119,46 @@ def _evaluation(
         )
     assert generator.variables is not None
     places, left_out = places_of(store.conditions, runs, generator.trajectories, generator.variables)
-    notes += left_out
-    with timed(seconds, "read"):
-        recorded = Recorded.read(store, generator)
-    with timed(seconds, "prepare"):
-        maker = RowMaker(store, generator, recorded, places, config, train, extra)
-    judged, kind, name = [], None, ""
-    for number, place in enumerate(places):
-        own = task_at(task, place.condition)
-        if kind is None:
-            store.layout.check_model(own.model, f"the store {store.path}")
-            kind, name = own.task_kind, own.name
-        elif own.task_kind.name != kind.name:
-            raise ConfigError("task", own.kind, f"must be of one kind at all conditions, and was {kind.name}")
-        with timed(seconds, "score"):
-            judged.append(_judged(place, own, maker.rows(number, own), config.seed))
+    return generator, places, notes + left_out
+
+
+def _evaluation(
+    task: MakeTask,
+    maker: RowMaker,
+    judge: JudgeAll,
+    notes: list[str],
+    seconds: dict[str, float],
+    on_progress: OnProgress | None,
+) -> ConditionEvaluation:
+    """Score the rows at every condition and judge."""
+    store, places = maker.store, maker.places
+    first = task_at(task, places[0].condition)
+    store.layout.check_model(first.model, f"the store {store.path}")
+
+    def tell(num_done: int, last: str) -> None:
         if on_progress is not None:
-            on_progress(Progress("conditions", number + 1, len(places), text=_text(place)))
-    assert kind is not None
-    cost = config.train_seconds if config.train_seconds is not None else _training_cost(store, places, maker)
+            on_progress(Progress("conditions", num_done, len(places), text=last))
+
+    with timed(seconds, "score"):
+        joint_seconds, joint_steps = maker.train_joint(first)
+        done = judge(Judging(task, maker, first.task_kind.name), first, tell)
+    judged = [one.judged for one in done]
+    cost = maker.config.train_seconds
+    if cost is None:
+        trained = joint_seconds + sum(one.train_seconds for one in done)
+        cost = _training_cost(store, places, trained, joint_steps + sum(one.train_steps for one in done))
     return ConditionEvaluation(
-        task=name,
-        kind_name=kind.name,
+        task=first.name,
+        kind_name=first.task_kind.name,
         places=judged,
-        verdicts=verdicts_of(kind, judged, cost),
-        fitted=recorded.conditions,
+        verdicts=verdicts_of(first.task_kind, judged, cost),
+        fitted=maker.recorded.conditions,
         notes=notes,
         details={
             "seconds": seconds,
             "train_seconds": cost,
-            "joint_steps": config.joint_steps if train is not None else None,
-            "refitted": is_refit,
+            "joint_steps": maker.config.joint_steps if maker.trainer is not None else None,
+            "refitted": "refit" in seconds,
             **_details(maker),
         },
     )
@@ -236,79 +246,12 @@ def _refitted(
         return fit(store, config, out=folder, fresh=True, on_progress=on_progress)
 
 
-def _judged(place: Place, task: Task, rows: Iterable[tuple[str, Made]], seed: int) -> JudgedCondition:
-    """Make and score all rows at one condition."""
-    made: dict[tuple[str, int], float] = {}
-    sets: dict[str, WeightSet] = {}
-    scored: dict[str, Scores] = {}
-    for name, one in rows:
-        made[name, one.run] = one.seconds
-        if one.weights is not None:
-            sets[f"{name}/{one.run}"] = one.weights
-        else:  # at once: a model for each row of a condition would not fit in memory together
-            assert one.task is not None
-            scored[f"{name}/{one.run}"] = _as_it_is(one.task, seed)
-    scored |= score_sets(task, sets, seed=seed)[0]
-    silent = scored[f"{GENERATED}/0"].is_silent
-    if bool(silent.any()):
-        found_at = f"{int(silent.sum())} of {len(silent)} members at {_text(place)}"
-        raise ConfigError(
-            "generator", found_at, "answers with NaN or Inf there: fit again, or judge at other conditions"
-        )
-    found: dict[str, list[RowFigures]] = {}
-    for (name, run), seconds in made.items():
-        found.setdefault(name, []).append(_figures(scored[f"{name}/{run}"], seconds))
-    several = found[TRAINED]
-    spread = None
-    if len(several) > 1:
-        spread = (statistics.stdev(one.loss for one in several), statistics.stdev(one.score for one in several))
-    return JudgedCondition(
-        place.condition, place.runs, place.outside, {name: _mean(own) for name, own in found.items()}, spread
-    )
-
-
-def _as_it_is(task: Task, seed: int) -> Scores:
-    """Scores of a task's own model: an ensemble of one member that changes nothing."""
-    tensors = {name: tensor for name, tensor in named_tensors(task.model).items() if tensor.is_floating_point()}
-    if not tensors:
-        raise ConfigError("extra", type(task.model).__name__, "must be a model with a parameter or a buffer")
-    name, tensor = next(iter(tensors.items()))
-    scored, _ = score_sets(task, {"own": WeightSet({name: tensor.detach().cpu()[None]})}, seed=seed)
-    return scored["own"]
-
-
-def _figures(scores: Scores, seconds: float) -> RowFigures:
-    measured = Measured(scores)
-    return RowFigures(
-        loss=ensemble_loss(measured),
-        score=ensemble_score(measured),
-        member_loss=float(scores.member_loss.mean()),
-        member_score=float(measured.member_scores.mean()),
-        members=len(scores.member_loss),
-        seconds=seconds,
-    )
-
-
-def _mean(rows: Sequence[RowFigures]) -> RowFigures:
-    if len(rows) == 1:
-        return rows[0]
-    means = {
-        key: statistics.fmean(getattr(row, key) for row in rows)
-        for key in ("loss", "score", "member_loss", "member_score", "seconds")
-    }
-    return RowFigures(**means, members=rows[0].members)
-
-
-def _training_cost(store: SnapshotStore, places: Sequence[Place], maker: RowMaker) -> float | None:
+def _training_cost(store: SnapshotStore, places: Sequence[Place], seconds: float, steps: int) -> float | None:
     """Seconds of training at one condition: the steps that were recorded there at the pace of the user's function."""
-    if maker.trainer is None or not maker.trainer.steps:
+    if not steps:
         return None
     last = []
     for place in places:
         for run in place.runs:
             last.append(int(store.steps[store.trajectory_index == store.trajectories.index(run)].max()))
-    return statistics.fmean(last) * maker.trainer.seconds / maker.trainer.steps
-
-
-def _text(place: Place) -> str:
-    return ", ".join(f"{name}={value}" for name, value in place.condition.items())
+    return statistics.fmean(last) * seconds / steps

@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property, reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,6 +141,10 @@ class SnapshotStore:
         part.conditions = {name: condition for name, condition in self.conditions.items() if name in kept}
         part.sparse = {name: window for name, window in self.sparse.items() if name in kept}
         return part
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process reads the same files: no snapshot is pickled."""
+        return _opened_again, (self.path.absolute(), self.trajectories, len(self))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -271,3 +276,20 @@ class SnapshotStore:
         """Whose base counts, and its header: the latest of shards, else what was recorded whole."""
         found = [(world, header) for world in self._worlds if (header := world.base_header(trajectory))]
         return max(found, key=lambda one: (one[0].is_sharded, int(one[1].get("step", 0))), default=(None, {}))
+
+
+def _opened_again(path: Path, trajectories: list[str], num_rows: int) -> SnapshotStore:
+    """The store of a pickle.
+
+    Raises:
+        StoreNotFoundError: it is not there.
+        FormatError: it does not hold what it did.
+    """
+    store = SnapshotStore.open(path)
+    if trajectories != store.trajectories and set(trajectories) <= set(store.trajectories):
+        store = store.only(trajectories)
+    if store.trajectories != trajectories or len(store) != num_rows:
+        found = f"{len(store)} snapshots of {len(store.trajectories)} trajectories"
+        expected = f"{num_rows} of {len(trajectories)}, as when it was opened"
+        raise FormatError(str(path), found, expected, "Is it being recorded into? Begin again when that is done.")
+    return store

@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -528,3 +529,32 @@ def test_sparse_rows_without_a_window_are_reported_and_left_out(tmp_path, window
     assert len(store) == 0
     assert len(store.problems) == 1
     assert "window" in store.problems[0]
+
+
+def test_a_pickle_of_a_store_holds_its_place_and_no_snapshot(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write(tmp_path, name)
+    monkeypatch.chdir(tmp_path)
+    store = SnapshotStore.open(".").only(["b"])
+    pickled = pickle.dumps(store)
+    monkeypatch.chdir("/")
+
+    again = pickle.loads(pickled)
+
+    assert again.trajectories == ["b"]
+    assert torch.equal(again.rows(), store.rows())
+    assert len(pickled) < 1000
+
+
+def test_a_pickle_of_a_store_is_that_store_without_later_runs_and_refused_where_its_own_have_grown(tmp_path):
+    writer = write(tmp_path, "a")
+    pickled = pickle.dumps(SnapshotStore.open(tmp_path))
+    write(tmp_path, "b")
+    assert pickle.loads(pickled).trajectories == ["a"]
+
+    writer.write_chunk(rows(1, 6), [6])
+
+    with pytest.raises(
+        FormatError, match=r"found 6 snapshots of 1 trajectories, expected 5 of 1, as when it was opened"
+    ):
+        pickle.loads(pickled)
