@@ -73,6 +73,8 @@ nitpick_ignore = [
     ("py:class", "Tensor"),
     ("py:class", "Path"),
     ("py:func", "score_sets"),  # what a Scorer stands in for
+    ("py:class", "JudgeAll"),  # likewise, as in the next line
+    ("py:func", "judge_here"),
     ("py:class", "Recorder"),  # what the adapters call the PDiffRecorder that they hold
     ("py:class", "GeneratorParts"),  # the arguments of WeightGenerator, which lists them itself
 ]

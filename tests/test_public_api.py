@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import metadata
 
 import pytest
+from packaging.requirements import Requirement
 
 import pdiff_plugin
 
@@ -52,3 +54,18 @@ def test_fitting_sampling_and_judging_load_neither_ray_nor_what_talks_to_hubs_an
     names = "PDiffRecorder, fit, WeightGenerator, DiffusionEnsemble, evaluate, collect"
     unwanted = {"ray", "huggingface_hub", "tensorboard", "wandb", "mlflow"}
     assert not loaded_by(f"from pdiff_plugin import {names}") & unwanted
+
+
+def test_the_extra_all_but_composer_brings_every_extra_that_goes_into_one_environment() -> None:
+    found = metadata("pdiff-plugin")
+    extras = set(found.get_all("Provides-Extra") or ())
+    brought = next(
+        requirement.extras
+        for requirement in map(Requirement, found.get_all("Requires-Dist") or ())
+        if requirement.name == "pdiff-plugin" and 'extra == "all-but-composer"' in str(requirement.marker)
+    )
+    assert brought == extras - {"composer", "all-but-composer", "docs", "dev"}
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert pdiff_plugin.__version__ == metadata("pdiff-plugin")["Version"]
