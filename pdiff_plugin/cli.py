@@ -272,6 +272,30 @@ def import_(
     inspect(store, json=json)
 
 
+def merge(
+    stores: Positional[Annotated[tuple[str, ...], arg(metavar="STORE [STORE ...]")]],
+    *,
+    out: Path,
+    json: Json = False,
+) -> None:
+    """Put the runs of several snapshot stores into one, with their conditions.
+
+    Run again after an interruption, or when there are more runs, it adds what is missing. Nothing is copied where all
+    is on one disk, and the stores stay as they are.
+
+    Args:
+        stores: Stores, patterns in quotes such as 'runs/*/pdiff-snapshots', and URLs such as s3://bucket/runs/a.
+        out: The store to add to, made if missing.
+    """
+    with console.progress() as on_progress:
+        report = pdiff.merge_stores(stores, out, on_progress=on_progress)
+    if json:
+        describe.print_json(report.to_json())
+        return
+    describe.show_merge(report)
+    console.say(f"Next: pdiff inspect {out}   or   pdiff fit {out} --out FIT")
+
+
 def fit(
     store: Positional[Annotated[str, arg(metavar="STORE")]],
     *,
@@ -797,6 +821,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "condition": condition,
     "import": import_,
+    "merge": merge,
     "fit": fit,
     "tune": tune,
     "refine": refine,

@@ -7,6 +7,7 @@ files are put into the bucket as they change.
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import stat
@@ -19,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pdiff_plugin.errors import BucketError, FolderInUseError, PDiffError, StoreNotFoundError
+from pdiff_plugin.snapshots.base import BASE_NAME
 from pdiff_plugin.snapshots.bucket_owner import OWNER_NAME, BucketOwner
 from pdiff_plugin.snapshots.conditions import FILE_NAME as CONDITION_NAME
 from pdiff_plugin.snapshots.files import TEMP_MARK, storage_error
@@ -60,16 +62,54 @@ def copy_store(url: str, folder: Path, share: Callable[[int], slice] | None = No
         return _copy_store(url, folder, share)
 
 
-def _copy_store(url: str, folder: Path, share: Callable[[int], slice] | None) -> Path:
-    fs, root = _open(url)
+def copy_whole_store(url: str, folder: Path) -> Path:
+    """As :func:`copy_store`, of all columns, with the whole models; what ranks wrote as shards is left out."""
+    with _asking(url, folder):
+        fs, root = _open(url)
+        _copy_documents(fs, root, url, folder)
+        for name in ("chunk-*.safetensors", "sparse-*.safetensors", BASE_NAME):
+            for remote in fs.glob(f"{root}/trajectories/*/{name}"):
+                fs.get_file(str(remote), str(_local_path(str(remote), root, folder)))
+    return folder
+
+
+def find_stores_in_bucket(url: str) -> list[str]:
+    """The URL of a store itself, or those of the stores that it matches as a pattern, by their names.
+
+    Raises:
+        StoreNotFoundError: it matches none.
+        BucketError: the bucket refuses us, or does not answer.
+    """
+    if not glob.has_magic(url):
+        return [url]
+    with _asking(url, Path()):
+        fs, root = _open(url)
+        layouts = [str(path) for path in fs.glob(f"{root}/{LAYOUT_NAME}")]
+        if not layouts:
+            raise StoreNotFoundError(url, "the pattern matches no store")
+        return [fs.unstrip_protocol(path.removesuffix(f"/{LAYOUT_NAME}")) for path in sorted(layouts)]
+
+
+def _copy_documents(fs: Any, root: str, url: str, folder: Path) -> None:
+    """Copy all but the chunks and the whole models."""
     layouts = [name for name in (LAYOUT_NAME, f"shards/*/{LAYOUT_NAME}") for name in fs.glob(f"{root}/{name}")]
     if not layouts:
         raise StoreNotFoundError(url, f"it has no {LAYOUT_NAME}")
     small = [f"shards/*/{SHAPES_NAME}", f"trajectories/*/{CONDITION_NAME}"]
     for remote in [*layouts, *(path for pattern in small for path in fs.glob(f"{root}/{pattern}"))]:
-        local = folder / PurePosixPath(str(remote)).relative_to(root)
-        local.parent.mkdir(parents=True, exist_ok=True)
-        local.write_bytes(fs.cat_file(str(remote)))
+        _local_path(str(remote), root, folder).write_bytes(fs.cat_file(str(remote)))
+
+
+def _local_path(remote: str, root: str, folder: Path) -> Path:
+    """Where in ``folder`` an object below ``root`` belongs."""
+    local = folder / PurePosixPath(remote).relative_to(root)
+    local.parent.mkdir(parents=True, exist_ok=True)
+    return local
+
+
+def _copy_store(url: str, folder: Path, share: Callable[[int], slice] | None) -> Path:
+    fs, root = _open(url)
+    _copy_documents(fs, root, url, folder)
     for world in read_worlds(folder)[0]:
         columns = share(world.layout.num_values) if share else slice(0, world.layout.num_values)
         for rank, place in enumerate(world.folders):
@@ -77,9 +117,7 @@ def _copy_store(url: str, folder: Path, share: Callable[[int], slice] | None) ->
             inside = PurePosixPath(root, place.relative_to(folder))
             chunks = [fs.glob(f"{inside}/trajectories/*/{kind}-*.safetensors") for kind in ("chunk", "sparse")]
             for remote in sorted(chain.from_iterable(chunks)):
-                local = folder / PurePosixPath(str(remote)).relative_to(root)
-                local.parent.mkdir(parents=True, exist_ok=True)
-                _copy_chunk(fs, str(remote), local, own)
+                _copy_chunk(fs, str(remote), _local_path(str(remote), root, folder), own)
     return folder
 
 
