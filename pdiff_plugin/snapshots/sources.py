@@ -15,6 +15,7 @@ from pdiff_plugin.snapshots.remote import find_stores_in_bucket, is_remote
 from pdiff_plugin.snapshots.shards import layout_files
 
 _MAX_DEPTH = 3  # below a folder, where stores are looked for to name them in an error
+_SAY_NOTHING = ("pdiff-snapshots", "snapshots", "store")  # names of folders; the first is the recorder's own
 _MAX_LABEL = 80  # characters; a file name has at most 255 bytes
 
 
@@ -89,7 +90,7 @@ def _labels(places: Sequence[str]) -> dict[str, str]:
 
     labels = {}
     for place, own in parts.items():
-        last = [(-k, -k + 1 or None) for k in range(1, len(own) + 1)]
+        last = [(-k, -k + 1 or None) for k in range(1, len(own) + 1) if own[-k] not in _SAY_NOTHING]
         longer = [(-k, None) for k in range(2, len(own) + 1)]
         start, stop = next((piece for piece in last + longer if is_alone(own, *piece)), (-1, None))
         labels[place] = as_id("-".join(own[start:stop])[-_MAX_LABEL:])
