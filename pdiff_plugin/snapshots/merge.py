@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
@@ -112,7 +112,7 @@ def merge_stores(
     if not found:
         raise ConfigError("sources", [str(out)], "must name a store other than the one to merge into")
     with _owned(out) as ownership:
-        merge = _Merge(out, ownership)
+        merge = _Merge(out, ownership.check)
         local = {}
         for number, source in enumerate(found, start=1):
             if not source.is_remote:
@@ -126,6 +126,17 @@ def merge_stores(
                 merge.add(local[source], source)
             _tell(on_progress, "merge stores", number, len(found), source.path)
     return merge.report
+
+
+def is_merge_of(out: Path, sources: Sequence[str | os.PathLike[str]]) -> bool:
+    """Whether a store holds all trajectories of these stores as they are at present, and no others.
+
+    Those that are being recorded, or that hold nothing, do not count. Errors are those of :func:`merge_stores`.
+    """
+    if not layout_files(out):
+        return False
+    merge = _Merge(out)
+    return merge.is_of([run for one in find_sources(sources, out) for run in merge.read(Path(one.path), one)])
 
 
 def _tell(on_progress: OnProgress | None, stage: str, step: int, total: int, text: str) -> None:
@@ -142,6 +153,8 @@ def _owned(out: Path) -> Iterator[Ownership]:
         ownership = Ownership(out)
     except TrajectoryInUseError as error:
         raise FolderInUseError(str(out), error.writer) from error
+    for path in out.glob(f"{TEMP_MARK}*-{_TEMP_NAME}"):
+        shutil.rmtree(path)  # another merge's, which was killed
     stop = threading.Event()
 
     def beat() -> None:
@@ -197,14 +210,12 @@ class _Run:
 class _Merge:
     """A merge into ``out``: what it has read, and what it has done."""
 
-    def __init__(self, out: Path, ownership: Ownership) -> None:
-        self.out, self.report, self._ownership = out, MergeReport(out), ownership
+    def __init__(self, out: Path, check_ours: Callable[[], None] = lambda: None) -> None:
+        self.out, self.report, self._check_ours = out, MergeReport(out), check_ours
         self._kind: tuple[Layout, torch.dtype, str] | None = None  # of all stores, and the first that has it
         self._condition: tuple[Condition, str] | None = None  # that all must be like, and whose it is
         self._runs: dict[str, _Run] = {}  # in the store, by name
         self._names: dict[tuple[int, bytes], list[str]] = {}  # step and digest of a row -> of those that have it
-        for path in out.glob(f"{TEMP_MARK}*-{_TEMP_NAME}"):
-            shutil.rmtree(path)  # another merge's, which was killed
         for run in self._read(out, str(out)) if layout_files(out) else []:
             self._keep(run)
 
@@ -279,6 +290,17 @@ class _Merge:
                 except FileNotFoundError:
                     self.report.left_out.append(f"{run.where} has changed meanwhile: run the same command again")
 
+    def is_of(self, runs: Sequence[_Run]) -> bool:
+        """Whether the store holds those of ``runs`` that :meth:`add` would take, and no others."""
+        found = set()
+        for run in runs:
+            if run.recorder is None and len(run.content):
+                twin = self._twin(run)
+                if twin is None or len(twin.content) < len(run.content):
+                    return False
+                found.add(twin.name)
+        return found == self._runs.keys()
+
     def _twin(self, run: _Run) -> _Run | None:
         """The trajectory of the store that holds all of ``run``, or else one that ``run`` holds all of."""
         assert self._kind is not None
@@ -334,7 +356,7 @@ class _Merge:
         for free in chain([wanted, f"{label}-{wanted}"], (f"{label}-{wanted}-{number}" for number in count(2))):
             if os.path.lexists(parent / free):
                 continue
-            self._ownership.check()
+            self._check_ours()
             try:
                 os.rename(temp, parent / free)
             except OSError as error:

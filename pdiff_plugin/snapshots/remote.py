@@ -7,7 +7,6 @@ files are put into the bucket as they change.
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import stat
@@ -80,7 +79,7 @@ def find_stores_in_bucket(url: str) -> list[str]:
         StoreNotFoundError: it matches none.
         BucketError: the bucket refuses us, or does not answer.
     """
-    if not glob.has_magic(url):
+    if "*" not in url:  # of other characters in a pattern there are some in URLs
         return [url]
     with _asking(url, Path()):
         fs, root = _open(url)
