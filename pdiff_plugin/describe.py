@@ -131,6 +131,8 @@ def show_merge(report: MergeReport) -> None:
         f"{report.num_stores} stores; {_size(report.linked_bytes)} linked and {_size(report.copied_bytes)} copied. "
         f"{len(report.duplicates)} were there already."
     )
+    for name, source in report.extended.items():
+        console.say(f"{source} has gone on: it replaces what was there of it, as {name}")
     renamed = [(name, source) for name, source in report.added.items() if source.rpartition("/")[2] != name]
     for name, source in renamed[:_MAX_LINES]:
         console.say(f"{source} is {name} there")

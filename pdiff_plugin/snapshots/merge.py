@@ -9,13 +9,13 @@ one rename.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -40,18 +40,17 @@ from pdiff_plugin.snapshots.content import Content, is_within, read_content
 from pdiff_plugin.snapshots.files import TEMP_MARK, storage_error, temporary
 from pdiff_plugin.snapshots.fingerprint import watched_columns
 from pdiff_plugin.snapshots.layout import LAYOUT_NAME, Layout, read_layout
+from pdiff_plugin.snapshots.origin import Origin, read_origin, write_origin
 from pdiff_plugin.snapshots.ownership import BEAT_S, Ownership, recorder_of
-from pdiff_plugin.snapshots.remote import copy_whole_store
+from pdiff_plugin.snapshots.remote import copy_whole_store, list_trajectories
 from pdiff_plugin.snapshots.shards import World, layout_files
 from pdiff_plugin.snapshots.sources import Source, as_id, find_sources
 from pdiff_plugin.snapshots.trajectory import create_layout
 
-logger = logging.getLogger(__name__)
-
 _TEMP_NAME = "merge"
 
 
-@dataclass
+@dataclass(frozen=True)
 class MergeReport:
     """What :func:`merge_stores` did.
 
@@ -59,16 +58,19 @@ class MergeReport:
         path: the store.
         num_stores: stores that were read.
         added: trajectory of the store -> the one that it is of, as STORE/trajectories/ID.
-        num_snapshots: rows of what was added.
+        extended: the same for trajectories that were there in part: a run that went on since. They keep their names and
+            conditions.
+        num_snapshots: rows of both.
         linked_bytes: size of the files that were linked, and so take no room.
         copied_bytes: size of those that were copied.
-        duplicates: a trajectory that was there already, as STORE/trajectories/ID -> trajectory of the store.
+        duplicates: a trajectory that was there already, or more of it, as STORE/trajectories/ID -> that of the store.
         left_out: a sentence for everything else that was not taken.
     """
 
     path: Path
     num_stores: int = 0
     added: dict[str, str] = field(default_factory=dict)
+    extended: dict[str, str] = field(default_factory=dict)
     num_snapshots: int = 0
     linked_bytes: int = 0
     copied_bytes: int = 0
@@ -89,12 +91,14 @@ def merge_stores(
     """Put the trajectories of several stores into one, with their conditions and whole models.
 
     Killed at any moment it leaves whole trajectories alone, and the same call goes on from there. The sources are read,
-    and never changed. A trajectory that is being recorded is left out: the same call takes it once it has ended.
+    and never changed. A trajectory that is being recorded is left out: the same call takes it once it has ended. What
+    is there already is left out, too, and told by its snapshots, whatever it is called; of a run that went on since,
+    the whole replaces the part.
 
     Args:
         sources: folders of stores, glob patterns that match some, and URLs of stores in a bucket.
         out: folder of the merged store, made if missing; what it holds already stays.
-        on_progress: told after every trajectory.
+        on_progress: told after every store.
 
     Returns:
         What was added and what was not. Trajectories keep their names where these are free.
@@ -111,8 +115,8 @@ def merge_stores(
     found = find_sources([sources] if isinstance(sources, str | os.PathLike) else sources, out)
     if not found:
         raise ConfigError("sources", [str(out)], "must name a store other than the one to merge into")
-    with _owned(out) as ownership:
-        merge = _Merge(out, ownership.check)
+    with _owned(out) as check_ours:
+        merge = _Merge(out, check_ours)
         local = {}
         for number, source in enumerate(found, start=1):
             if not source.is_remote:
@@ -120,12 +124,12 @@ def merge_stores(
             _tell(on_progress, "read stores", number, len(found), source.path)
         for number, source in enumerate(found, start=1):
             if source.is_remote:
-                with _downloaded(source, out) as folder:
-                    merge.add(merge.read(folder, source), source)
+                with merge.downloaded(source) as runs:
+                    merge.add(runs, source)
             else:
                 merge.add(local[source], source)
             _tell(on_progress, "merge stores", number, len(found), source.path)
-    return merge.report
+    return merge.report()
 
 
 def is_merge_of(out: Path, sources: Sequence[str | os.PathLike[str]]) -> bool:
@@ -145,14 +149,12 @@ def _tell(on_progress: OnProgress | None, stage: str, step: int, total: int, tex
 
 
 @contextmanager
-def _owned(out: Path) -> Iterator[Ownership]:
-    """The right to merge into ``out``."""
+def _owned(out: Path) -> Iterator[Callable[[], None]]:
+    """The right to merge into ``out``, and what makes sure of it before something is written there."""
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    try:
+    with _told_as_folder(out):
         ownership = Ownership(out)
-    except TrajectoryInUseError as error:
-        raise FolderInUseError(str(out), error.writer) from error
     for path in out.glob(f"{TEMP_MARK}*-{_TEMP_NAME}"):
         shutil.rmtree(path)  # another merge's, which was killed
     stop = threading.Event()
@@ -161,16 +163,28 @@ def _owned(out: Path) -> Iterator[Ownership]:
         while not stop.wait(BEAT_S / 10):
             ownership.beat()
 
+    def check_ours() -> None:
+        with _told_as_folder(out):
+            ownership.check()
+
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
-        yield ownership
+        yield check_ours
     finally:
         stop.set()
         thread.join()
         ownership.release()
         if is_new and not any(out.iterdir()):  # nothing came of it
             out.rmdir()
+
+
+@contextmanager
+def _told_as_folder(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except TrajectoryInUseError as error:
+        raise FolderInUseError(str(out), error.writer) from error
 
 
 @contextmanager
@@ -189,40 +203,64 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)  # what does not go, the next merge removes
 
 
-@contextmanager
-def _downloaded(source: Source, out: Path) -> Iterator[Path]:
-    with _temporary_folder(out) as folder:
-        yield copy_whole_store(source.path, folder)
-
-
 @dataclass(frozen=True)
 class _Run:
-    """A trajectory of a source."""
+    """A trajectory of a store."""
 
     where: str  # for people
     name: str
     folder: Path
     content: Content
     condition: Condition | None
-    recorder: str | None  # who was recording it when it was read
+    recorder: str | None = None  # who was recording it when it was read
+    origin: Origin | None = None  # of one in a bucket, or that was copied from there
 
 
 class _Merge:
     """A merge into ``out``: what it has read, and what it has done."""
 
     def __init__(self, out: Path, check_ours: Callable[[], None] = lambda: None) -> None:
-        self.out, self.report, self._check_ours = out, MergeReport(out), check_ours
+        self.out, self._check_ours = out, check_ours
+        self.totals: Counter[str] = Counter()
+        self.added: dict[str, str] = {}
+        self.extended: dict[str, str] = {}
+        self.duplicates: dict[str, str] = {}
+        self.left_out: list[str] = []
         self._kind: tuple[Layout, torch.dtype, str] | None = None  # of all stores, and the first that has it
         self._condition: tuple[Condition, str] | None = None  # that all must be like, and whose it is
         self._runs: dict[str, _Run] = {}  # in the store, by name
+        self._origins: dict[Origin, str] = {}  # of those in the store
         self._names: dict[tuple[int, bytes], list[str]] = {}  # step and digest of a row -> of those that have it
         for run in self._read(out, str(out)) if layout_files(out) else []:
             self._keep(run)
 
+    def report(self) -> MergeReport:
+        return MergeReport(
+            self.out,
+            added=self.added,
+            extended=self.extended,
+            duplicates=self.duplicates,
+            left_out=self.left_out,
+            **self.totals,
+        )
+
     def read(self, folder: Path, source: Source) -> list[_Run]:
         """The trajectories of a store, at ``folder``, that is not the one merged into."""
-        self.report.num_stores += 1
+        self.totals["num_stores"] += 1
         return self._read(folder, source.path)
+
+    @contextmanager
+    def downloaded(self, source: Source) -> Iterator[list[_Run]]:
+        """The trajectories of a store in a bucket, copied for as long as this lasts, without those known."""
+        found = list_trajectories(source.path)
+        origins = {name: Origin.of(f"{source.path}/trajectories/{name}", files) for name, files in found.items()}
+        known = {name: self._origins[origin] for name, origin in origins.items() if origin in self._origins}
+        for name, there in known.items():
+            self.duplicates[origins[name].where] = there
+        with _temporary_folder(self.out) as folder:
+            copy_whole_store(source.path, folder, origins.keys() - known.keys())
+            runs = self.read(folder, source)
+            yield [replace(run, origin=origins.get(run.name)) for run in runs if run.name not in known]
 
     def _read(self, folder: Path, where: str) -> list[_Run]:
         if layout_files(folder) != [folder / LAYOUT_NAME]:
@@ -237,9 +275,9 @@ class _Merge:
             recorder = recorder_of(path)  # before its files: once it has ended, they are all there
             content, problems = read_content(path, layout, row_dtype, columns)
             condition = self._read_condition(path, shown, problems)
-            runs.append(_Run(shown, name, path, content, condition, recorder))
+            runs.append(_Run(shown, name, path, content, condition, recorder, read_origin(path)))
             if folder != self.out:
-                self.report.left_out += problems
+                self.left_out += problems
         return runs
 
     def _check_kind(self, layout: Layout, row_dtype: torch.dtype, where: str) -> None:
@@ -270,25 +308,36 @@ class _Merge:
 
     def _keep(self, run: _Run) -> None:
         self._runs[run.name] = run
+        if run.origin is not None:
+            self._origins[run.origin] = run.name
         for row in run.content.digests.items():
             self._names.setdefault(row, []).append(run.name)
 
     def add(self, runs: Sequence[_Run], source: Source) -> None:
         """Add those trajectories of a source that are to be added."""
         for run in runs:
-            if run.recorder is not None:
-                self.report.left_out.append(
-                    f"{run.where} is being recorded by {run.recorder}: run the same command again when that has ended"
-                )
-            elif not len(run.content):
-                self.report.left_out.append(f"{run.where} holds no snapshots")
-            elif (twin := self._twin(run)) is not None:
-                self._leave_out(run, twin)
-            else:
-                try:
-                    self._add(run, source)
-                except FileNotFoundError:
-                    self.report.left_out.append(f"{run.where} has changed meanwhile: run the same command again")
+            try:
+                self._take(run, source)
+            except FileNotFoundError:
+                self.left_out.append(f"{run.where} has changed meanwhile: run the same command again")
+
+    def _take(self, run: _Run, source: Source) -> None:
+        if run.recorder is not None:
+            self.left_out.append(
+                f"{run.where} is being recorded by {run.recorder}: run the same command again when that has ended"
+            )
+            return
+        if not len(run.content):
+            self.left_out.append(f"{run.where} holds no snapshots")
+            return
+        twin = self._twin(run)
+        if twin is not None and len(twin.content) >= len(run.content):
+            self.duplicates[run.where] = twin.name
+            self._tell_of_condition(run, twin)
+        elif twin is not None and (writer := recorder_of(self._folder_of(twin.name))) is not None:
+            self.left_out.append(f"{run.where} goes on after {twin.name}, into which {writer} is recording")
+        else:
+            self._add(run, source, twin)
 
     def is_of(self, runs: Sequence[_Run]) -> bool:
         """Whether the store holds those of ``runs`` that :meth:`add` would take, and no others."""
@@ -312,53 +361,68 @@ class _Merge:
                 return one
         return next((one for one in alike if is_within(one.content, run.content, layout, row_dtype)), None)
 
-    def _leave_out(self, run: _Run, twin: _Run) -> None:
-        folder = self.out / "trajectories" / twin.name
-        if len(run.content) > len(twin.content):
-            self.report.left_out.append(
-                f"{run.where} has {len(run.content)} snapshots, {len(twin.content)} of which are there as {twin.name}: "
-                f"remove {folder} and run the same command again to have them all"
-            )
-            return
-        self.report.duplicates[run.where] = twin.name
+    def _tell_of_condition(self, run: _Run, twin: _Run) -> None:
         if run.condition is not None and run.condition != twin.condition:
-            self.report.left_out.append(
+            self.left_out.append(
                 f"{run.where} is there as {twin.name}, at another condition, which stays: `pdiff condition {self.out} "
                 f"--set {twin.name} NAME=VALUE ...` changes it"
             )
 
-    def _add(self, run: _Run, source: Source) -> None:
+    def _folder_of(self, name: str) -> Path:
+        return self.out / "trajectories" / name
+
+    def _add(self, run: _Run, source: Source, part: _Run | None) -> None:
+        """Add a trajectory, in place of ``part`` if it goes on after that."""
         assert self._kind is not None
         create_layout(self.out, *self._kind[:2])
-        extra = [BASE_NAME] if (run.folder / BASE_NAME).is_file() else []
-        extra += [CONDITION_NAME] if run.condition is not None else []
+        condition_of = run if part is None else part
+        extra = [run.folder / BASE_NAME] if (run.folder / BASE_NAME).is_file() else []
+        extra += [condition_of.folder / CONDITION_NAME] if condition_of.condition is not None else []
+        sizes: Counter[str] = Counter()
         with _temporary_folder(self.out) as temp:
-            linked = copied = 0
-            for file in (*run.content.files, *(run.folder / name for name in extra)):
+            for file in (*run.content.files, *extra):
                 is_linked = _carry(file, temp / file.name) and not source.is_remote
-                size = (temp / file.name).stat().st_size
-                linked, copied = (linked + size, copied) if is_linked else (linked, copied + size)
-            name = self._appear(temp, run.name, source.label)
-        folder = self.out / "trajectories" / name
-        places = {step: (folder / path.name, row) for step, (path, row) in run.content.places.items()}
-        files = tuple(folder / path.name for path in run.content.files)
-        self._keep(_Run(str(folder), name, folder, Content(files, run.content.digests, places), run.condition, None))
-        self.report.added[name] = run.where
-        self.report.num_snapshots += len(run.content)
-        self.report.linked_bytes += linked
-        self.report.copied_bytes += copied
+                sizes["linked_bytes" if is_linked else "copied_bytes"] += (temp / file.name).stat().st_size
+            if run.origin is not None and source.is_remote:
+                write_origin(temp, run.origin)
+            name = self._appear(temp, run.name, source.label) if part is None else self._replace(part.name, temp)
+        self.totals.update(sizes, num_snapshots=len(run.content))
+        if part is None:
+            self.added[name] = run.where
+        else:
+            self.extended[name] = run.where
+            self._tell_of_condition(run, part)
+        folder = self._folder_of(name)
+        content = replace(
+            run.content,
+            files=tuple(folder / path.name for path in run.content.files),
+            places={step: (folder / path.name, row) for step, (path, row) in run.content.places.items()},
+        )
+        origin = run.origin if source.is_remote else None
+        self._keep(_Run(str(folder), name, folder, content, condition_of.condition, origin=origin))
+
+    def _replace(self, name: str, temp: Path) -> str:
+        """Put a folder in the place of a trajectory, whose snapshots it has. Killed between, the next merge adds it."""
+        with _temporary_folder(self.out) as old:
+            self._check_ours()
+            os.rename(self._folder_of(name), old / name)
+            try:
+                os.rename(temp, self._folder_of(name))
+            except OSError:
+                os.rename(old / name, self._folder_of(name))
+                raise
+        return name
 
     def _appear(self, temp: Path, name: str, label: str) -> str:
         """Rename a folder to the trajectory that it is to be; returns its name."""
-        parent = self.out / "trajectories"
-        parent.mkdir(exist_ok=True)
+        (self.out / "trajectories").mkdir(exist_ok=True)
         wanted = as_id(name)
         for free in chain([wanted, f"{label}-{wanted}"], (f"{label}-{wanted}-{number}" for number in count(2))):
-            if os.path.lexists(parent / free):
+            if os.path.lexists(self._folder_of(free)):
                 continue
             self._check_ours()
             try:
-                os.rename(temp, parent / free)
+                os.rename(temp, self._folder_of(free))
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise

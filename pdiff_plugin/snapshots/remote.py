@@ -12,7 +12,7 @@ import logging
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -33,6 +33,8 @@ _PUSH_EVERY_S = 2.0
 _LAST_TRIES = 5  # 30 s in all
 # Ranges asked for at once: one per snapshot, and buckets answer many at a time.
 _BATCH_BYTES = 64 << 20
+# Names under which file systems of fsspec tell whether an object is the same still.
+_VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 
 
 def is_remote(path: object) -> bool:
@@ -61,15 +63,39 @@ def copy_store(url: str, folder: Path, share: Callable[[int], slice] | None = No
         return _copy_store(url, folder, share)
 
 
-def copy_whole_store(url: str, folder: Path) -> Path:
-    """As :func:`copy_store`, of all columns, with the whole models; what ranks wrote as shards is left out."""
+def copy_whole_store(url: str, folder: Path, trajectories: Collection[str]) -> Path:
+    """As :func:`copy_store`, of some trajectories all columns and the whole model; what ranks wrote is left out."""
     with _asking(url, folder):
         fs, root = _open(url)
         _copy_documents(fs, root, url, folder)
-        for name in ("chunk-*.safetensors", "sparse-*.safetensors", BASE_NAME):
-            for remote in fs.glob(f"{root}/trajectories/*/{name}"):
-                fs.get_file(str(remote), str(_local_path(str(remote), root, folder)))
+        for remote in _files_of_trajectories(fs, root):
+            if PurePosixPath(remote).parent.name in trajectories:
+                fs.get_file(remote, str(_local_path(remote, root, folder)))
     return folder
+
+
+def list_trajectories(url: str) -> dict[str, dict[str, str]]:
+    """What a store in a bucket holds: trajectory -> name of a file -> a text that changes when the file does.
+
+    Raises:
+        BucketError: the bucket refuses us, or does not answer.
+    """
+    found: dict[str, dict[str, str]] = {}
+    with _asking(url, Path()):
+        fs, root = _open(url)
+        for remote, about in _files_of_trajectories(fs, root).items():
+            path = PurePosixPath(remote)
+            # Each service has its own name for it. Where it has none, nothing is ever the same: no time comes twice.
+            version = next((about[name] for name in _VERSIONS if about.get(name)), time.time_ns())
+            found.setdefault(path.parent.name, {})[path.name] = f"{about.get('size')} {version}"
+    return found
+
+
+def _files_of_trajectories(fs: Any, root: str) -> dict[str, dict[str, Any]]:
+    """Path -> what the bucket tells of it."""
+    names = ("chunk-*.safetensors", "sparse-*.safetensors", BASE_NAME, CONDITION_NAME)
+    found = [fs.glob(f"{root}/trajectories/*/{name}", detail=True) for name in names]
+    return {str(path): about for part in found for path, about in part.items()}
 
 
 def find_stores_in_bucket(url: str) -> list[str]:

@@ -228,20 +228,71 @@ def test_rows_that_are_not_numbers_are_the_same_all_the_same(tmp_path: Path, out
     }
 
 
-def test_a_run_that_went_on_after_it_was_merged_is_left_out_with_the_next_move(tmp_path: Path, out: Path) -> None:
+def test_of_a_run_that_went_on_since_the_whole_replaces_the_part(tmp_path: Path, out: Path) -> None:
     merge_stores([write(tmp_path / "a")], out)
+    os.rename(out / "trajectories/run-001", out / "trajectories/warm")
+    set_conditions(out, {"warm": {"lr": 0.1}})
     writer = TrajectoryWriter(tmp_path / "a", LAYOUT, trajectory="run-001", resume_step=4)
     writer.write_chunk(torch.zeros(1, 6), [5])
+    writer.write_base({"w": torch.ones(3)}, {})
     writer.close()
+    set_conditions(tmp_path / "a", {"run-001": {"lr": 0.2}})
 
-    report = merge_stores([tmp_path / "a"], out)
-    assert report.added == report.duplicates == {}
-    assert report.left_out == [
-        f"{tmp_path}/a/trajectories/run-001 has 5 snapshots, 4 of which are there as run-001: remove "
-        f"{out}/trajectories/run-001 and run the same command again to have them all"
-    ]
-    shutil.rmtree(out / "trajectories" / "run-001")
-    assert merge_stores([tmp_path / "a"], out).num_snapshots == 5
+    for _ in range(2):
+        report = merge_stores([tmp_path / "a"], out)
+        store = SnapshotStore.open(out)
+        assert (store.trajectories, store.steps.tolist()) == (["warm"], [1, 2, 3, 4, 5])
+        assert store.conditions == {"warm": {"lr": 0.1}}
+        assert store.base("warm") is not None
+        assert report.left_out[0].startswith(
+            f"{tmp_path}/a/trajectories/run-001 is there as warm, at another condition"
+        )
+        assert sorted(path.name for path in out.iterdir()) == ["layout.json", "trajectories"]
+    assert report.duplicates.keys() == {f"{tmp_path}/a/trajectories/run-001"}
+
+
+def test_it_does_not_matter_whether_the_part_or_the_whole_comes_first(tmp_path: Path, out: Path) -> None:
+    part, whole = write(tmp_path / "part"), write(tmp_path / "whole", steps=range(1, 9))
+    first = merge_stores([part, whole], out)
+    assert (list(first.added), first.extended) == (["run-001"], {"run-001": f"{whole}/trajectories/run-001"})
+    assert len(SnapshotStore.open(out)) == 8
+    merge_stores([whole, part], tmp_path / "other")
+    assert torch.equal(rows_by_name(out)["run-001"], rows_by_name(tmp_path / "other")["run-001"])
+
+
+def test_a_part_is_not_replaced_while_somebody_records_into_it_or_where_the_whole_cannot_be_moved(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge_stores([write(tmp_path / "a")], out)
+    whole = write(tmp_path / "whole", steps=range(1, 9))
+    own = Ownership(out / "trajectories/run-001")
+    assert "goes on after run-001, into which process" in merge_stores([whole], out).left_out[0]
+    own.release()
+
+    rename, calls = os.rename, []
+
+    def fails_at_the_second(old: str, new: str) -> None:
+        calls.append(new)
+        if len(calls) == 2:
+            raise PermissionError(new)
+        rename(old, new)
+
+    monkeypatch.setattr(merge.os, "rename", fails_at_the_second)
+    with pytest.raises(PermissionError):
+        merge_stores([whole], out)
+    assert len(SnapshotStore.open(out)) == 4
+
+
+def test_a_merge_that_is_killed_while_it_replaces_a_part_is_finished_by_the_next(tmp_path: Path, out: Path) -> None:
+    merge_stores([write(tmp_path / "a")], out)
+    whole = write(tmp_path / "whole", steps=range(1, 9))
+    left = out / ".tmp-000000000000-1-1-abc-merge"
+    left.mkdir()
+    os.rename(out / "trajectories/run-001", left / "run-001")  # as between the two renames
+    assert len(SnapshotStore.open(out)) == 0
+    merge_stores([whole], out)
+    assert len(SnapshotStore.open(out)) == 8
+    assert not left.exists()
 
 
 def test_an_older_copy_of_a_run_that_went_on_is_a_duplicate(tmp_path: Path, out: Path) -> None:

@@ -22,6 +22,7 @@ from pdiff_plugin.errors import BucketError, FolderInUseError, StoreNotFoundErro
 from pdiff_plugin.snapshots import bucket_owner, remote
 from pdiff_plugin.snapshots.remote import copy_store, mirrored
 from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 s3fs = pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
@@ -151,6 +152,39 @@ def test_stores_in_a_bucket_are_merged_and_a_service_that_fails_leaves_whole_tra
     assert list(report.duplicates) == [f"{bucket}/runs/lr-0/trajectories/run-001"]
     last = SnapshotStore.open(out).rows(47, 48)[[59, 119, 179], 0]
     assert last[0] != last[1] != last[2]
+
+
+def test_what_was_merged_from_a_bucket_is_not_read_again_until_it_changes(
+    bucket: str, service: Service, walk_store: Path, tmp_path: Path
+) -> None:
+    files().put(str(walk_store), f"{bucket}/runs/a", recursive=True)
+    out, origin = tmp_path / "merged", tmp_path / "merged" / "trajectories" / "run-001" / "origin.json"
+
+    def merged() -> list[str]:
+        """What is read of chunks, in a merge that finds all of them there."""
+        service.requests.clear()
+        report = merge_stores([f"{bucket}/runs/*"], out)
+        assert (list(report.duplicates.values()), report.left_out) == (["run-001"], [])
+        return [path for method, path in service.requests if method == "GET" and "chunk-" in path]
+
+    assert list(merge_stores([f"{bucket}/runs/*"], out).added) == ["run-001"]
+    assert merged() == []
+    for damage in (
+        "{",
+        "{}",
+        '{"format": "pdiff-origin", "format_version": 99}',
+        origin.read_text().replace("s3:", "s4:"),
+    ):
+        origin.write_text(damage)
+        assert len(merged()) == 1
+
+    writer = TrajectoryWriter(walk_store, SnapshotStore.open(walk_store).layout, trajectory="run-001", resume_step=60)
+    writer.write_chunk(torch.ones(1, 48), [61])
+    writer.close()
+    files().put(f"{walk_store}/", f"{bucket}/runs/a", recursive=True)
+    assert list(merge_stores([f"{bucket}/runs/*"], out).extended) == ["run-001"]
+    assert len(SnapshotStore.open(out)) == 61
+    assert merged() == []
 
 
 def test_what_is_written_arrives_and_the_folder_is_left(bucket: str) -> None:
