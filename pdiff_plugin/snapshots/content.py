@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pdiff_plugin.snapshots.chunks import Chunk, read_chunk, read_chunks
+from pdiff_plugin.snapshots.fingerprint import watched_columns
 from pdiff_plugin.snapshots.layout import Layout
 
 
@@ -38,27 +39,29 @@ class Content:
         return len(self.digests)
 
 
-def read_content(folder: Path, layout: Layout, row_dtype: torch.dtype, columns: Tensor) -> tuple[Content, list[str]]:
+def read_content(folder: Path, layout: Layout, row_dtype: torch.dtype) -> tuple[Content, list[str]]:
     """What a trajectory holds, and a sentence for each file that cannot be read.
 
     Args:
         folder: of the trajectory.
         layout: of its store.
         row_dtype: of its store.
-        columns: whose values the digests are of, (c,) int64.
     """
     chunks, problems = read_chunks(folder, layout, row_dtype)
     everything, more = read_chunks(folder, layout, row_dtype, with_sparse=True)
-    sparse = [chunk for chunk in everything if chunk.window is not None]
+    found = [chunk for chunk in everything if chunk.window is not None] + chunks
     digests: dict[int, bytes] = {}
     places: dict[int, tuple[Path, int]] = {}
-    for chunk in sparse + chunks:
-        values = chunk.gather(columns, torch.arange(len(chunk)))  # (n, c)
-        for row, step in enumerate(chunk.steps):
-            digests[step] = hashlib.sha256(_bytes(values[row])).digest()[:16]
-            places[step] = (chunk.path, row)
-    files = tuple(chunk.path for chunk in chunks + sparse)
-    return Content(files, digests, places), list(dict.fromkeys(problems + more))
+    if any(map(len, found)):  # or else nothing tells that the layout is a possible one
+        columns = watched_columns(layout)  # (c,)
+        for chunk in found:
+            values = chunk.gather(columns, torch.arange(len(chunk)))  # (n, c)
+            for row, step in enumerate(chunk.steps):
+                digests[step] = hashlib.sha256(_bytes(values[row])).digest()[:16]
+                places[step] = (chunk.path, row)
+    return Content(tuple(chunk.path for chunk in found if len(chunk)), digests, places), list(
+        dict.fromkeys(problems + more)
+    )
 
 
 def is_within(one: Content, other: Content, layout: Layout, row_dtype: torch.dtype) -> bool:

@@ -27,18 +27,18 @@ from pdiff_plugin.errors import (
     ConfigError,
     FolderInUseError,
     FormatError,
+    FormatVersionError,
     LayoutMismatchError,
     StoresDifferError,
     TrajectoryInUseError,
     UnmergeableStoreError,
 )
 from pdiff_plugin.progress import OnProgress, Progress
-from pdiff_plugin.snapshots.base import BASE_NAME
+from pdiff_plugin.snapshots.base import BASE_NAME, read_base_header
 from pdiff_plugin.snapshots.conditions import FILE_NAME as CONDITION_NAME
 from pdiff_plugin.snapshots.conditions import Condition, check_same_kind, read_condition
 from pdiff_plugin.snapshots.content import Content, is_within, read_content
 from pdiff_plugin.snapshots.files import TEMP_MARK, storage_error, temporary
-from pdiff_plugin.snapshots.fingerprint import watched_columns
 from pdiff_plugin.snapshots.layout import LAYOUT_NAME, Layout, read_layout
 from pdiff_plugin.snapshots.origin import Origin, read_origin, write_origin
 from pdiff_plugin.snapshots.ownership import BEAT_S, Ownership, recorder_of
@@ -212,6 +212,7 @@ class _Run:
     folder: Path
     content: Content
     condition: Condition | None
+    has_base: bool
     recorder: str | None = None  # who was recording it when it was read
     origin: Origin | None = None  # of one in a bucket, or that was copied from there
 
@@ -268,14 +269,14 @@ class _Merge:
             raise UnmergeableStoreError(where, reason, "Fit it on its own (`pdiff fit STORE`), and leave it out here")
         layout, row_dtype = read_layout(folder)
         self._check_kind(layout, row_dtype, where)
-        columns = watched_columns(layout)
         runs = []
         for name in World([folder]).trajectories:
             path, shown = folder / "trajectories" / name, f"{where}/trajectories/{name}"
             recorder = recorder_of(path)  # before its files: once it has ended, they are all there
-            content, problems = read_content(path, layout, row_dtype, columns)
+            content, problems = read_content(path, layout, row_dtype)
             condition = self._read_condition(path, shown, problems)
-            runs.append(_Run(shown, name, path, content, condition, recorder, read_origin(path)))
+            has_base = _has_base(path, shown, problems)
+            runs.append(_Run(shown, name, path, content, condition, has_base, recorder, read_origin(path)))
             if folder != self.out:
                 self.left_out += problems
         return runs
@@ -298,7 +299,7 @@ class _Merge:
     def _read_condition(self, folder: Path, where: str, problems: list[str]) -> Condition | None:
         try:
             condition = read_condition(folder)
-        except (FormatError, ConditionError) as error:
+        except (FormatError, FormatVersionError, ConditionError) as error:
             problems.append(f"{error} The condition of {where} is left out.")
             return None
         if condition is not None:
@@ -376,7 +377,7 @@ class _Merge:
         assert self._kind is not None
         create_layout(self.out, *self._kind[:2])
         condition_of = run if part is None else part
-        extra = [run.folder / BASE_NAME] if (run.folder / BASE_NAME).is_file() else []
+        extra = [run.folder / BASE_NAME] if run.has_base else []
         extra += [condition_of.folder / CONDITION_NAME] if condition_of.condition is not None else []
         sizes: Counter[str] = Counter()
         with _temporary_folder(self.out) as temp:
@@ -399,7 +400,7 @@ class _Merge:
             places={step: (folder / path.name, row) for step, (path, row) in run.content.places.items()},
         )
         origin = run.origin if source.is_remote else None
-        self._keep(_Run(str(folder), name, folder, content, condition_of.condition, origin=origin))
+        self._keep(_Run(str(folder), name, folder, content, condition_of.condition, run.has_base, origin=origin))
 
     def _replace(self, name: str, temp: Path) -> str:
         """Put a folder in the place of a trajectory, whose snapshots it has. Killed between, the next merge adds it."""
@@ -429,6 +430,15 @@ class _Merge:
                 continue  # a training that has just begun was first
             return free
         raise AssertionError("there are endless names")
+
+
+def _has_base(folder: Path, where: str, problems: list[str]) -> bool:
+    """Whether a trajectory has a whole model that can be read; a sentence where it has another."""
+    try:
+        return bool(read_base_header(folder))
+    except (FormatError, FormatVersionError) as error:
+        problems.append(f"{error} The whole model of {where} is left out.")
+        return False
 
 
 def _carry(file: Path, target: Path) -> bool:

@@ -30,6 +30,7 @@ from pdiff_plugin.errors import (
 from pdiff_plugin.snapshots import merge, ownership
 from pdiff_plugin.snapshots.base import write_base
 from pdiff_plugin.snapshots.chunks import PlannedWindow
+from pdiff_plugin.snapshots.fingerprint import watched_columns
 from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.ownership import Ownership
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
@@ -211,7 +212,7 @@ def test_runs_that_agree_in_all_values_that_are_looked_at_first_are_compared_as_
     for number in range(2):
         row = torch.zeros(1, 5000)
         row[0, 17] = number
-        assert 17 not in merge.watched_columns(layout)
+        assert 17 not in watched_columns(layout)
         writer = TrajectoryWriter(tmp_path / f"s{number}", layout)
         writer.write_chunk(row, [1])
         writer.close()
@@ -378,12 +379,28 @@ def test_a_pattern_leaves_out_the_merged_store_and_what_is_no_store(runs: Path) 
 
 
 def test_damaged_files_are_left_out_and_told(runs: Path, out: Path) -> None:
-    chunk = runs / "lr-0/pdiff-snapshots/trajectories/run-001/chunk-000002.safetensors"
-    chunk.write_bytes(chunk.read_bytes()[:-3])
+    folder = runs / "lr-0/pdiff-snapshots/trajectories/run-001"
+    damaged = [folder / name for name in ("chunk-000002.safetensors", "condition.json", "base.safetensors")]
+    damaged[0].write_bytes(damaged[0].read_bytes()[:-3])
+    damaged[1].write_text("{")
+    damaged[2].write_text("{")
     report = merge_stores([runs / "*" / "*"], out)
-    assert [sentence.partition(":")[0] for sentence in report.left_out] == [str(chunk)]
+    assert [sentence.partition(":")[0] for sentence in report.left_out] == list(map(str, damaged))
     assert report.num_snapshots == 11
     assert SnapshotStore.open(out).problems == []
+
+
+def test_a_merge_that_another_took_over_ends(runs: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = merge.create_layout
+
+    def taken_over(*arguments: object) -> object:
+        (out / ".writer-000001.json").write_text("another's")
+        return create(*arguments)
+
+    monkeypatch.setattr(merge, "create_layout", taken_over)
+    with pytest.raises(FolderInUseError, match=f"{out} is in use: another process writes to it"):
+        merge_stores([runs / "*" / "*"], out)
+    assert len(SnapshotStore.open(out)) == 0
 
 
 def test_a_run_that_is_being_recorded_waits_for_the_next_time(runs: Path, out: Path) -> None:
