@@ -12,13 +12,14 @@ import logging
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pdiff_plugin.errors import BucketError, FolderInUseError, PDiffError, StoreNotFoundError
+from pdiff_plugin.snapshots.base import BASE_NAME
 from pdiff_plugin.snapshots.bucket_owner import OWNER_NAME, BucketOwner
 from pdiff_plugin.snapshots.conditions import FILE_NAME as CONDITION_NAME
 from pdiff_plugin.snapshots.files import TEMP_MARK, storage_error
@@ -32,6 +33,8 @@ _PUSH_EVERY_S = 2.0
 _LAST_TRIES = 5  # 30 s in all
 # Ranges asked for at once: one per snapshot, and buckets answer many at a time.
 _BATCH_BYTES = 64 << 20
+# Names under which file systems of fsspec tell whether an object is the same still.
+_VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 
 
 def is_remote(path: object) -> bool:
@@ -60,16 +63,78 @@ def copy_store(url: str, folder: Path, share: Callable[[int], slice] | None = No
         return _copy_store(url, folder, share)
 
 
-def _copy_store(url: str, folder: Path, share: Callable[[int], slice] | None) -> Path:
-    fs, root = _open(url)
+def copy_whole_store(url: str, folder: Path, trajectories: Collection[str]) -> Path:
+    """As :func:`copy_store`, of some trajectories all columns and the whole model; what ranks wrote is left out."""
+    with _asking(url, folder):
+        fs, root = _open(url)
+        _copy_documents(fs, root, url, folder)
+        for remote in _files_of_trajectories(fs, root):
+            if PurePosixPath(remote).parent.name in trajectories:
+                fs.get_file(remote, str(_local_path(remote, root, folder)))
+    return folder
+
+
+def list_trajectories(url: str) -> dict[str, dict[str, str]]:
+    """What a store in a bucket holds: trajectory -> name of a file -> a text that changes when the file does.
+
+    Raises:
+        BucketError: the bucket refuses us, or does not answer.
+    """
+    found: dict[str, dict[str, str]] = {}
+    with _asking(url, Path()):
+        fs, root = _open(url)
+        for remote, about in _files_of_trajectories(fs, root).items():
+            path = PurePosixPath(remote)
+            # Each service has its own name for it. Where it has none, nothing is ever the same: no time comes twice.
+            version = next((about[name] for name in _VERSIONS if about.get(name)), time.time_ns())
+            found.setdefault(path.parent.name, {})[path.name] = f"{about.get('size')} {version}"
+    return found
+
+
+def _files_of_trajectories(fs: Any, root: str) -> dict[str, dict[str, Any]]:
+    """Path -> what the bucket tells of it."""
+    names = ("chunk-*.safetensors", "sparse-*.safetensors", BASE_NAME, CONDITION_NAME)
+    found = [fs.glob(f"{root}/trajectories/*/{name}", detail=True) for name in names]
+    return {str(path): about for part in found for path, about in part.items()}
+
+
+def find_stores_in_bucket(url: str) -> list[str]:
+    """The URL of a store itself, or those of the stores that it matches as a pattern, by their names.
+
+    Raises:
+        StoreNotFoundError: it matches none.
+        BucketError: the bucket refuses us, or does not answer.
+    """
+    if "*" not in url:  # of other characters in a pattern there are some in URLs
+        return [url]
+    with _asking(url, Path()):
+        fs, root = _open(url)
+        layouts = [str(path) for path in fs.glob(f"{root}/{LAYOUT_NAME}")]
+        if not layouts:
+            raise StoreNotFoundError(url, "the pattern matches no store")
+        return [fs.unstrip_protocol(path.removesuffix(f"/{LAYOUT_NAME}")) for path in sorted(layouts)]
+
+
+def _copy_documents(fs: Any, root: str, url: str, folder: Path) -> None:
+    """Copy all but the chunks and the whole models."""
     layouts = [name for name in (LAYOUT_NAME, f"shards/*/{LAYOUT_NAME}") for name in fs.glob(f"{root}/{name}")]
     if not layouts:
         raise StoreNotFoundError(url, f"it has no {LAYOUT_NAME}")
     small = [f"shards/*/{SHAPES_NAME}", f"trajectories/*/{CONDITION_NAME}"]
     for remote in [*layouts, *(path for pattern in small for path in fs.glob(f"{root}/{pattern}"))]:
-        local = folder / PurePosixPath(str(remote)).relative_to(root)
-        local.parent.mkdir(parents=True, exist_ok=True)
-        local.write_bytes(fs.cat_file(str(remote)))
+        _local_path(str(remote), root, folder).write_bytes(fs.cat_file(str(remote)))
+
+
+def _local_path(remote: str, root: str, folder: Path) -> Path:
+    """Where in ``folder`` an object below ``root`` belongs."""
+    local = folder / PurePosixPath(remote).relative_to(root)
+    local.parent.mkdir(parents=True, exist_ok=True)
+    return local
+
+
+def _copy_store(url: str, folder: Path, share: Callable[[int], slice] | None) -> Path:
+    fs, root = _open(url)
+    _copy_documents(fs, root, url, folder)
     for world in read_worlds(folder)[0]:
         columns = share(world.layout.num_values) if share else slice(0, world.layout.num_values)
         for rank, place in enumerate(world.folders):
@@ -77,9 +142,7 @@ def _copy_store(url: str, folder: Path, share: Callable[[int], slice] | None) ->
             inside = PurePosixPath(root, place.relative_to(folder))
             chunks = [fs.glob(f"{inside}/trajectories/*/{kind}-*.safetensors") for kind in ("chunk", "sparse")]
             for remote in sorted(chain.from_iterable(chunks)):
-                local = folder / PurePosixPath(str(remote)).relative_to(root)
-                local.parent.mkdir(parents=True, exist_ok=True)
-                _copy_chunk(fs, str(remote), local, own)
+                _copy_chunk(fs, str(remote), _local_path(str(remote), root, folder), own)
     return folder
 
 
