@@ -277,7 +277,7 @@ def merge(
     store: Positional[Annotated[str, arg(metavar="STORE")]],
     more_stores: MoreStores = (),
     *,
-    out: Path,
+    out: str,
     json: Json = False,
 ) -> None:
     """Put the runs of several snapshot stores into one, with their conditions.

@@ -319,6 +319,8 @@ def test_merge_of_something_else_says_what_was_expected(
 ) -> None:
     assert main(["merge", str(grid), "--out", str(tmp_path / "merged")]) == 1
     assert "it holds 3 further down, which '" in error_text(capsys)
+    assert main(["merge", f"{grid}/*/*", "--out", "s3://bucket/merged"]) == 1
+    assert "out = 's3://bucket/merged': it must be a folder on disk" in error_text(capsys)
     with pytest.raises(SystemExit) as caught:
         main(["merge", "--out", str(tmp_path / "merged")])
     assert caught.value.code == 2

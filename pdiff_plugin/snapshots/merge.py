@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
@@ -25,12 +23,10 @@ import torch
 from pdiff_plugin.errors import (
     ConditionError,
     ConfigError,
-    FolderInUseError,
     FormatError,
     FormatVersionError,
     LayoutMismatchError,
     StoresDifferError,
-    TrajectoryInUseError,
     UnmergeableStoreError,
 )
 from pdiff_plugin.progress import OnProgress, Progress
@@ -38,16 +34,14 @@ from pdiff_plugin.snapshots.base import BASE_NAME, read_base_header
 from pdiff_plugin.snapshots.conditions import FILE_NAME as CONDITION_NAME
 from pdiff_plugin.snapshots.conditions import Condition, check_same_kind, read_condition
 from pdiff_plugin.snapshots.content import Content, is_within, read_content
-from pdiff_plugin.snapshots.files import TEMP_MARK, storage_error, temporary
 from pdiff_plugin.snapshots.layout import LAYOUT_NAME, Layout, read_layout
+from pdiff_plugin.snapshots.merge_folder import carry, owned, temporary_folder
 from pdiff_plugin.snapshots.origin import Origin, read_origin, write_origin
-from pdiff_plugin.snapshots.ownership import BEAT_S, Ownership, recorder_of
-from pdiff_plugin.snapshots.remote import copy_whole_store, list_trajectories
+from pdiff_plugin.snapshots.ownership import recorder_of
+from pdiff_plugin.snapshots.remote import copy_whole_store, is_remote, list_trajectories
 from pdiff_plugin.snapshots.shards import World, layout_files
 from pdiff_plugin.snapshots.sources import Source, as_id, find_sources
 from pdiff_plugin.snapshots.trajectory import create_layout
-
-_TEMP_NAME = "merge"
 
 
 @dataclass(frozen=True)
@@ -104,18 +98,20 @@ def merge_stores(
         What was added and what was not. Trajectories keep their names where these are free.
 
     Raises:
-        ConfigError: there is no source but ``out`` itself.
+        ConfigError: there is no source but ``out`` itself, or that is in a bucket.
         StoreNotFoundError: one of the sources is none, or a pattern matches none.
         StoresDifferError: two of them hold other tensors.
         UnmergeableStoreError: rows of another dtype, or parts that the ranks of a sharded model wrote.
         ConditionError: runs of two of them have other conditions.
         FolderInUseError: another merge into ``out`` is going on.
     """
+    if is_remote(out):
+        raise ConfigError("out", str(out), "must be a folder on disk; copy it to the bucket when it is whole")
     out = Path(out)
     found = find_sources([sources] if isinstance(sources, str | os.PathLike) else sources, out)
     if not found:
         raise ConfigError("sources", [str(out)], "must name a store other than the one to merge into")
-    with _owned(out) as check_ours:
+    with owned(out) as check_ours:
         merge = _Merge(out, check_ours)
         local = {}
         for number, source in enumerate(found, start=1):
@@ -146,61 +142,6 @@ def is_merge_of(out: Path, sources: Sequence[str | os.PathLike[str]]) -> bool:
 def _tell(on_progress: OnProgress | None, stage: str, step: int, total: int, text: str) -> None:
     if on_progress is not None:
         on_progress(Progress(stage, step, total, text=text))
-
-
-@contextmanager
-def _owned(out: Path) -> Iterator[Callable[[], None]]:
-    """The right to merge into ``out``, and what makes sure of it before something is written there."""
-    is_new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    with _told_as_folder(out):
-        ownership = Ownership(out)
-    for path in out.glob(f"{TEMP_MARK}*-{_TEMP_NAME}"):
-        shutil.rmtree(path)  # another merge's, which was killed
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(BEAT_S / 10):
-            ownership.beat()
-
-    def check_ours() -> None:
-        with _told_as_folder(out):
-            ownership.check()
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield check_ours
-    finally:
-        stop.set()
-        thread.join()
-        ownership.release()
-        if is_new and not any(out.iterdir()):  # nothing came of it
-            out.rmdir()
-
-
-@contextmanager
-def _told_as_folder(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except TrajectoryInUseError as error:
-        raise FolderInUseError(str(out), error.writer) from error
-
-
-@contextmanager
-def _temporary_folder(out: Path) -> Iterator[Path]:
-    """A folder in the store that readers do not look into; gone afterwards, unless it was renamed."""
-    folder = temporary(out / _TEMP_NAME)
-    folder.mkdir()
-    try:
-        yield folder
-    except OSError as error:
-        told = storage_error(error, out)
-        if told is None:
-            raise
-        raise told from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # what does not go, the next merge removes
 
 
 @dataclass(frozen=True)
@@ -258,7 +199,7 @@ class _Merge:
         known = {name: self._origins[origin] for name, origin in origins.items() if origin in self._origins}
         for name, there in known.items():
             self.duplicates[origins[name].where] = there
-        with _temporary_folder(self.out) as folder:
+        with temporary_folder(self.out) as folder:
             copy_whole_store(source.path, folder, origins.keys() - known.keys())
             runs = self.read(folder, source)
             yield [replace(run, origin=origins.get(run.name)) for run in runs if run.name not in known]
@@ -380,9 +321,9 @@ class _Merge:
         extra = [run.folder / BASE_NAME] if run.has_base else []
         extra += [condition_of.folder / CONDITION_NAME] if condition_of.condition is not None else []
         sizes: Counter[str] = Counter()
-        with _temporary_folder(self.out) as temp:
+        with temporary_folder(self.out) as temp:
             for file in (*run.content.files, *extra):
-                is_linked = _carry(file, temp / file.name) and not source.is_remote
+                is_linked = carry(file, temp / file.name) and not source.is_remote
                 sizes["linked_bytes" if is_linked else "copied_bytes"] += (temp / file.name).stat().st_size
             if run.origin is not None and source.is_remote:
                 write_origin(temp, run.origin)
@@ -404,7 +345,7 @@ class _Merge:
 
     def _replace(self, name: str, temp: Path) -> str:
         """Put a folder in the place of a trajectory, whose snapshots it has. Killed between, the next merge adds it."""
-        with _temporary_folder(self.out) as old:
+        with temporary_folder(self.out) as old:
             self._check_ours()
             os.rename(self._folder_of(name), old / name)
             try:
@@ -439,14 +380,3 @@ def _has_base(folder: Path, where: str, problems: list[str]) -> bool:
     except (FormatError, FormatVersionError) as error:
         problems.append(f"{error} The whole model of {where} is left out.")
         return False
-
-
-def _carry(file: Path, target: Path) -> bool:
-    """Link a file, or copy it where that cannot be: whether it was linked."""
-    with suppress(OSError):  # another disk, one without links, or somebody else's file
-        os.link(file.resolve(), target)  # os.link makes links to symbolic links, too
-        return True
-    shutil.copyfile(file, target)
-    with open(target, "rb+") as copy:
-        os.fsync(copy.fileno())
-    return False

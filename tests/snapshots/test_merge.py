@@ -148,7 +148,7 @@ def test_where_files_cannot_be_linked_they_are_copied(runs: Path, out: Path, mon
     def no_links(*_: object, **__: object) -> None:
         raise OSError(errno.EXDEV, "another disk")
 
-    monkeypatch.setattr(merge.os, "link", no_links)
+    monkeypatch.setattr(os, "link", no_links)
     report = merge_stores([runs / "*" / "*"], out)
     assert (report.linked_bytes, report.copied_bytes) == (0, sum(p.stat().st_size for p in runs.rglob("*.safetensors")))
     assert len(SnapshotStore.open(out)) == 12
@@ -278,7 +278,7 @@ def test_a_part_is_not_replaced_while_somebody_records_into_it_or_where_the_whol
             raise PermissionError(new)
         rename(old, new)
 
-    monkeypatch.setattr(merge.os, "rename", fails_at_the_second)
+    monkeypatch.setattr(os, "rename", fails_at_the_second)
     with pytest.raises(PermissionError):
         merge_stores([whole], out)
     assert len(SnapshotStore.open(out)) == 4
@@ -453,7 +453,7 @@ def test_a_training_that_takes_the_name_meanwhile_keeps_it(
         rename(old, new)
 
     writers: list[TrajectoryWriter] = []
-    monkeypatch.setattr(merge.os, "rename", late)
+    monkeypatch.setattr(os, "rename", late)
     assert list(merge_stores([runs / "lr-0" / "*"], out).added) == ["lr-0-run-001"]
 
 
@@ -464,8 +464,8 @@ def test_a_full_disk_says_so_and_leaves_no_half_trajectory(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(merge.os, "link", full)
-        patch.setattr(merge.shutil, "copyfile", full)
+        patch.setattr(os, "link", full)
+        patch.setattr(shutil, "copyfile", full)
         with pytest.raises(StorageError, match="the disk is full"):
             merge_stores([runs / "*" / "*"], out)
     assert sorted(path.name for path in out.iterdir()) == ["layout.json"]
