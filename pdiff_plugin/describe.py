@@ -47,6 +47,8 @@ def store(path: Path) -> dict[str, Any]:
                 "sparse": int((steps < window.first_step).sum()) if window else 0,
                 "window_first_step": window.first_step if window else None,
                 "total_steps": window.total_steps if window else None,
+                "stopped_early": name in opened.stopped_early,
+                "planned_last_step": opened.stopped_early.get(name, int(steps[-1])),
                 "base": "yes" if header else "no",
                 "rest_drift": f"{float(drift):.2%}" if drift else "-",
                 "condition": opened.conditions.get(name),
