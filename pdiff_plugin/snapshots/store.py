@@ -45,8 +45,8 @@ class SnapshotStore:
         trajectories: ids, in the order of the rows.
         conditions: trajectory -> names -> values of the setting that it was recorded at, of those that have one.
         sparse: trajectory -> its planned window, of those that have rows from before it.
-        stopped_early: trajectory -> the step that its last row was planned for, of those whose newest is from before:
-            training was stopped, or is not over.
+        stopped_early: trajectory -> the step that its last row was planned for, of those whose newest is from before
+            (also of those that are left out): training was stopped, or is not over.
         left_out: one sentence per trajectory that has nothing else, while others have rows of their windows: what
             lies far from the end of a training is to stand in for these rows, not beside them.
         problems: one sentence per file that could not be read; what it holds is left out.
@@ -102,6 +102,7 @@ class SnapshotStore:
                 self.problems += [problem for problem in problems if problem not in self.problems]
                 found[name], self.sparse[name] = chunks, window
             elif chunks:
+                self.stopped_early[name] = window.total_steps
                 num_sparse = sum(map(len, chunks)) - sum(map(len, found[name]))
                 self.left_out.append(
                     f"{name} has snapshots up to step {chunks[-1].steps[-1]} of {window.total_steps}, and its window "
