@@ -1,4 +1,4 @@
-"""Trials of Ray Tune, each as Tune itself runs it, but in this process; tests/cluster/test_sweep.py has a whole sweep."""
+"""Trials of Ray Tune, each run as Tune does, but in this process; tests/cluster/test_sweep.py has a whole sweep."""
 
 import json
 import math
