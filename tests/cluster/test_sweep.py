@@ -56,3 +56,52 @@ def test_a_sweep_whose_driver_is_killed_becomes_a_dial_of_all_trials(tmp_path):
     assert 0 < list(epochs.values()).count(8) < 12
     assert "8 members at {'lr':" in again.text
     assert len(WeightGenerator.load(tmp_path / "fit").trajectories) >= list(epochs.values()).count(8)
+
+
+def train_in_a_trial(config):
+    import ray.train.torch
+    from ray import tune
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    def loop(config):
+        import torch
+
+        from pdiff_plugin.integrations.ray_train import PDiffRecorder
+
+        model = torch.nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=config["lr"])
+        recorder = PDiffRecorder(layers="all", condition=["lr"])
+        with recorder.attach(model, optimizer, config=config, total_steps=20):
+            for _ in range(20):
+                model(torch.ones(2, 4)).sum().backward()
+                optimizer.step()
+        ray.train.report({"loss": config["lr"]})
+
+    trial = tune.get_context().get_trial_id()
+    ray.train.torch.TorchTrainer(
+        loop,
+        train_loop_config={"lr": config["lr"]},
+        scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}),
+        run_config=ray.train.RunConfig(
+            name=f"train-{trial}", storage_path=config["out"], callbacks=[TuneReportCallback()]
+        ),
+    ).fit()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*(is deprecated|will be deprecated).*:DeprecationWarning:ray")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ray_train_in_trials_of_ray_tune_leaves_a_store_each(local_ray, tmp_path):
+    from ray import tune
+
+    results = tune.Tuner(
+        tune.with_resources(train_in_a_trial, {"cpu": 0.5}),
+        param_space={"lr": tune.grid_search([0.1, 0.2]), "out": str(tmp_path)},
+        tune_config=tune.TuneConfig(max_concurrent_trials=1),
+        run_config=tune.RunConfig(name="sweep", storage_path=str(tmp_path)),
+    ).fit()
+    assert results.num_errors == 0
+    for result in results:
+        store = SnapshotStore.open(tmp_path / f"train-{result.metrics['trial_id']}" / "pdiff-snapshots")
+        assert store.conditions == {"run-001": {"lr": result.config["lr"]}}
+        assert store.steps.tolist() == list(range(1, 21))
