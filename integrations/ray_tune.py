@@ -137,6 +137,7 @@ class PDiffRecorder(Adapter):
         if counters is None and not trial.has_checkpoint:
             recorder.config = replace(recorder.config, trajectory=_free(store, name, replace_unfinished=True))
             return
+        reason: str | None
         if counters is None:
             counters = {"step": 0, "trajectory": None}
             reason = "steps are counted from here on, since the recorder's state_dict() is not kept in it"

@@ -98,11 +98,12 @@ class SnapshotStore:
         are_alone = not any(found[name] for name in found.keys() - short.keys())
         for name, window in short.items():
             chunks, problems = read_trajectory(self._worlds, name, with_sparse=True)
+            if chunks:
+                self.stopped_early[name] = window.total_steps
             if are_alone:
                 self.problems += [problem for problem in problems if problem not in self.problems]
                 found[name], self.sparse[name] = chunks, window
             elif chunks:
-                self.stopped_early[name] = window.total_steps
                 num_sparse = sum(map(len, chunks)) - sum(map(len, found[name]))
                 self.left_out.append(
                     f"{name} has snapshots up to step {chunks[-1].steps[-1]} of {window.total_steps}, and its window "

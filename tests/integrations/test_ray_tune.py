@@ -221,6 +221,13 @@ def test_a_relative_store_is_below_the_trial_and_names_go_before_its_id(run_tria
     assert SnapshotStore.open(folder / "rows").trajectories == ["mlp-t"]
 
 
+def test_where_the_storage_path_is_a_bucket_the_log_says_where_snapshots_are(run_trial, make_trial, tmp_path, caplog):
+    run_trial(make_trial(tmp_path), tmp_path, trial="t", bucket="mock:///bucket")
+    folder = tmp_path / "session" / "working_dirs" / "trial_t"
+    assert trajectories(folder) == {"t": steps_of(4, 4)}
+    assert f"is no file system of this machine: its snapshots are in {folder}" in caplog.text
+
+
 def test_a_store_that_cannot_be_used_costs_the_recording_and_not_the_trial(run_trial, make_trial, tmp_path, caplog):
     store = str(tmp_path / "shared")
     run_trial(make_trial(tmp_path, store=store), tmp_path, trial="one")

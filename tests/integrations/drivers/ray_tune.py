@@ -17,10 +17,10 @@ class Storage(StorageContext):
     """One whose working folders need no Ray that runs."""
 
     def _get_session_path(self):
-        return f"{self.storage_fs_path}/session"
+        return self.session
 
 
-def run_trial(function, folder, config=None, *, stop_after=None, checkpoint=None, trial="run-001"):
+def run_trial(function, folder, config=None, *, stop_after=None, checkpoint=None, trial="run-001", bucket=None):
     """Tune's own way through a trial, in this process: its session, its thread, and how a scheduler stops it.
 
     Raises what the function raises.
@@ -36,7 +36,8 @@ def run_trial(function, folder, config=None, *, stop_after=None, checkpoint=None
             raised.append(error)
 
     cwd, environment = os.getcwd(), dict(os.environ)
-    storage = Storage(str(folder), "sweep", trial_dir_name=f"trial_{trial}")
+    storage = Storage(bucket or str(folder), "sweep", trial_dir_name=f"trial_{trial}")
+    storage.session = str(folder / "session")
     info = _TrialInfo(Trial("trainable", trial_id=trial, storage=storage, stub=True))
     trainable = wrap_function(caught)({**(config or {}), TRIAL_INFO: info}, storage=storage)
     try:
