@@ -111,18 +111,22 @@ def test_what_was_recorded_is_on_disk_before_a_scheduler_can_end_the_trial(
     monkeypatch.undo()
 
 
-def test_two_recorders_of_a_trial_are_both_on_disk(run_trial, toolbox, tmp_path, monkeypatch):
+def test_of_two_recorders_of_a_trial_both_are_on_disk(run_trial, toolbox, tmp_path, monkeypatch):
+    kept = []
+
     def train(config):
-        nets = [toolbox.make_net(), torch.nn.Linear(3, 3)]
-        recorders = [PDiffRecorder(layers="all").attach(net) for net in nets]
-        for recorder in recorders:
-            recorder.recorder.step()
+        for net in (toolbox.make_net(), torch.nn.Linear(64, 3)):
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            kept.append(PDiffRecorder(layers="all").attach(net, optimizer))
+            net(torch.ones(4, 64)).sum().backward()
+            optimizer.step()
         tune.report({"a": 1})
 
-    monkeypatch.setattr(PDiffRecorder, "attach", lambda self, net, attach=PDiffRecorder.attach: attach(self, net, None))
-    folder = run_trial(train, tmp_path, stop_after=1, trial="t")
+    folder = run_trial(train, tmp_path, stop_after=1, trial="t")  # nobody closes them
     assert trajectories(folder) == {"t": [1]}
     assert SnapshotStore.open(folder / "pdiff-snapshots-2").steps.tolist() == [1]
+    for recorder in kept:
+        recorder.close()
 
 
 @pytest.mark.parametrize(
