@@ -129,8 +129,8 @@ class RecorderConfig:
     """Also keep the whole model of the last snapshot, once."""
     condition: Mapping[str, Any] | str | Sequence[str] | None = None
     """The setting that this run is trained at, kept beside its snapshots: names and numbers, text, true or false, or
-    lists of numbers. All runs of a store have the same names. Under Lightning and transformers also `hparams`, or the
-    names of some."""
+    lists of numbers. All runs of a store have the same names. Under Lightning, transformers and Ray also `hparams`,
+    or the names of some."""
 
     def __post_init__(self) -> None:
         for name in ("every_n_steps", "last_epochs", "last_steps", "max_snapshots"):

@@ -184,6 +184,11 @@ class Session:
                 self.trajectory = writer.trajectory.trajectory
         return self.counters()
 
+    def flush(self) -> None:
+        """Return when every row so far is on disk, or writing has failed."""
+        if self._writer is not None:
+            self._writer.flush()
+
     def observe(
         self, step: int, epoch: float | None, metrics: Mapping[str, Any] | None, found_inf: Tensor | None = None
     ) -> None:

@@ -244,7 +244,12 @@ class BackgroundWriter:
             return
         planned = self._window.planned if self._window is not None and infos[0].step < self._first else None
         self.trajectory.write_chunk(
-            rows, [i.step for i in infos], [i.epoch for i in infos], [_numbers(i.metrics) for i in infos], planned
+            rows,
+            [i.step for i in infos],
+            [i.epoch for i in infos],
+            [_numbers(i.metrics) for i in infos],
+            planned,
+            self._window.last if self._window is not None else None,
         )
         self._thin_out(self.trajectory)
 
