@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -124,17 +124,27 @@ class TensorFileWriter:
             self._file.close()
 
 
+# Writes tensors that are made as they are written, a run of values at a time.
+LateTensors = Callable[[TensorFileWriter], None]
+
+
 def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], name: str, version: int, header: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    version: int,
+    header: Mapping[str, str] | None = None,
+    late: LateTensors | None = None,
 ) -> None:
     """Write a tensor file of ours, atomically and without a copy of any tensor in memory.
 
     Args:
         path: the file, which is replaced.
-        tensors: of any dtype, layout in memory and device.
+        tensors: of any dtype, layout in memory and device; those on the device ``meta`` are left to ``late``.
         name: of the format.
         version: of the format.
         header: more text for the header.
+        late: writes these.
 
     Raises:
         UnsupportedTensorError: a dtype that safetensors does not know.
@@ -143,7 +153,10 @@ def save_tensors(
     specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     with replacing(path) as temp, TensorFileWriter(temp, specs, text) as file:
         for key, tensor in tensors.items():
-            file.write(key, tensor)
+            if not tensor.is_meta:
+                file.write(key, tensor)
+        if late is not None:
+            late(file)
 
 
 def load_tensors(path: Path, name: str, version: int) -> tuple[dict[str, Tensor], dict[str, str]]:
