@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -171,6 +171,15 @@ def load_tensors(path: Path, name: str, version: int) -> tuple[dict[str, Tensor]
         return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (not a dict)
 
 
+def load_state(path: Path, name: str, version: int) -> dict[str, Tensor]:
+    """Tensors, mapped from a file of ours or from the state dict of somebody else, which says "pt" or nothing.
+
+    Errors are those of :func:`load_tensors`.
+    """
+    with _opened(path, name, version, others=(None, "pt")) as (file, _):
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+
+
 def load_header(path: Path, name: str, version: int) -> dict[str, str]:
     """The header alone; errors as those of :func:`load_tensors`."""
     with _opened(path, name, version) as (_, header):
@@ -191,13 +200,16 @@ def from_json(path: Path, header: Mapping[str, str], key: str) -> Any:
 
 
 @contextmanager
-def _opened(path: Path, name: str, version: int) -> Iterator[tuple[Any, dict[str, str]]]:
+def _opened(
+    path: Path, name: str, version: int, others: Sequence[str | None] = ()
+) -> Iterator[tuple[Any, dict[str, str]]]:
     try:
         check_regular(path)
         with safe_open(path, framework="pt") as file:
             opened: Any = file
             header = opened.metadata() or {}
-            check_format(str(path), header, name, version)
+            if header.get("format") not in others:
+                check_format(str(path), header, name, version)
             yield opened, header
     except FileNotFoundError:
         raise

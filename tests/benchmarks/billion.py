@@ -37,6 +37,7 @@ from pdiff_plugin import (
     PDiffRecorder,
     SubspaceConfig,
     WeightGenerator,
+    WeightSet,
     fit,
     swap_,
 )
@@ -178,7 +179,7 @@ def sample_into(folder: Path, options: argparse.Namespace, figures: dict[str, An
 def ensemble(folder: Path, options: argparse.Namespace, figures: dict[str, Any]) -> None:
     model = new_model(options.values)
     with measured(figures):
-        members = DiffusionEnsemble.from_files(model, folder / "members", task="regression")
+        members = DiffusionEnsemble(model, WeightSet.from_files(folder / "members"), task="regression")
         members(torch.ones(4, model[0].in_features, dtype=torch.bfloat16))
 
 

@@ -104,11 +104,11 @@ def test_a_bfloat16_basis_halves_the_file_and_survives_it(make_store, tmp_path):
 def test_a_large_basis_is_written_once_into_the_same_file(make_store, tmp_path, monkeypatch):
     layout = Layout((TensorSpec("w", (4, 50), "float32", "parameter"), TensorSpec("b", (7,), "float32", "parameter")))
     store = make_store(layout=layout)
+    monkeypatch.setattr(Split, "block_values", lambda split, memory_gb: 16)
     fit(store, QUICK, out=tmp_path / "small")
     seen = []
     monkeypatch.setattr("pdiff_plugin.fitting.subspace_stage._MAPPED_BYTES", 100)
     monkeypatch.setattr("pdiff_plugin.fitting.subspace_stage.mapped", None)  # nowhere else
-    monkeypatch.setattr(Split, "block_values", lambda split, memory_gb: 16)
 
     generator = fit(store, QUICK, out=tmp_path / "large", on_progress=lambda progress: seen.append(progress.stage))
 
