@@ -110,13 +110,13 @@ class FitFolder:
         self, generator: WeightGenerator, history: list[dict[str, float]], late: LateTensors | None = None
     ) -> None:
         """Write the generator, with what is made only as its file is written, and that the fit is finished."""
+        if self.path is not None:
+            generator.save(self.path, late)
         self.document |= {
             "status": "finished",
             "history": json_safe(history, _DIGITS),
             "report": generator.report,
         }
-        if self.path is not None:
-            generator.save(self.path, late)
         self.write()
 
     def write(self) -> None:

@@ -85,9 +85,8 @@ class BackgroundWriter:
         row_bytes = layout.num_values * dtype.itemsize
         self.chunk_rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(row_bytes, 1)))
         self._new_buffer = partial(_Buffer, layout, dtype, self.chunk_rows, device)
-        self._num_unmade = (
-            NUM_BUFFERS if self.chunk_rows > 1 else NUM_LARGE_BUFFERS
-        )  # buffers are made when needed: a quick writer needs two of them
+        # Buffers are made when needed: a quick writer needs two of them.
+        self._num_unmade = NUM_BUFFERS if self.chunk_rows > 1 else NUM_LARGE_BUFFERS
         self._free: list[_Buffer] = []
         self._full: deque[_Buffer | Callable[[TrajectoryWriter], None]] = deque()
         self._current: _Buffer | None = None

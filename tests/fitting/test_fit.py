@@ -126,6 +126,7 @@ def test_a_fit_that_is_interrupted_while_a_large_basis_is_written_goes_on(make_s
     with pytest.raises(KeyboardInterrupt):
         fit(store, QUICK, out=tmp_path / "cut", on_progress=InterruptAt("autoencoder"))
     left = sorted(path.name for path in (tmp_path / "cut").iterdir())
+    assert json.loads((tmp_path / "cut" / "fit.json").read_text())["status"] == "running"
     fit(store, QUICK, out=tmp_path / "cut", on_progress=lambda progress: seen.append(progress.stage))
 
     assert left == ["diffusion.checkpoint.safetensors", "fit.json", "statistics.checkpoint.safetensors"]
