@@ -18,7 +18,7 @@ from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.tensor_files import load_state
 
 MEMBER_FORMAT = "pdiff-member"
-MEMBER_FORMAT_VERSION = 1
+MEMBER_VERSION = 1
 
 
 class WeightSet(Mapping[str, Tensor]):
@@ -76,7 +76,7 @@ class WeightSet(Mapping[str, Tensor]):
             paths = sorted(paths[0].glob("member-*.safetensors"), key=lambda path: (len(path.name), path.name))
         if not paths:
             raise ConfigError("members", members, "must be a folder of members, or name some files")
-        states = [load_state(path, MEMBER_FORMAT, MEMBER_FORMAT_VERSION) for path in paths]
+        states = [load_state(path, MEMBER_FORMAT, MEMBER_VERSION) for path in paths]
         for path, state in zip(paths, states, strict=True):
             check_fits(shapes_of(states[0]), shapes_of(state), f"the member {paths[0]}", str(path))
             check_fits(shapes_of(state), shapes_of(states[0]), f"the member {path}", str(paths[0]))
