@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from pdiff_plugin.snapshots.conditions import read_conditions
 from pdiff_plugin.snapshots.shards import JoinedChunk, World, read_trajectory, read_worlds
 
 logger = logging.getLogger(__name__)
+
+S = TypeVar("S", bound="SnapshotStore")
 
 
 class SnapshotStore:
@@ -105,7 +107,7 @@ class SnapshotStore:
         return found
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> SnapshotStore:
+    def open(cls: type[S], path: str | os.PathLike[str]) -> S:
         """Open an existing store for reading. Nothing is written.
 
         Raises:
@@ -121,7 +123,7 @@ class SnapshotStore:
             raise StoreNotFoundError(str(path), "it has no layout.json")
         return cls(path, worlds, problems)
 
-    def only(self, trajectories: Sequence[str]) -> SnapshotStore:
+    def only(self: S, trajectories: Sequence[str]) -> S:
         """The same store as if it held these trajectories alone, in its own order.
 
         Raises:
@@ -201,11 +203,15 @@ class SnapshotStore:
         dtype = torch.float64 if self.row_dtype == torch.float64 else torch.float32
         wanted = self._numbers(indices)
         out = torch.empty(len(wanted), hi - lo, dtype=dtype)
+        self._read(out, lo, hi, wanted)
+        return out
+
+    def _read(self, out: Tensor, lo: int, hi: int, wanted: Tensor) -> None:
+        """Fill ``out`` (m, hi - lo) with columns [lo, hi) of the snapshots ``wanted`` (m,)."""
         for chunk, places, own in self._pieces(wanted):
             is_whole = isinstance(places, slice) and len(own) == len(chunk)
             values = chunk.columns(lo, hi, None if is_whole else own)
-            out[places] = values if isinstance(places, slice) else values.to(dtype)
-        return out
+            out[places] = values if isinstance(places, slice) else values.to(out.dtype)
 
     def _numbers(self, indices: Sequence[int] | Tensor | None) -> Tensor:
         """``indices`` as int64 from 0 to N - 1, as :meth:`_pieces` takes them."""
@@ -245,9 +251,13 @@ class SnapshotStore:
         """
         wanted = self._numbers(indices)
         out = torch.empty(len(wanted), len(columns), dtype=self.rows(0, 0).dtype)
+        self._pick(out, columns, wanted)
+        return out
+
+    def _pick(self, out: Tensor, columns: Tensor, wanted: Tensor) -> None:
+        """Fill ``out`` (m, c) with ``columns`` (c,) of the snapshots ``wanted`` (m,)."""
         for chunk, places, own in self._pieces(wanted):
             out[places] = chunk.gather(columns, own).to(out.dtype)
-        return out
 
     def state_dict(self, index: int) -> dict[str, Tensor]:
         """Snapshot ``index`` as name -> tensor (*shape), in the dtypes of the recorded model."""
