@@ -14,7 +14,6 @@ Shapes: N snapshots in the store, D values in a row.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -134,7 +133,8 @@ class SnapshotStore:
                 raise KeyError(name)
         kept = [name for name in self.trajectories if name in set(trajectories)]
         places = {self.trajectories.index(name): number for number, name in enumerate(kept)}
-        part = copy.copy(self)
+        part = object.__new__(type(self))  # copy.copy would open the files again, as unpickling does
+        part.__dict__ |= self.__dict__
         for name in ("steps", "trajectory_index", "_chunk_starts", "epochs", "metrics"):
             part.__dict__.pop(name, None)  # computed from the chunks when asked for
         part.trajectories = kept
