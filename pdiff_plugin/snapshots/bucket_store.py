@@ -102,7 +102,7 @@ class BucketStore(SnapshotStore):
         for number, first, last in self._blocks.cut(lo, hi):
             part = out[:, first - lo : last - lo]
             if number is not None and self._blocks.is_best(number, are_few=are_few):
-                self._blocks.copy(number, part, slice(first, last), wanted)
+                self._blocks.copy(number, part, slice(first, last), wanted, goes_on=not are_few)
             else:
                 self._fetch(part, [(first, last, 0)], wanted)
 
@@ -113,7 +113,7 @@ class BucketStore(SnapshotStore):
             places = (numbers == number).nonzero().squeeze(1)
             if number >= 0 and self._blocks.is_best(number, are_few=True):
                 values = torch.empty(len(wanted), len(places), dtype=out.dtype)
-                self._blocks.copy(number, values, columns[places], wanted)
+                self._blocks.copy(number, values, columns[places], wanted, goes_on=False)
                 out[:, places] = values
             else:
                 alone += [(int(columns[place]), int(columns[place]) + 1, place) for place in places.tolist()]
@@ -238,9 +238,14 @@ class _Blocks:
         """Whether to read from a block rather than from the bucket, where only a few of its values may be wanted."""
         return self.fits or not are_few or number in self._blocks
 
-    def copy(self, number: int, out: Tensor, columns: slice | Tensor, rows: Tensor) -> None:
-        """Copy columns of the store at ``rows`` (m,) out of a block, which is fetched if it is not here: (m, c)."""
+    def copy(self, number: int, out: Tensor, columns: slice | Tensor, rows: Tensor, *, goes_on: bool) -> None:
+        """Copy columns of the store at ``rows`` (m,) out of a block, which is fetched if it is not here: (m, c).
+
+        With ``goes_on`` the next block will be wanted too.
+        """
         block, start = self._get(number), self._columns(number).start
+        if goes_on and number + 1 < self._num_blocks and number + 1 not in self._blocks:
+            self._begin(number + 1, beside=number)
         if isinstance(columns, slice):
             some = block[:, columns.start - start : columns.stop - start]
         else:
@@ -262,13 +267,10 @@ class _Blocks:
         if number not in self._blocks:
             self._begin(number, beside=number)
         try:
-            block = self._blocks[number].result()
+            return self._blocks[number].result()
         except Exception:
             del self._blocks[number]
             raise
-        if number + 1 < self._num_blocks and number + 1 not in self._blocks:
-            self._begin(number + 1, beside=number)
-        return block
 
     def _begin(self, number: int, beside: int) -> None:
         """Have a block fetched; of those that do not stay, only the one ``beside`` it is not dropped."""

@@ -181,8 +181,10 @@ def _copy_heads(reader: RangeReader, sizes: Mapping[str, int], folder: Path) -> 
             continue  # damaged: whoever opens the copy says so
         if start <= first < last <= sizes[path]:
             origins[path], steps[path] = origin, (first, last)
-    pieces = reader.read([(path, first, last) for path, (first, last) in steps.items()])
-    values = dict(zip(steps, pieces, strict=True))
+    behind = {path: places for path, places in steps.items() if places[1] > len(heads[path])}
+    pieces = reader.read([(path, first, last) for path, (first, last) in behind.items()])
+    values = {path: heads[path][first:last] for path, (first, last) in steps.items()}
+    values |= dict(zip(behind, pieces, strict=True))
     for path, size in sizes.items():
         with open(_local_path(path, reader.root, folder), "wb") as file:
             file.truncate(size)
