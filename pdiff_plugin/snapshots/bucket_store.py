@@ -79,6 +79,7 @@ class BucketStore(SnapshotStore):
 
     def only(self, trajectories: Sequence[str]) -> BucketStore:
         part = super().only(trajectories)
+        assert isinstance(part, BucketStore)
         self._blocks.close()
         part._read_from(self._source)
         return part
@@ -316,6 +317,7 @@ def opened_in_bucket(
         reader = RangeReader(url)
         places, size_bytes = copy_without_rows(reader, folder / "store")
         store = BucketStore.open(folder / "store")
+        assert isinstance(store, BucketStore)
         batch_bytes = max(_MIN_BATCH_BYTES, min(_BATCH_BYTES, memory_bytes // 8))
         share = columns(store.layout.num_values)
         store._read_from(_Source(reader, places, size_bytes, share, cache_bytes, batch_bytes, opened))

@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +30,6 @@ from pdiff_plugin.snapshots.conditions import read_conditions
 from pdiff_plugin.snapshots.shards import JoinedChunk, World, read_trajectory, read_worlds
 
 logger = logging.getLogger(__name__)
-
-S = TypeVar("S", bound="SnapshotStore")
 
 
 class SnapshotStore:
@@ -106,7 +104,7 @@ class SnapshotStore:
         return found
 
     @classmethod
-    def open(cls: type[S], path: str | os.PathLike[str]) -> S:
+    def open(cls, path: str | os.PathLike[str]) -> SnapshotStore:
         """Open an existing store for reading. Nothing is written.
 
         Raises:
@@ -122,7 +120,7 @@ class SnapshotStore:
             raise StoreNotFoundError(str(path), "it has no layout.json")
         return cls(path, worlds, problems)
 
-    def only(self: S, trajectories: Sequence[str]) -> S:
+    def only(self, trajectories: Sequence[str]) -> SnapshotStore:
         """The same store as if it held these trajectories alone, in its own order.
 
         Raises:
