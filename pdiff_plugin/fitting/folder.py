@@ -141,9 +141,10 @@ def _read(path: Path) -> tuple[dict[str, Any], FitConfig]:
         settings = FitConfig.from_json(found["config"])
         if not all(isinstance(found[key], str) for key in ("status", "store", "snapshots")):
             raise TypeError("a status, a store or snapshots that are no text")
-        figures = [*found["seconds"].values(), *found.get("bytes_read", {}).values()]
-        if not isinstance(found["history"], list) or not all(map(is_number, figures)):
-            raise TypeError("a history, seconds or bytes that are none")
+        if not isinstance(found["history"], list) or not all(map(is_number, found["seconds"].values())):
+            raise TypeError("a history or seconds that are none")
+        if not all(type(count) is int for count in found.get("bytes_read", {}).values()):
+            raise TypeError("numbers of bytes that are none")
     return found, settings
 
 

@@ -23,7 +23,8 @@ from pdiff_plugin.cluster.fit import fit_distributed
 
 settings = json.loads(sys.argv[1])
 def show(report):
-    print(json.dumps([time.time(), report.stage, report.step, report.total_steps]), flush=True)
+    workers = report.metrics["workers"]
+    print(json.dumps([time.time(), report.stage, report.step, report.total_steps, workers]), flush=True)
 try:
     fit_distributed(
         settings["store"], FitConfig.from_json(settings["config"]), DistributedConfig(**settings["distributed"]),
@@ -82,7 +83,7 @@ class Process:
 
 
 class FitProcess(Process):
-    """A distributed fit in a process of its own, with what it reported: (time, stage, step, total steps)."""
+    """A distributed fit in a process of its own, with what it reported: (time, stage, step, total steps, workers)."""
 
     def __init__(
         self,
