@@ -100,8 +100,9 @@ class FitFolder:
 
     def add_bytes_read(self, stage: str, count: int) -> None:
         """Add to ``document["bytes_read"][stage]`` what was read from a bucket, over all attempts; not yet written."""
-        found = self.document.setdefault("bytes_read", {})
-        found[stage] = found.get(stage, 0) + count
+        if count:
+            found = self.document.setdefault("bytes_read", {})
+            found[stage] = found.get(stage, 0) + count
 
     @property
     def bytes_read(self) -> int:

@@ -36,7 +36,7 @@ CONFIG = FitConfig(
     memory_gb=0.001,
     autoencoder=SubspaceConfig(latent_dim=8),
     diffusion=DiffusionConfig(
-        width=32, num_blocks=1, max_steps=2000, eval_every_n_steps=50, patience=1000, distill_steps=4000
+        width=32, num_blocks=1, max_steps=2000, eval_every_n_steps=50, patience=1000, distill_steps=12000
     ),
 )
 # Blocks of 1560 columns: each pass then takes some seconds, and what passes is fetched twice.
