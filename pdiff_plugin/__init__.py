@@ -68,6 +68,8 @@ if _TYPE_CHECKING:
     from pdiff_plugin.recording.recorder import PDiffRecorder as PDiffRecorder
     from pdiff_plugin.snapshots.conditions import set_conditions as set_conditions
     from pdiff_plugin.snapshots.layout import Layout as Layout
+    from pdiff_plugin.snapshots.merge import MergeReport as MergeReport
+    from pdiff_plugin.snapshots.merge import merge_stores as merge_stores
     from pdiff_plugin.snapshots.store import SnapshotStore as SnapshotStore
 
 _HOME = {
@@ -88,6 +90,7 @@ _HOME = {
     "Layout": "snapshots.layout",
     "LightningLogger": "loggers",
     "Logger": "loggers",
+    "MergeReport": "snapshots.merge",
     "MlflowLogger": "loggers",
     "TensorBoardLogger": "loggers",
     "WandbLogger": "loggers",
@@ -113,6 +116,7 @@ _HOME = {
     "fit": "fitting.fit",
     "greedy_soup": "ensemble.soup",
     "import_checkpoints": "recording.checkpoints",
+    "merge_stores": "snapshots.merge",
     "recalibrate_batchnorm": "ensemble.batchnorm",
     "refine": "fitting.refine",
     "swap_": "modules.swap",
@@ -137,6 +141,8 @@ __all__ = [  # noqa: RUF022 (the order of the path: record, fit, sample, swap, j
     "Layout",
     "ConditionConfig",
     "set_conditions",
+    "merge_stores",
+    "MergeReport",
     "FitConfig",
     "SubspaceConfig",
     "ConvConfig",

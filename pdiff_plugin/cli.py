@@ -73,6 +73,7 @@ LogTo = Annotated[
 FitStore = Annotated[
     Path | None, arg(metavar="STORE", help="The snapshot store; the one the generator was fitted on unless given.")
 ]
+MoreStores = Positional[Annotated[tuple[str, ...], arg(metavar="[STORE ...]")]]
 TaskName = Annotated[
     str, arg(metavar="MODULE:FUNCTION", help="Returns a pdiff_plugin.Task; modules are also looked for in this folder.")
 ]
@@ -273,8 +274,35 @@ def import_(
     inspect(store, json=json)
 
 
+def merge(
+    store: Positional[Annotated[str, arg(metavar="STORE")]],
+    more_stores: MoreStores = (),
+    *,
+    out: str,
+    json: Json = False,
+) -> None:
+    """Put the runs of several snapshot stores into one, with their conditions.
+
+    Run again after an interruption, or when there are more runs, it adds what is missing. Nothing is copied where all
+    is on one disk, and the stores stay as they are.
+
+    Args:
+        store: A store, a pattern in quotes such as 'runs/*/pdiff-snapshots', or a URL such as s3://bucket/runs/a.
+        more_stores: More of these.
+        out: The store to add to, made if missing.
+    """
+    with console.progress() as on_progress:
+        report = pdiff.merge_stores([store, *more_stores], out, on_progress=on_progress)
+    if json:
+        describe.print_json(report.to_json())
+        return
+    describe.show_merge(report)
+    console.say(f"Next: pdiff inspect {out}   or   pdiff fit {out} --out FIT")
+
+
 def fit(
     store: Positional[Annotated[str, arg(metavar="STORE")]],
+    more_stores: MoreStores = (),
     *,
     out: str,
     preset: Literal["default", "paper"] = "default",
@@ -291,7 +319,9 @@ def fit(
     Run again after an interruption, it goes on where it was.
 
     Args:
-        store: The snapshot store; a URL such as s3://bucket/runs/a is read through Ray.
+        store: The snapshot store; a URL such as s3://bucket/runs/a is read through Ray. A pattern in quotes, such as
+            'runs/*/pdiff-snapshots', is all stores that it matches: they are merged in the run folder first.
+        more_stores: More stores or patterns, merged with the first.
         out: Run folder for generator.safetensors and fit.json; may be a URL too.
         preset: Settings that the other flags change: `paper` is the published configuration of p-diff.
         autoencoder: Which one, if not the preset's; with --help, `--autoencoder conv` shows the settings of that.
@@ -301,12 +331,13 @@ def fit(
     from pdiff_plugin.snapshots.remote import is_remote
 
     del preset, autoencoder  # they have chosen the settings that `config` started from, see _fit_from
+    stores = [store, *more_stores]
     with console.progress() as on_progress:
-        if _runs_on_ray(distributed) or is_remote(store) or is_remote(out):
+        if _runs_on_ray(distributed) or is_remote(out) or (is_remote(store) and not more_stores):
             from pdiff_plugin.cluster.fit import fit_distributed
 
             fitted = fit_distributed(
-                store,
+                stores,
                 config,
                 distributed,
                 out=out,
@@ -316,7 +347,7 @@ def fit(
                 cache_gb=cache_gb,
             )
         else:
-            fitted = pdiff.fit(store, config, out=out, fresh=fresh, on_progress=on_progress, loggers=log)
+            fitted = pdiff.fit(stores, config, out=out, fresh=fresh, on_progress=on_progress, loggers=log)
     document = describe.generator(out, fitted)
     if json:
         describe.print_json(document)
@@ -808,6 +839,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "condition": condition,
     "import": import_,
+    "merge": merge,
     "fit": fit,
     "tune": tune,
     "refine": refine,

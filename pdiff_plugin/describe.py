@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pdiff_plugin.evaluation.condition_result import ConditionEvaluation
     from pdiff_plugin.evaluation.result import Evaluation
     from pdiff_plugin.generator.generator import WeightGenerator
+    from pdiff_plugin.snapshots.merge import MergeReport
+
+_MAX_LINES = 10
 
 
 def print_json(document: Any) -> None:
@@ -119,6 +122,35 @@ def _show_summary(about: Sequence[dict[str, Any]], conditions: Sequence[dict[str
     names = axes_of(about)
     if len(names) in (1, 2):
         console.say(draw_text(conditions, names))
+
+
+def show_merge(report: MergeReport) -> None:
+    """Print what a merge did."""
+    console.say(
+        f"{report.path}: added {len(report.added)} trajectories with {report.num_snapshots} snapshots, from "
+        f"{report.num_stores} stores; {_size(report.linked_bytes)} linked and {_size(report.copied_bytes)} copied. "
+        f"{len(report.duplicates)} were there already."
+    )
+    for name, source in report.extended.items():
+        console.say(f"{source} has gone on: it replaces what was there of it, as {name}")
+    renamed = [(name, source) for name, source in report.added.items() if source.rpartition("/")[2] != name]
+    for name, source in renamed[:_MAX_LINES]:
+        console.say(f"{source} is {name} there")
+    _say_how_many_more(len(renamed))
+    for source, name in [*report.duplicates.items()][:_MAX_LINES]:
+        console.say(f"{source} is there already, as {name}")
+    _say_how_many_more(len(report.duplicates))
+    for sentence in report.left_out:
+        console.say(f"! {sentence}")
+
+
+def _say_how_many_more(num_lines: int) -> None:
+    if num_lines > _MAX_LINES:
+        console.say(f"... and {num_lines - _MAX_LINES} more, which --json lists")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
 
 
 def conditions(path: Path) -> dict[str, Any]:

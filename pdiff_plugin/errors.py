@@ -8,6 +8,7 @@ survives the pickle trip home from a worker process.
     │   └── DataError                                  what a user's loader or model gave
     ├── SelectionError            (ValueError)         `layers` picks nothing, or nothing that is trained
     ├── LayoutMismatchError       (ValueError)         tensors differ from those recorded
+    │   └── StoresDifferError                          stores of other tensors are to be merged
     ├── UnsupportedTensorError    (TypeError)          a tensor that cannot be recorded
     ├── StoreNotFoundError        (FileNotFoundError)  a path that is not a snapshot store
     ├── GeneratorNotFoundError    (FileNotFoundError)  a path without a generator file
@@ -20,6 +21,7 @@ survives the pickle trip home from a worker process.
     │   └── UnknownConditionError                      members for a condition that could not have been recorded
     ├── TrajectoryExistsError     (FileExistsError)    recording would add to somebody's finished run
     ├── TrajectoryInUseError      (RuntimeError)       another process records into the same trajectory
+    ├── UnmergeableStoreError     (ValueError)         a store that cannot be merged with others
     ├── UnusableSnapshotsError    (ValueError)         empty, too few, constant, or too many non-finite rows
     ├── FitExistsError            (FileExistsError)    the output folder holds another fit
     ├── MembersExistError         (FileExistsError)    the output folder holds members already
@@ -32,7 +34,7 @@ survives the pickle trip home from a worker process.
     ├── ClusterTooSmallError      (RuntimeError)       a cluster that can never run what was asked
     ├── BucketError               (OSError)            a bucket that refuses us, or does not answer
     ├── HubError                  (OSError)            the Hugging Face Hub refuses us, or does not answer
-    ├── FolderInUseError          (RuntimeError)       another process writes to a folder in a bucket
+    ├── FolderInUseError          (RuntimeError)       another process writes to a folder
     ├── StorageError              (OSError)            no room on a disk, or one that can only be read
     ├── StorageNotSharedError     (FileNotFoundError)  a path that a node of the cluster cannot see
     └── WorkersFailedError        (RuntimeError)       workers died or failed more often than allowed
@@ -71,10 +73,12 @@ __all__ = [
     "StorageError",
     "StorageNotSharedError",
     "StoreNotFoundError",
+    "StoresDifferError",
     "TrainingModeError",
     "TrajectoryExistsError",
     "TrajectoryInUseError",
     "UnknownConditionError",
+    "UnmergeableStoreError",
     "UnsupportedTensorError",
     "UnusableSnapshotsError",
     "WeightsNotKeptError",
@@ -160,6 +164,19 @@ class LayoutMismatchError(PDiffError, ValueError):
         return (
             f"tensor {self.name!r}: {self.where} recorded {self.expected}, found {self.found}. "
             "Build the model as in the recorded run, or record into a new store."
+        )
+
+
+@dataclass(eq=False)
+class StoresDifferError(LayoutMismatchError):
+    """Stores of other tensors are to be merged; the first difference is named."""
+
+    other: str = "the other"
+
+    def __str__(self) -> str:
+        return (
+            f"tensor {self.name!r}: {self.where} has {self.expected}, {self.other} has {self.found}. Stores can be "
+            "merged if they hold the same tensors: leave one of the two out."
         )
 
 
@@ -317,6 +334,18 @@ class TrajectoryInUseError(PDiffError, RuntimeError):
             f"{self.path} belongs to {self.writer}, which is recording into it. Two trainings must not write into one "
             "trajectory: stop one of them, or give this one another trajectory name (or none, for the next free one)."
         )
+
+
+@dataclass(eq=False)
+class UnmergeableStoreError(PDiffError, ValueError):
+    """A store cannot be merged with others."""
+
+    path: str
+    reason: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.path} cannot be merged: {self.reason}. {self.advice}."
 
 
 @dataclass(eq=False)
@@ -500,7 +529,7 @@ class HubError(PDiffError, OSError):
 
 @dataclass(eq=False)
 class FolderInUseError(PDiffError, RuntimeError):
-    """Another process writes to a folder in a bucket."""
+    """Another process writes to a folder: a fit in a bucket, or a store that others are merged into."""
 
     url: str
     owner: str

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from pdiff_plugin import FitConfig, PDiffRecorder, SnapshotStore, WeightGenerator, __version__, cli
+from pdiff_plugin import FitConfig, Layout, PDiffRecorder, SnapshotStore, WeightGenerator, __version__, cli
 from pdiff_plugin.cli import main
 from pdiff_plugin.config import ConvConfig, SubspaceConfig
 from pdiff_plugin.snapshots.conditions import set_condition
@@ -267,6 +268,87 @@ def test_a_sweep_that_cannot_be_imported_says_why(
     assert main(["import", *sweep_files, "--store", str(tmp_path / "store"), "--layers", "all", *flags]) == 1
     assert text in error_text(capsys)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Path:
+    """Stores of three runs, 20 snapshots each."""
+    layout = Layout.from_tensors({"norm.weight": torch.zeros(8, 5), "norm.bias": torch.zeros(8)})
+    for number in range(3):
+        writer = TrajectoryWriter(tmp_path / "grid" / f"seed-{number}" / "pdiff-snapshots", layout)
+        writer.write_chunk(torch.randn(20, 48, generator=torch.Generator().manual_seed(number)), range(1, 21))
+        writer.close()
+    return tmp_path / "grid"
+
+
+def test_merge_makes_one_store_of_many_and_says_what_it_did(
+    grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "merged"
+    assert main(["merge", f"{grid}/*/pdiff-snapshots", "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    assert f"{out}: added 3 trajectories with 60 snapshots, from 3 stores; 0.0 MB linked and 0.0 MB copied." in told.out
+    assert f"{grid}/seed-1/pdiff-snapshots/trajectories/run-001 is seed-1-run-001 there" in told.out
+    assert f"Next: pdiff inspect {out}   or   pdiff fit {out} --out FIT" in told.out
+    assert "merge stores: 3/3" in told.err
+
+    stores = [str(path) for path in sorted(grid.glob("*/*"))]  # as a shell writes a pattern out
+    assert main(["merge", *stores, "--out", str(out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["added"] == {}
+    assert list(document["duplicates"].values()) == ["run-001", "seed-1-run-001", "seed-2-run-001"]
+    assert main(["merge", stores[0], "--out", str(out)]) == 0
+    assert f"{stores[0]}/trajectories/run-001 is there already, as run-001" in capsys.readouterr().out
+
+
+def test_merge_tells_what_was_left_out_and_of_many_lines_how_many(
+    grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(12):
+        shutil.copytree(grid / "seed-0", grid / f"copy-{number}")
+    (grid / "seed-1/pdiff-snapshots/trajectories/empty").mkdir()
+    assert main(["merge", f"{grid}/*/*", "--out", str(tmp_path / "merged")]) == 0
+    told = capsys.readouterr().out
+    assert told.count("is there already, as run-001") == 10
+    assert "... and 2 more, which --json lists" in told
+    assert f"! {grid}/seed-1/pdiff-snapshots/trajectories/empty holds no snapshots" in told
+
+
+def test_merge_of_something_else_says_what_was_expected(
+    grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["merge", str(grid), "--out", str(tmp_path / "merged")]) == 1
+    assert "it holds 3 further down, which '" in error_text(capsys)
+    assert main(["merge", f"{grid}/*/*", "--out", "s3://bucket/merged"]) == 1
+    assert "out = 's3://bucket/merged': it must be a folder on disk" in error_text(capsys)
+    with pytest.raises(SystemExit) as caught:
+        main(["merge", "--out", str(tmp_path / "merged")])
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("is_pattern", [True, False])
+def test_several_stores_are_fitted_judged_and_fitted_again_as_one(
+    grid: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    is_pattern: bool,
+) -> None:
+    stores = [f"{grid}/*/pdiff-snapshots"] if is_pattern else [str(path) for path in sorted(grid.glob("*/*"))]
+    command = ["fit", *stores, "--out", str(tmp_path / "fit"), *QUICK]
+    assert main(command) == 0
+    (tmp_path / "my_grid_task.py").write_text(TASK.replace("CLASS", "0"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "fit", "--task", "my_grid_task:task", "--num-members", "4"]) == 0
+    capsys.readouterr()
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trajectories"] == ["run-001", "seed-1-run-001", "seed-2-run-001"]
+    assert main(["inspect", str(tmp_path / "fit" / "merged-store")]) == 0
+
+    shutil.rmtree(grid / "seed-1")
+    remaining = stores if is_pattern else [stores[0], stores[2]]
+    assert main(["fit", *remaining, "--out", str(tmp_path / "fit"), *QUICK]) == 1
+    assert "holds another fit (other snapshots)" in error_text(capsys)
 
 
 def test_fit_prints_what_it_measured_as_json(

@@ -138,7 +138,7 @@ def test_a_demo_that_cannot_record_says_why(tmp_path: Path, fail, capsys) -> Non
     fail(errno.ENOSPC, "chunk-000001.safetensors")
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 1
     panel = capsys.readouterr().err.rpartition("StorageError")[2]
-    assert "the disk is full" in " ".join(panel.split())
+    assert "the disk is full" in " ".join(panel.replace("│", " ").split())
     assert not (tmp_path / "demo" / "store").exists()
 
 

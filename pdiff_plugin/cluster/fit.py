@@ -36,6 +36,7 @@ from pdiff_plugin.errors import ConfigError, PDiffError, WorkersFailedError
 from pdiff_plugin.fitting.fit import TRAFFIC
 from pdiff_plugin.fitting.folder import FitFolder, local_folder
 from pdiff_plugin.fitting.ranks import check_cache, check_num_ranks, fit_on_ranks, opened_store, whole_path
+from pdiff_plugin.fitting.several import Stores, one_store
 from pdiff_plugin.fitting.statistics_stage import part_to_fit
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.loggers import Log, Loggers, logged
@@ -66,7 +67,7 @@ _TRAIN_SETTINGS = {
 
 
 def fit_distributed(
-    store: SnapshotStore | str | os.PathLike[str],
+    store: Stores,
     config: FitConfig | None = None,
     distributed: DistributedConfig | None = None,
     *,
@@ -79,7 +80,8 @@ def fit_distributed(
     """As :func:`pdiff_plugin.fit`, on the workers of a Ray cluster; the result is the same up to rounding.
 
     Args:
-        store: a snapshot store, its folder on storage that every node sees, or the URL of one in a bucket.
+        store: a snapshot store, its folder on storage that every node sees, or the URL of one in a bucket; or several
+            folders, as in one process.
         config: settings of the fit.
         distributed: where it runs.
         out: run folder on storage that every node sees, or the URL of one in a bucket.
@@ -98,6 +100,7 @@ def fit_distributed(
     """
     config, distributed = config or FitConfig(), distributed or DistributedConfig()
     check_num_ranks(distributed.num_workers, config)
+    store = one_store(store, out, fresh=fresh, on_progress=on_progress)
     job = _Job(whole_path(store.path if isinstance(store, SnapshotStore) else store), whole_path(out), config, cache_gb)
     with ExitStack() as stack:
         # Of a store in a bucket the driver needs all but the rows.

@@ -26,6 +26,7 @@ from pdiff_plugin.fitting.distill_stage import distill
 from pdiff_plugin.fitting.folder import FitFolder
 from pdiff_plugin.fitting.measures import FAR_APART, measure_generator, movement_report, suggest_alignment
 from pdiff_plugin.fitting.runtime import Runtime
+from pdiff_plugin.fitting.several import Stores, one_store
 from pdiff_plugin.fitting.statistics_stage import measure_store, nonfinite_names, part_to_fit, variables_of
 from pdiff_plugin.fitting.subspace_stage import fit_subspace
 from pdiff_plugin.generator.autoencoder import Encoded
@@ -74,7 +75,7 @@ def autoencoder_stage(config: FitConfig) -> AutoencoderStage:
 
 
 def fit(
-    store: SnapshotStore | str | os.PathLike[str],
+    store: Stores,
     config: FitConfig | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
@@ -87,7 +88,8 @@ def fit(
     The same call goes on where an interrupted one stopped, and returns at once when it had finished.
 
     Args:
-        store: a snapshot store or its folder.
+        store: a snapshot store or its folder; or a list of folders, or a pattern such as ``runs/*/pdiff-snapshots``,
+            whose stores are merged in ``out`` first, see :func:`pdiff_plugin.merge_stores`.
         config: settings; the defaults unless given.
         out: run folder, made if missing; without it nothing is written.
         fresh: start anew, replacing the fit in ``out``.
@@ -100,6 +102,7 @@ def fit(
         FitExistsError: ``out`` holds a fit of other settings or other snapshots.
     """
     config = config or FitConfig()
+    store = one_store(store, out, fresh=fresh, on_progress=on_progress)
     store = store if isinstance(store, SnapshotStore) else SnapshotStore.open(store)
     store = part_to_fit(store, config)
     folder = FitFolder.open(store, config, Path(out) if out is not None else None, fresh=fresh)

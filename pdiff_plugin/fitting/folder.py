@@ -22,7 +22,7 @@ from pdiff_plugin.snapshots.store import SnapshotStore
 
 FORMAT = "pdiff-fit"
 FORMAT_VERSION = 1
-_JSON_NAME = "fit.json"
+JSON_NAME = "fit.json"
 _DIGITS = 6  # of the figures in the history
 
 
@@ -59,8 +59,8 @@ class FitFolder:
         opened = cls(path, mine)
         if path is None:
             return opened
-        if (path / _JSON_NAME).exists() and not fresh:
-            found, settings = _read(path / _JSON_NAME)
+        if (path / JSON_NAME).exists() and not fresh:
+            found, settings = _read(path / JSON_NAME)
             if settings != config:
                 raise FitExistsError(str(path), "other settings")
             # Fits of old, and those that began on a store in a bucket, do not have it.
@@ -69,7 +69,7 @@ class FitFolder:
                 raise FitExistsError(str(path), "other snapshots")
             opened.document = found | {"fingerprint": known}
         elif fresh:
-            for stale in (path / _JSON_NAME, path / FILE_NAME, *path.glob(f"*{CHECKPOINT_SUFFIX}")):
+            for stale in (path / JSON_NAME, path / FILE_NAME, *path.glob(f"*{CHECKPOINT_SUFFIX}")):
                 stale.unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
         if not opened.is_finished:  # which may be on a disk that can only be read
@@ -126,7 +126,7 @@ class FitFolder:
 
     def write(self) -> None:
         if self.path is not None:
-            write_json(self.path / _JSON_NAME, self.document)
+            write_json(self.path / JSON_NAME, self.document)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], FitConfig]:
@@ -153,13 +153,13 @@ def local_folder(out: str) -> AbstractContextManager[Path]:
     """The run folder ``out``; of one in a bucket, a copy whose changes are put back."""
     if not is_remote(out):
         return nullcontext(Path(out))
-    return mirrored(out, last=_JSON_NAME, always=(_JSON_NAME, FILE_NAME), is_final=_is_finished)
+    return mirrored(out, last=JSON_NAME, always=(JSON_NAME, FILE_NAME), is_final=_is_finished)
 
 
 def _is_finished(path: Path) -> bool:
     """Whether a folder holds a finished fit; what cannot be read is for whoever opens it."""
     try:
-        status = read_json(path / _JSON_NAME, FORMAT, FORMAT_VERSION).get("status")
+        status = read_json(path / JSON_NAME, FORMAT, FORMAT_VERSION).get("status")
     except (FileNotFoundError, FormatError, FormatVersionError):
         return False
     return status == "finished" and (path / FILE_NAME).is_file()

@@ -95,6 +95,20 @@ def holder(folder: Path) -> str | None:
     return None
 
 
+def recorder_of(folder: Path) -> str | None:
+    """Who seems to write into a trajectory at present; found out without waiting, and without writing there.
+
+    Of those on other machines it is whoever has touched the file within a minute, by the clock of this one.
+    """
+    for path in _files(folder):
+        process = _process(path)
+        ended = process.has_ended() if process is not None else None
+        with suppress(FileNotFoundError):  # it was given back meanwhile
+            if ended is False or (ended is None and time.time() - path.stat().st_mtime < STALE_S):
+                return str(process or "another process")
+    return None
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(folder / name for name in os.listdir(folder) if _NAME.fullmatch(name)) if folder.is_dir() else []
 

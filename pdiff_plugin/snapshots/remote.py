@@ -12,7 +12,7 @@ import logging
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pdiff_plugin.errors import BucketError, FolderInUseError, PDiffError, StoreNotFoundError
+from pdiff_plugin.snapshots.base import BASE_NAME
 from pdiff_plugin.snapshots.bucket_owner import OWNER_NAME, BucketOwner
 from pdiff_plugin.snapshots.conditions import FILE_NAME as CONDITION_NAME
 from pdiff_plugin.snapshots.files import TEMP_MARK, storage_error
@@ -33,7 +34,10 @@ _PUSH_EVERY_S = 2.0
 _LAST_TRIES = 5  # 30 s in all
 # Of a chunk file, read before its header says how long that is; that of one snapshot has some hundred bytes.
 _HEAD_BYTES = 4096
+_MAX_HEAD_BYTES = 100 << 20  # more, safetensors does not read
 _HEADS_AT_ONCE = 1024
+# Names under which file systems of fsspec tell whether an object is the same still.
+_VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 
 
 def is_remote(path: object) -> bool:
@@ -81,24 +85,20 @@ class RangeReader:
         def ask() -> None:
             left = [number for number in range(len(ranges)) if number not in found]
             paths, starts, stops = (list(part) for part in zip(*(ranges[number] for number in left), strict=True))
+            pieces = self.fs.cat_ranges(paths, starts, stops, on_error="return")
             failures: list[Exception] = []
-            for number, path, size, piece in zip(
-                left,
-                paths,
-                (stop - start for start, stop in zip(starts, stops, strict=True)),
-                self.fs.cat_ranges(paths, starts, stops, on_error="return"),
-                strict=True,
-            ):
+            for number, piece in zip(left, pieces, strict=True):
+                path, start, stop = ranges[number]
                 if isinstance(piece, FileNotFoundError):
                     raise BucketError(self.url, f"{path} is gone since the store was opened") from piece
                 if isinstance(piece, Exception):
                     failures.append(piece)
-                elif len(piece) != size:
-                    failures.append(OSError(f"{len(piece)} bytes of {path} where {size} were asked for"))
+                elif len(piece) != stop - start:
+                    failures.append(OSError(f"{len(piece)} bytes of {path} where {stop - start} were asked for"))
                 else:
                     found[number] = piece
                     with self._lock:
-                        self._num_bytes += size
+                        self._num_bytes += len(piece)
             if failures:
                 raise failures[0]
 
@@ -146,6 +146,63 @@ def copy_without_rows(reader: RangeReader, folder: Path) -> tuple[dict[Path, Rem
     return rows, sum(sizes.values())
 
 
+def copy_whole_store(url: str, folder: Path, trajectories: Collection[str]) -> Path:
+    """Copy some trajectories of a store, with the whole model of each; what ranks wrote is left out.
+
+    Raises:
+        StoreNotFoundError: there is none.
+        BucketError: the bucket refuses us, or does not answer.
+    """
+    with _asking(url, folder):
+        fs, root = _open(url)
+        _copy_documents(fs, root, url, folder)
+        for remote in _files_of_trajectories(fs, root):
+            if PurePosixPath(remote).parent.name in trajectories:
+                fs.get_file(remote, str(_local_path(remote, root, folder)))
+    return folder
+
+
+def list_trajectories(url: str) -> dict[str, dict[str, str]]:
+    """What a store in a bucket holds: trajectory -> name of a file -> a text that changes when the file does.
+
+    Raises:
+        BucketError: the bucket refuses us, or does not answer.
+    """
+    found: dict[str, dict[str, str]] = {}
+    with _asking(url, Path()):
+        fs, root = _open(url)
+        for remote, about in _files_of_trajectories(fs, root).items():
+            path = PurePosixPath(remote)
+            # Each service has its own name for it. Where it has none, nothing is ever the same: no time comes twice.
+            version = next((about[name] for name in _VERSIONS if about.get(name)), time.time_ns())
+            found.setdefault(path.parent.name, {})[path.name] = f"{about.get('size')} {version}"
+    return found
+
+
+def _files_of_trajectories(fs: Any, root: str) -> dict[str, dict[str, Any]]:
+    """Path -> what the bucket tells of it."""
+    names = ("chunk-*.safetensors", "sparse-*.safetensors", BASE_NAME, CONDITION_NAME)
+    found = [fs.glob(f"{root}/trajectories/*/{name}", detail=True) for name in names]
+    return {str(path): about for part in found for path, about in part.items()}
+
+
+def find_stores_in_bucket(url: str) -> list[str]:
+    """The URL of a store itself, or those of the stores that it matches as a pattern, by their names.
+
+    Raises:
+        StoreNotFoundError: it matches none.
+        BucketError: the bucket refuses us, or does not answer.
+    """
+    if "*" not in url:  # of other characters in a pattern there are some in URLs
+        return [url]
+    with _asking(url, Path()):
+        fs, root = _open(url)
+        layouts = [str(path) for path in fs.glob(f"{root}/{LAYOUT_NAME}")]
+        if not layouts:
+            raise StoreNotFoundError(url, "the pattern matches no store")
+        return [fs.unstrip_protocol(path.removesuffix(f"/{LAYOUT_NAME}")) for path in sorted(layouts)]
+
+
 def _copy_documents(fs: Any, root: str, url: str, folder: Path) -> None:
     """Copy all but the chunks and the whole models."""
     layouts = [name for name in (LAYOUT_NAME, f"shards/*/{LAYOUT_NAME}") for name in fs.glob(f"{root}/{name}")]
@@ -168,7 +225,8 @@ def _copy_heads(reader: RangeReader, sizes: Mapping[str, int], folder: Path) -> 
     heads = _read_heads(reader, {path: min(size, _HEAD_BYTES) for path, size in sizes.items()})
     # https://github.com/huggingface/safetensors#format: a length, a JSON header, and the tensors, row by row.
     lengths = {path: 8 + int.from_bytes(head[:8], "little") for path, head in heads.items()}
-    longer = {path: length for path, length in lengths.items() if len(heads[path]) < length <= sizes[path]}
+    most = {path: min(size, _MAX_HEAD_BYTES) for path, size in sizes.items()}
+    longer = {path: length for path, length in lengths.items() if len(heads[path]) < length <= most[path]}
     heads |= _read_heads(reader, longer)
     origins: dict[str, int] = {}
     steps: dict[str, tuple[int, int]] = {}
@@ -177,7 +235,7 @@ def _copy_heads(reader: RangeReader, sizes: Mapping[str, int], folder: Path) -> 
             header, start = json.loads(head[8 : lengths[path]]), lengths[path]
             first, last = (start + int(offset) for offset in header["steps"]["data_offsets"])
             origin = start + int(header["rows"]["data_offsets"][0])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # damaged: whoever opens the copy says so
         if start <= first < last <= sizes[path]:
             origins[path], steps[path] = origin, (first, last)

@@ -68,7 +68,7 @@ class TrajectoryWriter:
     ) -> None:
         self.path = Path(path)
         self.layout = layout
-        self.row_dtype = _create_layout(self.path, layout, row_dtype)
+        self.row_dtype = create_layout(self.path, layout, row_dtype)
         self.trajectory, self.folder = _claim_trajectory(self.path, trajectory)
         self._ownership = Ownership(self.folder)
         try:
@@ -212,7 +212,12 @@ class TrajectoryWriter:
         chunks[:] = kept
 
 
-def _create_layout(path: Path, layout: Layout, row_dtype: torch.dtype) -> torch.dtype:
+def create_layout(path: Path, layout: Layout, row_dtype: torch.dtype) -> torch.dtype:
+    """Begin a store, unless it is there: the dtype of its rows.
+
+    Raises:
+        LayoutMismatchError: it is, and holds other tensors.
+    """
     path.mkdir(parents=True, exist_ok=True)
     target = path / LAYOUT_NAME
     document = {

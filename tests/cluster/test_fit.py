@@ -81,6 +81,20 @@ def test_one_worker_fits_exactly_what_one_process_fits(local_ray, make_store, tm
 
 
 @pytest.mark.slow
+def test_workers_read_the_store_that_several_were_merged_into(local_ray, make_store, tmp_path):
+    for number in range(2):
+        make_store(trajectories=number + 1, name=f"runs/{number}")
+    alone = fit([tmp_path / "runs" / "*"], QUICK, out=tmp_path / "alone")
+
+    out = tmp_path / "together"
+    together = fit_distributed([str(tmp_path / "runs" / "*")], QUICK, DistributedConfig(num_workers=2), out=out)
+
+    assert together.trajectories == alone.trajectories
+    assert relative_distance(alone, together) < 1e-3
+    assert together.provenance["store"] == str(out / "merged-store")
+
+
+@pytest.mark.slow
 def test_a_fit_reads_its_store_from_a_bucket_and_writes_into_one(local_ray, make_store, tmp_path):
     store = make_store()
     bucket = f"file://{tmp_path}"  # goes through fsspec like any other, and workers see it

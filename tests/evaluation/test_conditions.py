@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,7 @@ def test_a_generator_that_alone_knows_the_truth_is_worth_it(tmp_path: Path) -> N
     found = judged(tmp_path, wavy, wavy)
     assert outcome_of(found) == "worth it"
     assert found.sentence.startswith("Worth it: at 8 conditions that were never fitted, generated members are better")
-    assert "Training there is not told apart" in found.sentence
+    assert re.search("Training there (is not told apart|gives no more)", found.sentence)
 
 
 def test_a_row_of_the_user_that_is_as_good_is_named(tmp_path: Path) -> None:

@@ -297,7 +297,7 @@ def test_figures_of_the_snapshots_are_those_of_other_libraries(judged: Judged) -
         outputs = [model(x) for model in members_of(judged)]
     if judged.problem.kind == "regression":
         mean = torch.stack(outputs).mean(0)[:, 0]
-        assert found["ensemble_r2"] == pytest.approx(r2_score(y, mean), abs=1e-6)
+        assert found["ensemble_r2"] == pytest.approx(r2_score(y.numpy(), mean.numpy()), abs=1e-6)
         assert found["ensemble_mse"] == pytest.approx(mean_squared_error(y, mean), abs=1e-6)
     elif judged.problem.kind == "gaussian-regression":
         mean, variance = (torch.stack(parts) for parts in zip(*outputs, strict=True))

@@ -127,9 +127,9 @@ def test_regression_against_scikit_learn(columns: int) -> None:
     scores = scores_of(kind, outputs, y[:, 0] if columns == 1 else y)
     mean = outputs.mean(0)
 
-    r2 = sklearn_metrics.r2_score(y, mean, multioutput="variance_weighted")
+    r2 = sklearn_metrics.r2_score(y.numpy(), mean.numpy(), multioutput="variance_weighted")
     assert figure(kind, scores, "ensemble_r2") == pytest.approx(r2, abs=1e-9)
-    members = [sklearn_metrics.r2_score(y, out, multioutput="variance_weighted") for out in outputs]
+    members = [sklearn_metrics.r2_score(y.numpy(), out.numpy(), multioutput="variance_weighted") for out in outputs]
     assert figure(kind, scores, "r2_mean") == pytest.approx(np.mean(members), abs=1e-9)
     assert figure(kind, scores, "r2_worst") == pytest.approx(min(members), abs=1e-9)
     assert figure(kind, scores, "ensemble_mse") == pytest.approx(sklearn_metrics.mean_squared_error(y, mean))
@@ -159,7 +159,7 @@ def test_a_gaussian_mixture_against_scipy() -> None:
     inside = np.abs(norm.cdf(truth, mean, std).mean(0) - 0.5) <= 0.45
     assert figure(kind, scores, "ensemble_coverage") == pytest.approx(inside.mean())
     assert figure(kind, scores, "ensemble_r2") == pytest.approx(
-        sklearn_metrics.r2_score(y, mean.mean(0), multioutput="variance_weighted")
+        sklearn_metrics.r2_score(y.numpy(), np.asarray(mean.mean(0)), multioutput="variance_weighted")
     )
     variance = (std**2).mean(0) + mean.var(0)
     np.testing.assert_allclose(scores.uncertainty, variance.mean(1), rtol=1e-9)

@@ -30,7 +30,7 @@ def test_it_ends_where_an_optimiser_does(factor: float) -> None:
     )
     losses, confidence = scores_at(member_log_probs(logits), targets)
     half = half_mask(len(targets), 0)
-    assert float(scaled(losses, losses, half).mean()) == pytest.approx(best.fun, rel=2e-3)
+    assert float(scaled(losses, losses, half).mean()) == pytest.approx(best.fun, rel=5e-3)
     assert float(TEMPERATURES[chosen(losses, half)].mean()) == pytest.approx(best.x, rel=0.1)
     # Calibrated: as often right as it says.
     is_right = (logits.argmax(dim=1) == targets).double().mean()

@@ -27,8 +27,10 @@ from pdiff_plugin.fitting.fit import fit
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.recording.recorder import PDiffRecorder
 from pdiff_plugin.snapshots.base import write_base
+from pdiff_plugin.snapshots.chunks import PlannedWindow
 from pdiff_plugin.snapshots.conditions import read_condition_lines, set_condition
 from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.origin import Origin, write_origin
 from pdiff_plugin.snapshots.store import SnapshotStore
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
@@ -114,6 +116,15 @@ def _make_stores(sandbox: Path) -> None:
     _write_run(sandbox / "store", "run-002", 6, shift=1)
     for name in ("run-001", "run-002"):
         set_condition(sandbox / "store", name, {"lr": 0.1, "style": "ink", "on": True, "many": [1.0, 2.0]})
+
+    layout = SnapshotStore.open(sandbox / "store").layout
+    writer = TrajectoryWriter(sandbox / "short", layout, trajectory="run-001")
+    for number in range(2):
+        steps = range(10 * number + 1, 10 * number + 5)
+        rows = torch.randn(4, layout.num_values).cumsum(0).abs()
+        writer.write_chunk(rows, steps, window=PlannedWindow(50, 100, 12))
+    pdiff.merge_stores([sandbox / "store"], sandbox / "merged")
+    write_origin(sandbox / "merged" / "trajectories" / "run-001", Origin.of("s3://bucket/a", {"base.safetensors": "4"}))
 
 
 def _write_run(store: Path, name: str | None, num: int, shift: float = 0.0) -> str:
@@ -223,19 +234,28 @@ def read_store(folder: Path, _: Path) -> None:
 
 def resume(folder: Path, out: Path) -> None:
     """A training that goes on in the store."""
+    _go_on_training(folder, out, step=12)
+
+
+def resume_short(folder: Path, out: Path) -> None:
+    """One that goes on before its window."""
+    _go_on_training(folder, out, step=4)
+
+
+def _go_on_training(folder: Path, out: Path, step: int) -> None:
     shutil.copytree(folder, out / "store", symlinks=True, copy_function=_copy)
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recorder = PDiffRecorder(out / "store", layers="all", last_steps=20)
-    recorder.load_state_dict({"step": 12, "trajectory": "run-001", "store": str(out / "store")})
-    with recorder.attach(model, optimizer, total_steps=20):
+    recorder.load_state_dict({"step": step, "trajectory": "run-001", "store": str(out / "store")})
+    with recorder.attach(model, optimizer, total_steps=step + 8):
         for _ in range(2):
             model(torch.randn(4, 8)).sum().backward()
             optimizer.step()
     if recorder.error is not None:
         raise recorder.error
     last = SnapshotStore.open(out / "store")
-    assert set(last.steps[last.trajectory_index == 0].tolist()) >= {13, 14}, "the run did not go on"
+    assert set(last.steps[last.trajectory_index == 0].tolist()) >= {step + 1, step + 2}, "the run did not go on"
 
 
 def _copy(source: str, target: str) -> str:
@@ -244,6 +264,17 @@ def _copy(source: str, target: str) -> str:
         return str(shutil.copy2(source, target))
     Path(target).symlink_to(source)
     return target
+
+
+def merge_into_another(folder: Path, out: Path) -> None:
+    pdiff.merge_stores([folder, folder.parent / "merged"], out / "result")
+    _look(SnapshotStore.open(out / "result"))
+
+
+def merge_others_into(folder: Path, out: Path) -> None:
+    shutil.copytree(folder, out / "merged", symlinks=True, copy_function=_copy)
+    pdiff.merge_stores([folder.parent / "store"], out / "merged")
+    _look(SnapshotStore.open(out / "merged"))
 
 
 def read_generator(folder: Path, _: Path) -> None:
@@ -357,6 +388,14 @@ TARGETS = [
     Target("chunk, resumed", "store/trajectories/run-001/chunk-000002.safetensors", resume, 2),
     Target("base, resumed", "store/trajectories/run-001/base.safetensors", resume, 1),
     Target("condition, resumed", "store/trajectories/run-001/condition.json", resume, 1),
+    Target("sparse chunk", "short/trajectories/run-001/sparse-000002.safetensors", read_store, 3),
+    Target("sparse chunk, resumed", "short/trajectories/run-001/sparse-000001.safetensors", resume_short, 1),
+    Target("layout, merged", "store/layout.json", merge_into_another, 1),
+    Target("chunk, merged", "store/trajectories/run-001/chunk-000002.safetensors", merge_into_another, 2),
+    Target("sparse chunk, merged", "short/trajectories/run-001/sparse-000002.safetensors", merge_into_another, 1),
+    Target("base, merged", "store/trajectories/run-001/base.safetensors", merge_into_another, 1),
+    Target("condition, merged", "merged/trajectories/run-001/condition.json", merge_others_into, 1),
+    Target("origin", "merged/trajectories/run-001/origin.json", merge_others_into, 1),
     Target("layout of a rank", f"store-v1-sharded/{RANK}/layout.json", read_store, 1),
     Target("shapes of shards", f"store-v1-sharded/{RANK}/shard.json", read_store, 2),
     Target("chunk of a rank", f"store-v1-sharded/{RANK}/trajectories/run-001/chunk-000001.safetensors", read_store, 2),

@@ -102,7 +102,9 @@ class Guard:
         written = args[1] if event in ("os.link", "os.symlink", "os.rename") else args[0]
         if (is_written or event in WRITES) and isinstance(written, str | bytes | os.PathLike):
             # Not through the last step: what is there may be a link, which is made or removed itself.
-            folder, name = os.path.split(os.path.abspath(os.fsdecode(written)))
+            inside = args[1] if event in ("os.remove", "os.rmdir") else -1  # an open folder that the name is in
+            start = os.readlink(f"/proc/self/fd/{inside}") if inside >= 0 else os.getcwd()
+            folder, name = os.path.split(os.path.abspath(os.path.join(start, os.fsdecode(written))))
             place = os.path.realpath(written) if is_written else os.path.join(os.path.realpath(folder), name)
             if place != os.devnull and not Path(place).is_relative_to(self.allowed):
                 self.found.append(f"{event} {place}")

@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from pdiff_plugin import DiffusionConfig, FitConfig, WeightGenerator, fit
+from pdiff_plugin import DiffusionConfig, FitConfig, WeightGenerator, fit, merge_stores
 from pdiff_plugin.errors import BucketError, FolderInUseError, StoreNotFoundError
 from pdiff_plugin.snapshots import bucket_owner, remote
 from pdiff_plugin.snapshots.bucket_store import BucketStore, opened_in_bucket
 from pdiff_plugin.snapshots.remote import mirrored
 from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 s3fs = pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
@@ -164,6 +165,66 @@ def test_a_service_that_stays_away_and_an_object_that_goes_are_told(
         files().rm(f"{bucket}/store/trajectories", recursive=True)
         with pytest.raises(BucketError, match=r"chunk-000001\.safetensors is gone since the store was opened"):
             store.rows(0, 24)
+
+
+def test_stores_in_a_bucket_are_merged_and_a_service_that_fails_leaves_whole_trajectories_alone(
+    bucket: str, service: Service, walk_store: Path, tmp_path: Path
+) -> None:
+    for number in range(3):
+        files().put(str(walk_store), f"{bucket}/runs/lr-{number}", recursive=True)
+    chunk = next(walk_store.rglob("chunk-*"))
+    data = bytearray(chunk.read_bytes())
+    for number in range(1, 3):
+        data[-4:] = bytes([0, 0, 128, 62 + number])  # the last value of the last row
+        files().pipe(f"{bucket}/runs/lr-{number}/{chunk.relative_to(walk_store)}", bytes(data))
+    denied = error("403 Forbidden", "AccessDenied")
+    service.fault = lambda environ, start: denied(environ, start) if "lr-1/traj" in environ["PATH_INFO"] else None
+    out = tmp_path / "merged"
+
+    with pytest.raises(BucketError, match=f"{bucket}/runs/lr-1: "):
+        merge_stores([f"{bucket}/runs/*"], out)
+    assert SnapshotStore.open(out).trajectories == ["run-001"]
+    assert sorted(path.name for path in out.iterdir()) == ["layout.json", "trajectories"]
+
+    service.fault = None
+    report = merge_stores([f"{bucket}/runs/*"], out)
+    assert list(report.added) == ["lr-1-run-001", "lr-2-run-001"]
+    assert list(report.duplicates) == [f"{bucket}/runs/lr-0/trajectories/run-001"]
+    last = SnapshotStore.open(out).rows(47, 48)[[59, 119, 179], 0]
+    assert last[0] != last[1] != last[2]
+
+
+def test_what_was_merged_from_a_bucket_is_not_read_again_until_it_changes(
+    bucket: str, service: Service, walk_store: Path, tmp_path: Path
+) -> None:
+    files().put(str(walk_store), f"{bucket}/runs/a", recursive=True)
+    out, origin = tmp_path / "merged", tmp_path / "merged" / "trajectories" / "run-001" / "origin.json"
+
+    def merged() -> list[str]:
+        """What is read of chunks, in a merge that finds all of them there."""
+        service.requests.clear()
+        report = merge_stores([f"{bucket}/runs/*"], out)
+        assert (list(report.duplicates.values()), report.left_out) == (["run-001"], [])
+        return [path for method, path in service.requests if method == "GET" and "chunk-" in path]
+
+    assert list(merge_stores([f"{bucket}/runs/*"], out).added) == ["run-001"]
+    assert merged() == []
+    for damage in (
+        "{",
+        "{}",
+        '{"format": "pdiff-origin", "format_version": 99}',
+        origin.read_text().replace("s3:", "s4:"),
+    ):
+        origin.write_text(damage)
+        assert len(merged()) == 1
+
+    writer = TrajectoryWriter(walk_store, SnapshotStore.open(walk_store).layout, trajectory="run-001", resume_step=60)
+    writer.write_chunk(torch.ones(1, 48), [61])
+    writer.close()
+    files().put(f"{walk_store}/", f"{bucket}/runs/a", recursive=True)
+    assert list(merge_stores([f"{bucket}/runs/*"], out).extended) == ["run-001"]
+    assert len(SnapshotStore.open(out)) == 61
+    assert merged() == []
 
 
 def test_what_is_written_arrives_and_the_folder_is_left(bucket: str) -> None:
