@@ -8,6 +8,7 @@ fit_on_ranks("runs/cifar", out="fits/cifar")
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -82,7 +83,7 @@ def fit_on_ranks(
         opened = stack.enter_context(opened_store(source, share, config, cache_gb))
         opened = part_to_fit(opened, config)
         if is_remote(source):
-            check_cache(opened, config, cache_gb)
+            check_cache(opened, config, cache_gb, shutil.disk_usage(disk_folder()).free / 1e9)
         folder = runtime.on_rank_0(lambda: FitFolder.open(opened, config, runtime.folder, fresh=fresh, source=source))
         if runtime.on_rank_0(lambda: folder.is_finished):
             return WeightGenerator.load(runtime.folder) if runtime.rank == 0 else None
@@ -151,25 +152,27 @@ def _reads_all(config: FitConfig) -> bool:
     return autoencoder_stage(config).reads_whole_rows or config.align != "none"
 
 
-def check_cache(store: SnapshotStore, config: FitConfig, cache_gb: float) -> None:
+def check_cache(store: SnapshotStore, config: FitConfig, cache_gb: float, room_gb: float = math.inf) -> None:
     """Refuse a fit that would fetch a store in a bucket many times over, because the cache cannot hold it.
+
+    Args:
+        store: in a bucket.
+        config: of the fit.
+        cache_gb: bound on the cache of each rank.
+        room_gb: on the disk that it is on, where that is known.
 
     Raises:
         ConfigError: ``cache_gb`` is too small, or the disk.
     """
     if not cache_gb > 0:
         raise ConfigError("cache_gb", cache_gb, "must be above 0")
-    if not _reads_all(config):
-        return
     needed = len(store) * store.layout.num_values * store.row_dtype.itemsize / 1e9
-    free = shutil.disk_usage(disk_folder()).free / 1e9
-    if needed > min(cache_gb, free):
-        kind = f"align={config.align}" if config.align != "none" else f"the {config.autoencoder.kind} autoencoder"
-        expected = (
-            f"must be at least {needed:.3g} for {kind}, which reads the whole store again and again, and so must the "
-            f"room in {disk_folder()} ({free:.3g} GB). Or copy the store to a disk that every node sees"
-        )
-        raise ConfigError("cache_gb", cache_gb, expected)
+    if not _reads_all(config) or needed <= min(cache_gb, room_gb):
+        return
+    kind = f"align={config.align}" if config.align != "none" else f"the {config.autoencoder.kind} autoencoder"
+    room = "" if needed <= room_gb else f", and so must the room in {disk_folder()} ({room_gb:.3g} GB)"
+    expected = f"must be at least {needed:.3g} for {kind}, which reads the whole store again and again{room}"
+    raise ConfigError("cache_gb", cache_gb, f"{expected}. Or copy the store to a disk that every node sees")
 
 
 def check_num_ranks(num_ranks: int, config: FitConfig) -> None:

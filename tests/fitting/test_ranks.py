@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -156,6 +157,13 @@ def test_what_reads_the_whole_store_again_and_again_wants_a_cache_that_holds_it(
         fit_on_ranks(url, config, out=tmp_path / "fit", cache_gb=1e-6)
     with pytest.raises(ConfigError, match="cache_gb = 0: it must be above 0"):
         fit_on_ranks(url, config, out=tmp_path / "fit", cache_gb=0)
+
+
+def test_a_disk_without_room_for_such_a_store_is_told(make_store, group_of_one, tmp_path, bucket, monkeypatch):
+    url = bucket(make_store())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match=r"and so must the room in /\S+ \(1e-06 GB\)"):
+        fit_on_ranks(url, CONV, out=tmp_path / "fit")
 
 
 def test_the_conv_autoencoder_fetches_a_store_once_and_fits_what_it_fits_from_a_disk(

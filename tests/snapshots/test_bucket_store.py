@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -172,6 +173,30 @@ def test_whole_rows_of_small_models_are_one_request_a_file(
         monkeypatch.setattr(type(bucket), "cat_ranges", counted)
         store.rows(0, 700)
     assert asked == [3]
+
+
+def test_the_next_columns_are_fetched_while_the_last_ones_are_worked_on(
+    bucket: Any, long_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put(str(long_store), URL, recursive=True)
+    monkeypatch.setattr(bucket_store, "_RANGE_BYTES", 4000)  # ten blocks
+    asked: list[int] = []  # first byte of a row that is read of a block
+    more = threading.Semaphore(0)
+    cat_ranges = type(bucket).cat_ranges
+
+    def told(self: object, paths: list[str], starts: list[int], *args: Any, **kwargs: Any) -> Any:
+        asked.append(starts[0] // 4000)
+        more.release()
+        return cat_ranges(self, paths, starts, *args, **kwargs)
+
+    with opened(12 * 4 * 5000) as store:
+        monkeypatch.setattr(type(bucket), "cat_ranges", told)
+        for number in range(1, 10):
+            store.rows(1000 * number - 1000, 1000 * number - 10)
+            assert more.acquire(timeout=10)  # in the first round its own, and then always the next one
+            if number == 1:
+                assert more.acquire(timeout=10)
+            assert asked == list(range(number + 1))
 
 
 def test_a_full_disk_costs_a_second_fetch_and_not_the_fit(
