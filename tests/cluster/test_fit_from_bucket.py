@@ -39,8 +39,8 @@ CONFIG = FitConfig(
         width=32, num_blocks=1, max_steps=2000, eval_every_n_steps=50, patience=1000, distill_steps=12000
     ),
 )
-# Blocks of 1560 columns: each pass then takes some seconds, and what passes is fetched twice.
-SMALL_CACHE_GB = 0.001
+# Blocks of 3125 columns: each pass then takes some seconds, and what passes is fetched twice.
+SMALL_CACHE_GB = 0.002
 
 
 class Service:
