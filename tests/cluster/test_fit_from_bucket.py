@@ -99,9 +99,9 @@ def alone(service, tmp_path_factory):
     return folder / "fit"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def start_node():
-    """``start_node(address)`` is a node with temporary files of its own, and gone at the end of the module."""
+    """``start_node(address)`` is a node with temporary files of its own, and gone at the end of the test."""
     started = []
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # a socket's path has at most 107 characters
 
@@ -116,8 +116,9 @@ def start_node():
             node.kill()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def head(service, start_node):
+    # One for each test: what a fit has reserved is free only some time after its driver was killed.
     return start_node()
 
 
@@ -182,6 +183,7 @@ def test_a_machine_that_is_lost_costs_seconds_and_nothing_else(alone, head, star
     second = start_node(head.address)
     driver = start_fit(stage, SMALL_CACHE_GB)
     driver.wait_for(stage, 1)
+    assert driver.reports[-1][4] == 2
     second.kill(grace_s=0.0)
     killed = time.time()
 
