@@ -7,14 +7,15 @@ def train_loop_per_worker(config):
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pdiff_plugin.recording.recorder import DEFAULT_FOLDER
 
-from ._adapter import Adapter, Requires
+from ._adapter import Adapter, Requires, looked_up
 
 if TYPE_CHECKING:
     from ray.train import TrainContext
@@ -26,7 +27,8 @@ class PDiffRecorder(Adapter):
     """Records on rank 0 (a sharded model on all ranks); see :class:`pdiff_plugin.RecorderConfig` for the settings.
 
     Snapshots go into the run's own folder in its storage path, if that is a file system of this machine. To resume,
-    keep ``state_dict()`` in the loop's checkpoint.
+    keep ``state_dict()`` in the loop's checkpoint. With ``condition="hparams"`` the condition is what of the loop's
+    configuration can be in one; a list of names picks some.
     """
 
     requires = Requires("ray")  # a dependency of ours
@@ -36,18 +38,21 @@ class PDiffRecorder(Adapter):
         model: nn.Module,
         optimizer: Optimizer,
         *,
+        config: Mapping[str, Any] | None = None,
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,
     ) -> PDiffRecorder:
         """Follow ``optimizer``; to be called on every worker.
 
         Args:
+            config: the loop's, as Ray gives it to the function; needed where ``condition`` names what is in it.
             total_steps: optimizer steps of the whole run; with it the end of the run is recorded, else the newest
                 snapshots are kept.
             steps_per_epoch: optimizer steps in an epoch.
         """
         import ray.train  # takes seconds, and only workers need it
 
+        condition = looked_up(self.recorder.config.condition, config or {}, "the loop's config, attach(config=config)")
         context = ray.train.get_context()
         # With a process group the core knows its rank, and all ranks of a sharded model record.
         if context.get_world_rank() == 0 or torch.distributed.is_initialized():
@@ -57,6 +62,7 @@ class PDiffRecorder(Adapter):
                 total_steps=total_steps,
                 steps_per_epoch=steps_per_epoch,
                 default_store=_run_folder(context) / DEFAULT_FOLDER,
+                condition=condition,
             )
         return self
 

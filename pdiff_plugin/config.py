@@ -23,6 +23,7 @@ FlowSampler = Literal["flow", "heun"]
 AnySampler = Literal["dpm-solver++"]
 Sampler = Literal[NoiseSampler, AnySampler, FlowSampler, "one-step"]
 DType = Literal["float32", "bfloat16"]
+BasisDType = Literal["auto", DType]
 RowDType = Literal["float64", "float32", "float16", "bfloat16"]
 Standardise = Literal["tensor", "coordinate"]
 Network = Literal["residual", "conv"]
@@ -33,6 +34,8 @@ Layers = str | Sequence[str] | Callable[[str, "Tensor"], bool]
 
 C = TypeVar("C")
 
+# Above this number of values a direction in float32 takes as much as 0.4 GB.
+_MAX_FLOAT32_VALUES = 10**8
 # Ten times what anybody uses. A generator's own settings come out of its file, and it is sampled by them.
 _MAX_TIMESTEPS = 10_000
 
@@ -129,8 +132,8 @@ class RecorderConfig:
     """Also keep the whole model of the last snapshot, once."""
     condition: Mapping[str, Any] | str | Sequence[str] | None = None
     """The setting that this run is trained at, kept beside its snapshots: names and numbers, text, true or false, or
-    lists of numbers. All runs of a store have the same names. Under Lightning and transformers also `hparams`, or the
-    names of some."""
+    lists of numbers. All runs of a store have the same names. Under Lightning, transformers and Ray also `hparams`,
+    or the names of some."""
 
     def __post_init__(self) -> None:
         for name in ("every_n_steps", "last_epochs", "last_steps", "max_snapshots"):
@@ -280,15 +283,15 @@ class SubspaceConfig:
     explained_variance: float = 0.999
     """Share of the snapshots' movement within their trajectory that the kept directions must reach, if `latent_dim`
     allows."""
-    basis_dtype: DType = "float32"
+    basis_dtype: BasisDType = "auto"
     """How directions are stored; `bfloat16` halves the generator file and puts members off by 0.2 % of the distance to
-    the snapshots' mean."""
+    the snapshots' mean. `auto` is `bfloat16` for snapshots of more than a hundred million values, else `float32`."""
     min_fidelity: float = 0.9
     """Share of the held-out snapshots' variance that must survive encoding and decoding; below it the fit says so."""
 
     def __post_init__(self) -> None:
         _check("latent_dim", self.latent_dim, 1)
-        _check_choice("basis_dtype", self.basis_dtype, DType)
+        _check_choice("basis_dtype", self.basis_dtype, BasisDType)
         _check("explained_variance", self.explained_variance, 0.0, 1.0)
         _check("min_fidelity", self.min_fidelity, 0.0, 1.0)
 
@@ -499,6 +502,21 @@ class FitConfig:
         _check("heldout_fraction", self.heldout_fraction, 0.0, 0.5)
         _check("memory_gb", self.memory_gb, 0.001)
 
+    def settled(self, num_values: int, begun: FitConfig | None = None) -> FitConfig:
+        """With what `auto` of ``basis_dtype`` stands for, as it is written into files.
+
+        Args:
+            num_values: in a snapshot.
+            begun: settings of the fit that goes on, which keeps to its own.
+        """
+        own = self.autoencoder
+        if not isinstance(own, SubspaceConfig) or own.basis_dtype != "auto":
+            return self
+        dtype: BasisDType = "bfloat16" if num_values > _MAX_FLOAT32_VALUES else "float32"
+        if begun is not None and isinstance(begun.autoencoder, SubspaceConfig):
+            dtype = begun.autoencoder.basis_dtype
+        return replace(self, autoencoder=replace(own, basis_dtype=dtype))
+
     def to_json(self) -> dict[str, Any]:
         document = asdict(self)
         return {**document, "autoencoder": {"kind": self.autoencoder.kind, **document["autoencoder"]}}
@@ -521,6 +539,8 @@ class FitConfig:
         kind = autoencoder.pop("kind", "conv" if "channels" in autoencoder else "subspace")
         if kind not in AUTOENCODER_CONFIGS:
             raise ConfigError("autoencoder.kind", kind, f"must be one of {', '.join(AUTOENCODER_CONFIGS)}")
+        if kind == "subspace":
+            autoencoder = {"basis_dtype": "float32", **autoencoder}  # files from before there was a choice
         parts = {
             "autoencoder": _typed(AUTOENCODER_CONFIGS[kind], autoencoder),
             "diffusion": _typed(DiffusionConfig, plain(document["diffusion"])),

@@ -47,6 +47,8 @@ def store(path: Path) -> dict[str, Any]:
                 "sparse": int((steps < window.first_step).sum()) if window else 0,
                 "window_first_step": window.first_step if window else None,
                 "total_steps": window.total_steps if window else None,
+                "stopped_early": name in opened.stopped_early,
+                "planned_last_step": opened.stopped_early.get(name),
                 "base": "yes" if header else "no",
                 "rest_drift": f"{float(drift):.2%}" if drift else "-",
                 "condition": opened.conditions.get(name),
@@ -85,7 +87,7 @@ def show_store(document: dict[str, Any]) -> None:
     conditions = [t["condition"] for t in document["trajectories"]]
     names = _names_in(conditions)
     rows = [
-        [t["id"], str(t["snapshots"]), f"{t['first_step']}..{t['last_step']}", t["base"], t["rest_drift"], *values]
+        [t["id"], str(t["snapshots"]), _steps(t), t["base"], t["rest_drift"], *values]
         for t, values in zip(document["trajectories"], _values_of(conditions, names), strict=True)
     ]
     headers = ["trajectory", "snapshots", "steps", "base", "drift of the rest", *names]
@@ -266,6 +268,12 @@ def show_condition_evaluation(result: ConditionEvaluation) -> None:
         console.table(title, headers, rows, note=result.footnote, lead=headers[2:4])
         console.say(result.recovery_text(group))
     console.say("\n".join(["", *result.notes, result.sentence]))
+
+
+def _steps(trajectory: dict[str, Any]) -> str:
+    """First and last step, and the one that the last was planned for where training ended before."""
+    text = f"{trajectory['first_step']}..{trajectory['last_step']}"
+    return f"{text} of {trajectory['planned_last_step']}" if trajectory["stopped_early"] else text
 
 
 def _names_in(conditions: Iterable[dict[str, Any] | None]) -> list[str]:

@@ -25,7 +25,7 @@ from pdiff_plugin.errors import ConfigError
         (DiffusionConfig, {"beta_start": 0.0}, "beta_start = 0.0.*above 0"),
         (DiffusionConfig, {"width": 65}, "width = 65.*even"),
         (SamplingConfig, {"eta": -0.1}, "eta = -0.1.*from 0 to 1"),
-        (SubspaceConfig, {"basis_dtype": "float16"}, "basis_dtype = 'float16'.*one of float32, bfloat16"),
+        (SubspaceConfig, {"basis_dtype": "float16"}, "basis_dtype = 'float16'.*one of auto, float32, bfloat16"),
         (ConvConfig, {"standardise": "row"}, "standardise = 'row'.*one of tensor, coordinate"),
         (FitConfig, {"precision": "bf16"}, "precision = 'bf16'.*one of float32, bfloat16"),
         (FitConfig, {"align": "yes"}, "align = 'yes'.*one of none, rebasin"),

@@ -45,6 +45,28 @@ def test_a_whole_resnet_is_fitted_and_its_member_judged_beside_snapshots(tmp_pat
     assert "\ngenerated " in text
 
 
+@pytest.mark.parametrize(
+    ("options", "num_values"),
+    [(["--smoke"], "16,384"), pytest.param([], "4,399,104", marks=pytest.mark.slow)],
+    ids=["tiny", "half a billion"],
+)
+def test_adapters_of_a_language_model_are_generated(tmp_path: Path, options: list[str], num_values: str) -> None:
+    pytest.importorskip("peft")
+    text = run(str(EXAMPLES / "lora_language_model.py"), *options, "--out", str(tmp_path), cwd=tmp_path)
+    assert f"40 snapshots of {num_values} values" in text
+    lines = dict(line.split(": loss ", 1) for line in text.splitlines() if ": loss " in line)
+    losses = {name: float(rest.split(",")[0]) for name, rest in lines.items()}
+    assert losses.keys() == {
+        "before training",
+        "trained",
+        "generated adapter 0",
+        "generated adapter 1",
+        "four generated adapters",
+    }
+    before = losses.pop("before training")
+    assert max(losses.values()) < before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["w2", "w3", "w5", "w6", "w7-cycles"])
 def test_every_other_workload_runs_too(tmp_path: Path, name: str) -> None:

@@ -130,6 +130,7 @@ def tune(
     base, search = base or FitConfig(), search or TuneConfig()
     store = store if isinstance(store, SnapshotStore) else SnapshotStore.open(store)
     store = part_to_fit(store, base)
+    base = base.settled(store.layout.num_values)
     folder = Path(out).resolve()
     document = _open(store, base, search, folder, score, fresh=fresh)
     if document["status"] == "finished":

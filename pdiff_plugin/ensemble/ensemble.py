@@ -22,10 +22,18 @@ from torch.nn.functional import logsigmoid
 
 from pdiff_plugin.config import SamplingConfig, configured
 from pdiff_plugin.ensemble.prediction import Prediction, PredictionSums, RegressionPrediction, join, member_axis
-from pdiff_plugin.ensemble.runner import Execution, MemberRunner, Strategy, check_eval, gaussians_of
+from pdiff_plugin.ensemble.runner import (
+    Apart,
+    Execution,
+    MemberRunner,
+    Stacked,
+    Strategy,
+    check_eval,
+    gaussians_of,
+)
 from pdiff_plugin.ensemble.soup import uniform_soup
 from pdiff_plugin.errors import ConfigError, DataError, FormatError, LayoutMismatchError
-from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.generator.weights import ApartSet, WeightSet
 from pdiff_plugin.hub import About, HubMixin, Judged
 from pdiff_plugin.modules.batches import Inputs, arguments_of, num_batches_in
 from pdiff_plugin.modules.names import check_fits, named_tensors, shapes_of, unwrap
@@ -55,7 +63,8 @@ class DiffusionEnsemble(HubMixin, nn.Module):
 
     Args:
         model: the user's model, in eval mode. Kept as :attr:`model`, without its outer wrappers, and not copied.
-        weights: name -> (M, *shape), names and shapes of the model; cast to its dtypes and moved to its device.
+        weights: name -> (M, *shape), names and shapes of the model; cast to its dtypes and moved to its device. Those
+            of ``WeightSet.from_files`` stay in their files: each member is read when its turn comes, and run whole.
         strategy: ``loop`` computes every member whole. ``trunk`` shares what members have in common. ``auto`` is
             ``trunk``, but checks one member of the first batch against the loop, and falls back to it if they differ.
         vectorize: run the tail of several members under ``torch.func.vmap``. By default, unless convolution weights
@@ -109,21 +118,24 @@ class DiffusionEnsemble(HubMixin, nn.Module):
         weights = weights if isinstance(weights, WeightSet) else WeightSet(weights)
         if weights.num_members == 0:
             raise ConfigError("weights", weights, "must hold at least one member")
-        expected = {name: tuple(stacked.shape[1:]) for name, stacked in weights.items()}
-        check_fits(expected, shapes_of(named_tensors(self.model)), "the weight set")
+        live = named_tensors(self.model)
+        check_fits(weights.shapes, shapes_of(live), "the weight set")
+        if isinstance(weights, ApartSet) and self.strategy == "trunk":
+            raise ConfigError("strategy", self.strategy, "must be auto or loop for members that stay in their files")
         self.num_members = weights.num_members
         self.names = list(weights)
-        live = named_tensors(self.model)
-        # Names hold dots, which a buffer's may not: buffers are numbered in the order of `names`.
         self._stack = nn.Module()
-        for index, name in enumerate(self.names):
-            # A copy unless told otherwise: the ensemble must not change when its source does.
-            stacked = weights[name].detach().to(live[name], copy=self._copy, memory_format=torch.contiguous_format)
-            self._stack.register_buffer(str(index), stacked)
+        self._apart = weights if isinstance(weights, ApartSet) else None
+        if self._apart is None:
+            # Names hold dots, which a buffer's may not: buffers are numbered in the order of `names`.
+            for index, name in enumerate(self.names):
+                # A copy unless told otherwise: the ensemble must not change when its source does.
+                stacked = weights[name].detach().to(live[name], copy=self._copy, memory_format=torch.contiguous_format)
+                self._stack.register_buffer(str(index), stacked)
         self._stack.eval()
         self._runner = MemberRunner(
             self.model,
-            self._stack,
+            Stacked(self._stack) if self._apart is None else Apart(self.model, self._apart),
             self.names,
             strategy=self.strategy,
             vectorize=self.vectorize,
@@ -133,7 +145,12 @@ class DiffusionEnsemble(HubMixin, nn.Module):
 
     @property
     def weights(self) -> WeightSet:
-        """The members' tensors, name -> (M, *shape), as they are on the ensemble's device. Not a copy."""
+        """The members' tensors, name -> (M, *shape), as they are on the ensemble's device. Not a copy.
+
+        Those that stay in their files are as they are there.
+        """
+        if self._apart is not None:
+            return self._apart
         return WeightSet(dict(zip(self.names, self._stack.buffers(), strict=True)))
 
     @property
@@ -292,7 +309,7 @@ class DiffusionEnsemble(HubMixin, nn.Module):
 
     def _about(self, source: str, evaluation: Judged | None) -> About:
         del evaluation
-        num_values = sum(tensor[0].numel() for tensor in self.weights.values())
+        num_values = sum(map(math.prod, self.weights.shapes.values()))
         text = (
             f"An ensemble of {self.num_members} members of one {type(self.model).__name__} as one module "
             f"({self.task}): they differ in {num_values:,} values in {len(self.names)} tensors, and the file holds the "

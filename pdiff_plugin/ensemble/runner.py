@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from pdiff_plugin.errors import DataError, TrainingModeError
+from pdiff_plugin.generator.weights import ApartSet
 from pdiff_plugin.modules.batches import logits_of
 from pdiff_plugin.modules.names import named_tensors, wrapped_names
 from pdiff_plugin.modules.trunk_cache import Run, Trunk, TrunkCache, copied_inputs, exclusive
@@ -33,12 +34,63 @@ _MAX_CHUNK_BYTES = 2 * 2**30
 _MAX_CPU_TENSOR_BYTES = 8 * 2**20
 
 
+class Stacked:
+    """Members in memory.
+
+    Args:
+        stack: its buffers are the members' tensors, (M, *shape) each.
+    """
+
+    def __init__(self, stack: nn.Module) -> None:
+        self._stack = stack
+        self.num_members = len(next(stack.buffers()))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return list(self._stack.buffers())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._stack.buffers()).device
+
+    def one(self, index: int) -> list[Tensor]:
+        return [stacked[index] for stacked in self._stack.buffers()]
+
+    def several(self, chunk: slice) -> list[Tensor]:
+        return [stacked[chunk] for stacked in self._stack.buffers()]
+
+
+class Apart:
+    """Members that are read when their turn comes.
+
+    Args:
+        model: whose own tensors tell dtypes and device.
+        weights: the members, mapped from files.
+    """
+
+    def __init__(self, model: nn.Module, weights: ApartSet) -> None:
+        self._model, self._weights = model, weights
+        self.num_members = weights.num_members
+
+    @property
+    def device(self) -> torch.device:
+        return named_tensors(self._model)[next(iter(self._weights))].device
+
+    def one(self, index: int) -> list[Tensor]:
+        live = named_tensors(self._model)
+        return [tensor.to(live[name]) for name, tensor in self._weights.member(index).items()]
+
+    def several(self, chunk: slice) -> list[Tensor]:
+        members = map(self.one, range(self.num_members)[chunk])
+        return [torch.stack(tensors) for tensors in zip(*members, strict=True)]
+
+
 class MemberRunner:
     """Computes the members in turn inside the live model, in the simplest way that was found to be needed.
 
     Args:
         model: the user's model, in eval mode.
-        stack: its buffers are the members' tensors, (M, *shape), in the order of ``names``.
+        members: their tensors, in the order of ``names``.
         names: of those tensors in the model.
         strategy: as for :class:`~pdiff_plugin.DiffusionEnsemble`, and so are the others.
     """
@@ -46,7 +98,7 @@ class MemberRunner:
     def __init__(
         self,
         model: nn.Module,
-        stack: nn.Module,
+        members: Stacked | Apart,
         names: list[str],
         *,
         strategy: Strategy,
@@ -54,15 +106,17 @@ class MemberRunner:
         member_chunk: int | None,
         select: Callable[[Any], Tensor] | None,
     ) -> None:
-        self.model, self.stack = model, stack
+        self.model, self.members = model, members
         self.member_chunk, self.select = member_chunk, select
-        self.num_members = len(next(stack.buffers()))
+        self.num_members = members.num_members
         raw = wrapped_names(model)
         self._raw_names = [raw[name] for name in names]
         self._cache = TrunkCache(model, names)
         self._vectorize = not _has_conv_weights(model, names) if vectorize is None else vectorize
         # Compiled parts would be compiled anew for every routed call.
         self._is_plain = strategy == "loop" or any(clean != inner for clean, inner in raw.items())
+        # Where one comes after the other from a disk, there is little to gain.
+        self._is_plain |= isinstance(members, Apart)
         self._is_checked = strategy == "trunk"
 
     @property
@@ -74,7 +128,7 @@ class MemberRunner:
 
     @property
     def device(self) -> torch.device:
-        return next(self.stack.buffers()).device
+        return self.members.device
 
     def each_chunk(self, args: tuple[Any, ...], kwargs: dict[str, Any], consume: Callable[[Tensor], None]) -> None:
         """Hand the logits of members 0..M-1 to ``consume`` in order, (m, B, C, ...) at a time."""
@@ -86,8 +140,8 @@ class MemberRunner:
         # Tensors made in inference mode do not count the writes into them. Leaving it turns gradients on.
         with torch.inference_mode(False), torch.no_grad(), exclusive(self.model):
             start = 0
-            if not self._is_plain:
-                with self._cache.batch(self.stack.buffers(), args, kwargs) as trunk:
+            if isinstance(self.members, Stacked) and not self._is_plain:
+                with self._cache.batch(self.members.tensors, args, kwargs) as trunk:
                     start = self._over_trunk(trunk, args, kwargs, consume)
             for index in range(start, self.num_members):
                 consume(self._whole(index, args, kwargs))
@@ -149,12 +203,12 @@ class MemberRunner:
     def _one(self, index: int) -> Run:
         """Computes one member, (1, B, C, ...)."""
         # Sliced here: taking a slice is already a use of a generated tensor, which would end the recorded trunk.
-        tensors = [stacked[index] for stacked in self.stack.buffers()]
+        tensors = self.members.one(index)
         return lambda args, kwargs: self._call(tensors, args, kwargs)[None]
 
     def _several(self, chunk: slice) -> Run:
         """Computes a chunk of members at once, (m, B, C, ...)."""
-        stacked = [tensor[chunk] for tensor in self.stack.buffers()]
+        stacked = self.members.several(chunk)
 
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             logits: Tensor = vmap(lambda *tensors: self._call(tensors, args, kwargs))(*stacked)

@@ -42,8 +42,7 @@ from pdiff_plugin.evaluation.kinds import KINDS
 from pdiff_plugin.evaluation.metrics import standard_error
 from pdiff_plugin.evaluation.task import Task, evaluating
 from pdiff_plugin.evaluation.verdict import NUM_ERRORS_OF_MEAN, half_mask
-from pdiff_plugin.generator import members as member_files
-from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.generator.weights import MEMBER_FORMAT, MEMBER_FORMAT_VERSION, WeightSet
 from pdiff_plugin.snapshots.files import is_number, number_in
 from pdiff_plugin.snapshots.tensor_files import save_tensors
 
@@ -161,7 +160,7 @@ class Choice:
         if self.is_single:
             header |= {"member": str(self.members[0])}
             tensors = {name: tensor.contiguous() for name, tensor in weights.member(0).items()}
-            save_tensors(path, tensors, member_files.FORMAT, member_files.FORMAT_VERSION, header)
+            save_tensors(path, tensors, MEMBER_FORMAT, MEMBER_FORMAT_VERSION, header)
             return path
         options = made.task.task_kind.ensemble_options
         if options is None:

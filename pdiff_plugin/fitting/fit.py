@@ -109,14 +109,15 @@ def fit(
     if folder.is_finished and folder.path is not None:
         return WeightGenerator.load(folder.path)
     with logged(loggers, {"fit": folder.settings}, on_progress) as log:
-        generator = run_stages(store, config, folder, Runtime(folder.path, log.on_progress))
+        generator = run_stages(store, folder, Runtime(folder.path, log.on_progress))
         assert generator is not None, "one process is rank 0"
         log.figures({"report": generator.report})
     return generator
 
 
-def run_stages(store: SnapshotStore, config: FitConfig, folder: FitFolder, runtime: Runtime) -> WeightGenerator | None:
+def run_stages(store: SnapshotStore, folder: FitFolder, runtime: Runtime) -> WeightGenerator | None:
     """Run the stages as one process, or as one rank of a group: the generator on rank 0, None on the others."""
+    config = folder.config
     with folder.timed("statistics"):
         split, statistics, alignment = measure_store(store, config, runtime)
         digest = fingerprint(store, runtime.share(store.layout.num_values), runtime.all_reduce)
@@ -178,7 +179,8 @@ def run_stages(store: SnapshotStore, config: FitConfig, folder: FitFolder, runti
             generator.report |= {"bytes_read": folder.bytes_read, "bytes_in_store": store.size_bytes}
             logger.info(TRAFFIC, folder.bytes_read, store.size_bytes)
     generator.to("cpu")
-    folder.finish(generator, fitted.history)
+    with folder.timed("file"):
+        folder.finish(generator, fitted.history, encoded.late)
     runtime.drop_checkpoints()
     # Read back, so that the basis lies in the generator's own file and no longer in memory or scratch.
     return generator if folder.path is None else WeightGenerator.load(folder.path)

@@ -19,6 +19,7 @@ from pdiff_plugin.snapshots.fingerprint import fingerprint, fingerprint_of_first
 from pdiff_plugin.snapshots.remote import is_remote, mirrored
 from pdiff_plugin.snapshots.scratch import remove_abandoned
 from pdiff_plugin.snapshots.store import SnapshotStore
+from pdiff_plugin.snapshots.tensor_files import LateTensors
 
 FORMAT = "pdiff-fit"
 FORMAT_VERSION = 1
@@ -28,10 +29,11 @@ _DIGITS = 6  # of the figures in the history
 
 @dataclass
 class FitFolder:
-    """A fit's folder and the document of its ``fit.json``; without a path nothing is kept."""
+    """A fit's folder, the document of its ``fit.json``, and its settings; without a path nothing is kept."""
 
     path: Path | None
     document: dict[str, Any]
+    config: FitConfig
 
     @classmethod
     def open(
@@ -44,6 +46,8 @@ class FitFolder:
         """
         remove_abandoned()
         source = source or str(store.path.resolve())
+        begun = _read(path / JSON_NAME) if path is not None and (path / JSON_NAME).exists() and not fresh else None
+        config = config.settled(store.layout.num_values, begun[1] if begun is not None else None)
         mine = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -56,11 +60,11 @@ class FitFolder:
             "seconds": {},
             "history": [],
         }
-        opened = cls(path, mine)
+        opened = cls(path, mine, config)
         if path is None:
             return opened
-        if (path / JSON_NAME).exists() and not fresh:
-            found, settings = _read(path / JSON_NAME)
+        if begun is not None:
+            found, settings = begun
             if settings != config:
                 raise FitExistsError(str(path), "other settings")
             # Fits of old, and those that began on a store in a bucket, do not have it.
@@ -114,14 +118,17 @@ class FitFolder:
         self.document["history"] = json_safe(history, _DIGITS)
         self.write()
 
-    def finish(self, generator: WeightGenerator, history: list[dict[str, float]]) -> None:
+    def finish(
+        self, generator: WeightGenerator, history: list[dict[str, float]], late: LateTensors | None = None
+    ) -> None:
+        """Write the generator, with what is made only as its file is written, and that the fit is finished."""
+        if self.path is not None:
+            generator.save(self.path, late)
         self.document |= {
             "status": "finished",
             "history": json_safe(history, _DIGITS),
             "report": generator.report,
         }
-        if self.path is not None:
-            generator.save(self.path)
         self.write()
 
     def write(self) -> None:

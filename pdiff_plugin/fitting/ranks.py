@@ -96,7 +96,7 @@ def fit_on_ranks(
         mine = loggers if runtime.rank == 0 else ()
         log = stack.enter_context(logged(mine, {"fit": folder.settings}, on_progress))
         runtime.on_progress = log.on_progress
-        generator = run_stages(opened, config, folder, runtime)
+        generator = run_stages(opened, folder, runtime)
         if generator is not None:
             log.figures({"report": generator.report})
         return generator

@@ -8,6 +8,8 @@ Shapes: N snapshots, n of them for training, D values in a row, K latent width, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +24,7 @@ from pdiff_plugin.snapshots.layout import DTYPES
 from pdiff_plugin.snapshots.mapped import mapped
 from pdiff_plugin.snapshots.split import Split
 from pdiff_plugin.snapshots.statistics import Statistics, column_blocks, indicator, transform
+from pdiff_plugin.snapshots.tensor_files import TensorFileWriter
 
 # Eigenvalues below this share of the largest are noise of the accumulation.
 _NOISE_SHARE = 1e-10
@@ -29,7 +32,8 @@ _NOISE_SHARE = 1e-10
 _POOLED = 4
 # Of more snapshots than this, of many conditions, only the leading eigenvectors are computed.
 _MANY_ROWS = 1500
-# A basis of this size is kept on disk while fitting, where there is room for it.
+# A basis of this size is never in memory: it is made as the generator's file is written, or else kept on disk
+# meanwhile, where there is room for it.
 _MAPPED_BYTES = 256 << 20
 
 
@@ -43,7 +47,8 @@ def fit_subspace(split: Split, statistics: Statistics, config: FitConfig, runtim
         split: the snapshots.
         statistics: of the same snapshots.
         config: of the fit.
-        runtime: shares out the columns; a large basis is kept in a mapped file of its folder.
+        runtime: shares out the columns. A large basis is made as the generator's file is written, if there is to be
+            one and one process; else it is kept in a mapped file of the folder meanwhile.
     """
     settings, train = cast(SubspaceConfig, config.autoencoder), split.train_rows
     gram = statistics.gram
@@ -53,39 +58,65 @@ def fit_subspace(split: Split, statistics: Statistics, config: FitConfig, runtim
     # Every row's coordinates follow from the Gram matrix alone: z = X b = G[:, train] lift.
     coordinates = gram[:, train] @ lift  # (N, K)
     latent_scale = float(coordinates[train].std(correction=0)) or 1.0
-    mean, basis = _mean_and_basis(split, lift, statistics.scales, config, runtime)
+    blocks = partial(_column_blocks, split, lift, statistics.scales, config, runtime)
+    layout, K, late = split.store.layout, lift.shape[1], None
+    D, dtype = layout.num_values, DTYPES[settings.basis_dtype]
+    if K * D * dtype.itemsize >= _MAPPED_BYTES and runtime.folder is not None and runtime.world_size == 1:
+        mean = torch.empty(D, dtype=torch.float32, device="meta")
+        basis = torch.empty(K, D, dtype=dtype, device="meta")
+        late = partial(_write_columns, blocks, D)
+    else:
+        mean, basis = _mean_and_basis(blocks, K, D, dtype, runtime)
     return Encoded(
-        SubspaceAutoencoder(split.store.layout, mean, basis, statistics.scales.float(), latent_scale),
+        SubspaceAutoencoder(layout, mean, basis, statistics.scales.float(), latent_scale),
         (coordinates / latent_scale).float(),
         coordinates[train].square().sum(dim=0) / gram.diagonal()[train].sum(),
         _fidelity(split, gram, coordinates, means),
+        late,
     )
 
 
-def _mean_and_basis(
-    split: Split, lift: Tensor, scales: Tensor, config: FitConfig, runtime: Runtime
-) -> tuple[Tensor, Tensor]:
-    """Carry combinations ``lift`` (n, K) of training rows to the columns: their mean, (D,), and the basis, (K, D)."""
-    layout, train, K = split.store.layout, split.train_rows, lift.shape[1]
+# (first of this rank's columns, their mean (c,), their part of the basis (K, c)), a few columns at a time.
+_Blocks = Iterator[tuple[int, Tensor, Tensor]]
+
+
+def _column_blocks(split: Split, lift: Tensor, scales: Tensor, config: FitConfig, runtime: Runtime) -> _Blocks:
+    """Carry combinations ``lift`` (n, K) of training rows to this rank's columns."""
+    layout, train = split.store.layout, split.train_rows
     columns = runtime.share(layout.num_values)
-    num_own, dtype = columns.stop - columns.start, DTYPES[cast(SubspaceConfig, config.autoencoder).basis_dtype]
-    basis = _empty_basis(K, num_own, dtype, runtime.folder)
-    mean = torch.empty(1, num_own, dtype=torch.float32)
     # Zero for the rows held out, which saves copying the others.
     is_train = indicator(train, len(split))
-    lift_all = torch.zeros(len(split), K, dtype=torch.float64)
+    lift_all = torch.zeros(len(split), lift.shape[1], dtype=torch.float64)
     lift_all[train] = lift
     for number, lo, hi in column_blocks(layout, split.block_values(config.memory_gb), columns):
-        own = slice(lo - columns.start, hi - columns.start)
         values = transform(split.read(lo, hi), layout.tensors[number].name).double()
-        mean_here = (is_train @ values) / len(train)
-        mean[0, own] = mean_here.float()
-        values -= mean_here
+        mean = (is_train @ values) / len(train)
+        values -= mean
         # A float64 product: in float32 the small directions of a long trajectory lose four digits.
-        basis[:, own] = (lift_all.T @ values).div_(scales[number])
-        runtime.report("autoencoder", own.stop, num_own)
-    basis = runtime.join_columns(basis, lambda D: _empty_basis(K, D, dtype, runtime.folder))
-    return runtime.join_columns(mean, lambda D: torch.empty(1, D, dtype=torch.float32))[0], basis
+        yield lo - columns.start, mean, (lift_all.T @ values).div_(scales[number])
+        runtime.report("autoencoder", hi - columns.start, columns.stop - columns.start)
+
+
+def _mean_and_basis(
+    blocks: Callable[[], _Blocks], K: int, D: int, dtype: torch.dtype, runtime: Runtime
+) -> tuple[Tensor, Tensor]:
+    """The mean, (D,), and the basis, (K, D): whole on rank 0, the columns of their own on other ranks."""
+    columns = runtime.share(D)
+    basis = _empty("basis", K, columns.stop - columns.start, dtype, runtime.folder)
+    mean = _empty("mean", 1, columns.stop - columns.start, torch.float32, runtime.folder)
+    for lo, mean_here, basis_here in blocks():
+        own = slice(lo, lo + len(mean_here))
+        mean[0, own], basis[:, own] = mean_here, basis_here
+    basis = runtime.join_columns(basis, lambda D: _empty("basis", K, D, dtype, runtime.folder))
+    return runtime.join_columns(mean, lambda D: _empty("mean", 1, D, torch.float32, runtime.folder))[0], basis
+
+
+def _write_columns(blocks: Callable[[], _Blocks], D: int, file: TensorFileWriter) -> None:
+    """Write the mean, (D,), and the basis, (K, D), into the file of a generator."""
+    for lo, mean, basis in blocks():
+        file.write("autoencoder.mean", mean, lo)
+        for number, direction in enumerate(basis):
+            file.write("autoencoder.basis", direction, number * D + lo)
 
 
 def _fidelity(split: Split, gram: Tensor, coordinates: Tensor, means: Tensor) -> float:
@@ -173,6 +204,6 @@ def _fix_signs(directions: Tensor) -> Tensor:
     return directions * directions.gather(0, directions.abs().argmax(dim=0, keepdim=True)).sign()
 
 
-def _empty_basis(K: int, D: int, dtype: torch.dtype, scratch: Path | None) -> Tensor:
-    """(K, D); from _MAPPED_BYTES on in a file of ``scratch`` that is gone with the tensor, if there is room for it."""
-    return mapped((K, D), dtype, "basis", least_bytes=_MAPPED_BYTES, folder=scratch)
+def _empty(what: str, rows: int, columns: int, dtype: torch.dtype, scratch: Path | None) -> Tensor:
+    """Room for ``what``; from _MAPPED_BYTES on in a file of ``scratch`` that is gone with it, if there is any there."""
+    return mapped((rows, columns), dtype, what, least_bytes=_MAPPED_BYTES, folder=scratch)

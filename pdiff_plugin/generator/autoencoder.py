@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pdiff_plugin.snapshots.layout import Layout
+from pdiff_plugin.snapshots.tensor_files import LateTensors
 
 # Rows encoded or decoded at a time: with one number for every way of working, all of them give the same bits.
 ROWS_AT_A_TIME = 16
@@ -63,9 +64,12 @@ class Encoded:
         variances: (K,) float64, share of the training rows' variance along each kept direction.
         fidelity: share of the held-out rows' variance about the mean of their trajectory (of all rows', if none are
             held out) that survives encoding and decoding; one minus the relative squared error.
+        late: writes the autoencoder's tensors on the device ``meta`` into the generator's file, where a large basis is
+            made only as it is written; else None.
     """
 
     autoencoder: Autoencoder
     latents: Tensor
     variances: Tensor
     fidelity: float
+    late: LateTensors | None = None

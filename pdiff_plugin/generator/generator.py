@@ -24,6 +24,7 @@ from pdiff_plugin.generator.generator_file import FILE_NAME, GeneratorParts
 from pdiff_plugin.generator.samplers import NATURAL_SAMPLER, OnStep, run_sampler, sampler_for
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.hub import About, HubMixin, Judged
+from pdiff_plugin.modules.names import named_tensors
 from pdiff_plugin.snapshots.conditions import Value, describe_condition, parse_condition
 from pdiff_plugin.snapshots.files import json_safe
 from pdiff_plugin.snapshots.layout import DTYPES
@@ -146,6 +147,40 @@ class WeightGenerator(HubMixin, GeneratorParts):
             )
             parts.append(self.frames.to_latents(local.cpu(), asked[mine]))
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def sample_into(
+        self,
+        model: nn.Module,
+        config: SamplingConfig | None = None,
+        *,
+        condition: Mapping[str, Any] | None = None,
+        rng: torch.Generator | None = None,
+        **changes: Any,
+    ) -> None:
+        """Draw one member straight into ``model``, for good: as ``swap_(model, sample(1).member(0))``.
+
+        One tensor of the member is in memory at a time.
+
+        Args:
+            model: as of :func:`~pdiff_plugin.swap_`.
+            config: how it is drawn, and so are the others, as of :meth:`sample`.
+
+        Raises:
+            LayoutMismatchError: naming the first tensor that the model lacks or has in another shape; nothing is drawn.
+            ConfigError, UnknownConditionError: as of :meth:`sample`.
+        """
+        self.layout.check_model(model)
+        live = named_tensors(model)
+        latents = self.sample_latents(1, config, condition=condition, rng=rng, **changes)
+        values = torch.empty(0)
+        for name, columns, block in self.autoencoder.decode_blocks(latents):
+            place, tensor = self.layout.slices[name], live[name]
+            if columns.start == place.start:
+                values = torch.empty(tensor.shape, dtype=self.layout.dtypes[name])
+            values.view(-1)[columns.start - place.start : columns.stop - place.start] = block[0]
+            if columns.stop == place.stop:
+                tensor.copy_(values)
 
     def decode(self, latents: Tensor) -> WeightSet:
         """The members that ``latents`` (M, K) stand for: name -> (M, *shape), in the dtypes that were recorded."""

@@ -36,7 +36,7 @@ from pdiff_plugin.generator.variables import Variables
 from pdiff_plugin.snapshots.conditions import Value, parse_condition
 from pdiff_plugin.snapshots.files import is_number, reading
 from pdiff_plugin.snapshots.layout import Layout
-from pdiff_plugin.snapshots.tensor_files import from_json, load_tensors, save_tensors
+from pdiff_plugin.snapshots.tensor_files import LateTensors, from_json, load_tensors, save_tensors
 
 T = TypeVar("T")
 P = TypeVar("P", bound="GeneratorParts")
@@ -87,8 +87,11 @@ class GeneratorParts:
     path: Path | None = None
     warned: set[str] = field(default_factory=set, init=False, repr=False)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file and return its path; a folder gets ``generator.safetensors``."""
+    def save(self, path: str | os.PathLike[str], late: LateTensors | None = None) -> Path:
+        """Write one safetensors file and return its path; a folder gets ``generator.safetensors``.
+
+        Tensors that are not there yet, on the device ``meta``, are left to ``late``.
+        """
         path = Path(path)
         if path.suffix != ".safetensors":
             path.mkdir(parents=True, exist_ok=True)
@@ -116,7 +119,7 @@ class GeneratorParts:
             header |= {"centre": self.frames.centre.to_json()}
         if self.frames.refinement is not None:
             version = FORMAT_VERSION
-        save_tensors(path, tensors, FORMAT, version, {name: json.dumps(part) for name, part in header.items()})
+        save_tensors(path, tensors, FORMAT, version, {name: json.dumps(part) for name, part in header.items()}, late)
         return path
 
     @classmethod

@@ -22,15 +22,13 @@ from pdiff_plugin.config import SamplingConfig, configured
 from pdiff_plugin.errors import MembersExistError, StorageError
 from pdiff_plugin.generator.autoencoder import ROWS_AT_A_TIME
 from pdiff_plugin.generator.generator import WeightGenerator
-from pdiff_plugin.generator.weights import WeightSet
+from pdiff_plugin.generator.weights import MEMBER_FORMAT, MEMBER_FORMAT_VERSION, WeightSet
 from pdiff_plugin.progress import OnProgress, Progress
 from pdiff_plugin.snapshots.conditions import parse_condition
 from pdiff_plugin.snapshots.files import remove_strays, replacing
 from pdiff_plugin.snapshots.layout import DTYPES
 from pdiff_plugin.snapshots.tensor_files import TensorFileWriter
 
-FORMAT = "pdiff-member"
-FORMAT_VERSION = 1
 # Members whose files are written side by side. As many as the autoencoders decode together, so that every way of
 # working gives the same bits.
 MEMBER_CHUNK = ROWS_AT_A_TIME
@@ -90,7 +88,7 @@ def write_members(
     for path in earlier:
         path.unlink()
     source = {} if generator.path is None else {"generator": str(generator.path)}
-    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), **source, "seed": str(seed)}
+    header = {"format": MEMBER_FORMAT, "format_version": str(MEMBER_FORMAT_VERSION), **source, "seed": str(seed)}
     if condition:
         told = generator.told_of(condition)
         header |= {"condition": json.dumps(dict(parse_condition(condition, "the condition")))}

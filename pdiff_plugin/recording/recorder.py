@@ -95,6 +95,7 @@ class PDiffRecorder:
         steps_per_epoch: int | None = None,
         averaged: bool = False,
         default_store: str | os.PathLike[str] = DEFAULT_FOLDER,
+        condition: Mapping[str, Any] | None = None,
     ) -> PDiffRecorder:
         """Record ``model`` after each step of ``optimizer``; leave the optimizer out to call :meth:`step` yourself.
 
@@ -105,6 +106,7 @@ class PDiffRecorder:
             steps_per_epoch: optimizer steps in an epoch, for ``last_epochs``.
             averaged: ``model`` is an averaged copy (EMA, SWA), whose parameters need no gradient.
             default_store: folder to use when the recorder was built without one.
+            condition: for trainer adapters; see :meth:`start`.
 
         Raises:
             SelectionError: ``layers`` picks nothing that is trained.
@@ -121,6 +123,7 @@ class PDiffRecorder:
             steps_per_epoch=steps_per_epoch,
             averaged=averaged,
             default_store=default_store,
+            condition=condition,
         )
         assert self._session is not None
         if optimizers:
@@ -159,7 +162,8 @@ class PDiffRecorder:
                 raise ConfigError(
                     "condition",
                     config.condition,
-                    "must be a dict of names to values here: only Lightning and transformers have values to look up",
+                    "must be a dict of names to values here: only Lightning, transformers and Ray have values to look "
+                    "up",
                 )
             config = replace(config, condition=parse_condition(condition, "this run"))
         window = Window.plan(self.config, total_steps, steps_per_epoch)
@@ -231,6 +235,12 @@ class PDiffRecorder:
                 forget(self)
                 session.close()
                 self._state = session.counters()
+
+    def flush(self) -> None:
+        """Return when every snapshot so far is on disk, or writing has failed."""
+        with self._lock:
+            if self._session is not None:
+                self._session.flush()
 
     def state_dict(self) -> dict[str, Any]:
         """Counters for a checkpoint, as plain JSON. Every snapshot so far is on disk when this returns."""

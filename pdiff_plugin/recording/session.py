@@ -54,6 +54,11 @@ from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
 logger = logging.getLogger(__name__)
 
+# A larger model is written as the base without a copy in memory, which takes a second or more of training's end.
+_LARGE_BASE_BYTES = 256 << 20
+# Compared at a time with the last row.
+_COMPARED_VALUES = 1 << 20
+
 
 @dataclass
 class Outcome:
@@ -183,6 +188,11 @@ class Session:
             if writer.trajectory is not None:
                 self.trajectory = writer.trajectory.trajectory
         return self.counters()
+
+    def flush(self) -> None:
+        """Return when every row so far is on disk, or writing has failed."""
+        if self._writer is not None:
+            self._writer.flush()
 
     def observe(
         self, step: int, epoch: float | None, metrics: Mapping[str, Any] | None, found_inf: Tensor | None = None
@@ -324,11 +334,21 @@ class Session:
         if drift is not None:
             header |= {"rest_drift": repr(drift), "rest_drift_from_step": str(self._drift.from_step)}
         if self.config.save_base:
-            state = _base_state(self.model)
-            if self._shapes is not None and _rank() != 0:
-                state = {name: tensor for name, tensor in state.items() if name in self._shapes}
-            writer.submit(lambda trajectory: trajectory.write_base(state, header))
+            self._save_base(writer, header)
         self._is_measured = True
+
+    def _save_base(self, writer: BackgroundWriter, header: Mapping[str, str]) -> None:
+        """Have the whole model written: from a copy in the background, unless it is large."""
+        live = _base_state(self.model)
+        if self._shapes is not None and _rank() != 0:
+            live = {name: tensor for name, tensor in live.items() if name in self._shapes}
+        is_large = sum(tensor.nbytes for tensor in live.values()) > _LARGE_BASE_BYTES
+        state = live if is_large else _copied(live)
+        for device in {tensor.device for tensor in live.values() if tensor.is_cuda} if is_large else ():
+            torch.cuda.synchronize(device)  # the thread that writes has a stream of its own
+        writer.submit(lambda trajectory: trajectory.write_base(state, header))
+        if is_large:  # training, which is at its end, must not go on with what is being written
+            writer.flush()
 
     def _finish(self, writer: BackgroundWriter) -> None:
         if self.num_recorded and not self._is_measured and writer.is_active and self.outcome.error is None:
@@ -361,11 +381,14 @@ class Session:
         chunks, _ = read_chunks(trajectory.folder, trajectory.layout, trajectory.row_dtype, with_sparse=True)
         if not chunks:
             return False
-        values = dict(zip(trajectory.layout.names, self._read(), strict=True))
-        last = chunks[-1].columns(0, trajectory.layout.num_values, torch.tensor([-1]))[0]
-        # Through the recorder's own dtype, as the row went: the store may keep more digits than it was given.
-        row = trajectory.layout.flatten(values, DTYPES[self.config.dtype])
-        return torch.equal(row.to(trajectory.row_dtype).cpu(), last)
+        for spec, tensor in zip(trajectory.layout, self._read(), strict=True):
+            start, flat = trajectory.layout.slices[spec.name].start, tensor.detach().reshape(-1)
+            for lo in range(0, spec.numel, _COMPARED_VALUES):
+                # Through the recorder's own dtype, as the row went: the store may keep more digits than it was given.
+                values = flat[lo : lo + _COMPARED_VALUES].to(DTYPES[self.config.dtype]).to(trajectory.row_dtype).cpu()
+                if not torch.equal(values, chunks[-1].columns(start + lo, start + lo + len(values))[-1]):
+                    return False
+        return True
 
     def _own_store(self, store: Path) -> Path:
         """``store``, or the first of ``store-2``, ``store-3``, ... that is not for other tensors."""
@@ -495,18 +518,25 @@ def finished_at(store: Path, trajectory: str) -> int:
 
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state dict under the names before any wrapping; tied tensors stay tied."""
+    """The live state dict under the names before any wrapping, of sharded tensors this rank's parts."""
     clean = {inside: name for name, inside in wrapped_names(model).items()}
+    return {
+        clean.get(name, name.replace("_orig_mod.", "")): local_part(tensor.detach())
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of the tensors on the CPU; tied ones stay tied."""
     copies: dict[tuple[int, Any, Any], Tensor] = {}
-    state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            local = local_part(tensor.detach())
-            key = (local.data_ptr(), local.shape, local.stride()) if local.numel() else (id(local), (), ())
-            if key not in copies:
-                copies[key] = local.to("cpu", copy=True)
-            state[clean.get(name, name.replace("_orig_mod.", ""))] = copies[key]
-    return state
+    copied: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor), (), ())
+        if key not in copies:
+            copies[key] = tensor.to("cpu", copy=True)
+        copied[name] = copies[key]
+    return copied
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Window:
         num_rows: rows at most. With an unknown length this is the length of the ring.
         num_enough: with so many rows of the window, those from before it are not needed any more.
         sparse_every: before the window, one step in this many is recorded; None for none.
+        last: step of the last row, if training gets to its planned end; None when that is not known.
     """
 
     total_steps: int | None
@@ -38,6 +39,7 @@ class Window:
     num_rows: int
     num_enough: int
     sparse_every: int | None = None
+    last: int | None = None
 
     @classmethod
     def plan(cls, config: RecorderConfig, total_steps: int | None, steps_per_epoch: int | None) -> Window:
@@ -49,6 +51,7 @@ class Window:
         Raises:
             ConfigError: a run of no steps.
         """
+        planned_steps = total_steps
         if config.keep_newest:
             total_steps = None
         if total_steps is not None and total_steps < 1:
@@ -62,11 +65,12 @@ class Window:
         # What was trained with everything else is not to be mixed with what was trained alone.
         num_enough = 1 if config.freeze_rest else min(num_rows, ENOUGH_ROWS)
         if total_steps is None:
-            return cls(None, 1, every, num_rows, num_enough)
+            last = planned_steps - planned_steps % every if planned_steps else None
+            return cls(None, 1, every, num_rows, num_enough, last=last or None)
         first = total_steps - (num_rows - 1) * every
         num_sparse = num_rows if config.last_steps else min(config.max_snapshots, max(num_rows, MIN_SPARSE_ROWS))
         sparse_every = max(every, ceil((first - 1) / num_sparse)) if config.keep_sparse else None
-        return cls(total_steps, first, every, num_rows, num_enough, sparse_every)
+        return cls(total_steps, first, every, num_rows, num_enough, sparse_every, total_steps)
 
     @property
     def planned(self) -> PlannedWindow:

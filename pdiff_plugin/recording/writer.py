@@ -32,6 +32,8 @@ CHUNK_ROWS = 64
 CHUNK_BYTES = 64 * 2**20
 CHUNK_SECONDS = 10.0
 NUM_BUFFERS = 3
+# Of rows that are a chunk each: one is written while the next is taken, and memory may be short.
+NUM_LARGE_BUFFERS = 2
 
 
 class RowInfo(NamedTuple):  # made in every step, for which a dataclass takes twice as long
@@ -83,7 +85,8 @@ class BackgroundWriter:
         row_bytes = layout.num_values * dtype.itemsize
         self.chunk_rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(row_bytes, 1)))
         self._new_buffer = partial(_Buffer, layout, dtype, self.chunk_rows, device)
-        self._num_unmade = NUM_BUFFERS  # buffers are made when needed: a quick writer needs two of them
+        # Buffers are made when needed: a quick writer needs two of them.
+        self._num_unmade = NUM_BUFFERS if self.chunk_rows > 1 else NUM_LARGE_BUFFERS
         self._free: list[_Buffer] = []
         self._full: deque[_Buffer | Callable[[TrajectoryWriter], None]] = deque()
         self._current: _Buffer | None = None
@@ -239,12 +242,18 @@ class BackgroundWriter:
         if job.copied is not None:
             job.copied.synchronize()
             taken = [i for i, bad in enumerate(job.found_inf[: len(infos)].tolist()) if bad == 0.0]
-            rows, infos = rows[taken], [infos[i] for i in taken]
+            if len(taken) < len(infos):  # which copies them
+                rows, infos = rows[taken], [infos[i] for i in taken]
         if not infos:
             return
         planned = self._window.planned if self._window is not None and infos[0].step < self._first else None
         self.trajectory.write_chunk(
-            rows, [i.step for i in infos], [i.epoch for i in infos], [_numbers(i.metrics) for i in infos], planned
+            rows,
+            [i.step for i in infos],
+            [i.epoch for i in infos],
+            [_numbers(i.metrics) for i in infos],
+            planned,
+            self._window.last if self._window is not None else None,
         )
         self._thin_out(self.trajectory)
 

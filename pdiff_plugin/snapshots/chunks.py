@@ -1,7 +1,8 @@
 """The chunk file of a trajectory: one format, one place that writes and reads it.
 
     chunk-000001.safetensors   "rows" (n, D) in layout order, "steps" (n,) int64; the header holds, as text, ``format``,
-                               ``format_version`` and two JSON lists, ``epochs`` and ``metrics``, one entry per row
+                               ``format_version`` and two JSON lists, ``epochs`` and ``metrics``, one entry per row;
+                               also ``planned_last_step``, the step that the run's last row is planned for, if known
     sparse-000001.safetensors  the same for rows from before the window; the header also holds ``window``, a JSON object
 
 Shapes: n rows in a chunk, m of them wanted, D values in a row, c columns.
@@ -53,6 +54,7 @@ class Chunk:
     metrics: list[dict[str, float]]
     _rows: Tensor
     window: PlannedWindow | None = None  # of sparse rows
+    planned_last_step: int | None = None  # that of the run's last row, if it gets there
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -88,6 +90,7 @@ def save_chunk(
     epochs: Sequence[float | None] | None = None,
     metrics: Sequence[Mapping[str, float]] | None = None,
     window: PlannedWindow | None = None,
+    planned_last_step: int | None = None,
 ) -> None:
     """Write one chunk file, rows (n, D); with ``window`` one of sparse rows."""
     tensors = {"rows": rows, "steps": torch.tensor(list(steps), dtype=torch.int64)}
@@ -97,6 +100,8 @@ def save_chunk(
     }
     if window is not None:
         header["window"] = json.dumps(asdict(window))
+    if planned_last_step is not None:
+        header["planned_last_step"] = str(planned_last_step)
     save_tensors(path, tensors, FORMAT, FORMAT_VERSION, header)
 
 
@@ -125,7 +130,10 @@ def read_chunk(path: Path, layout: Layout, row_dtype: torch.dtype) -> Chunk:
     if not (_is_list(metrics, n) and all(isinstance(m, dict) and all(map(is_number, m.values())) for m in metrics)):
         raise FormatError(str(path), "other metrics", f"{n} objects of name -> number")
     window = _window(path, header) if SPARSE_NAME.fullmatch(path.name) else None
-    return Chunk(path, steps.tolist(), epochs, metrics, rows, window)
+    planned = header.get("planned_last_step")
+    if planned is not None and not re.fullmatch(r"[1-9]\d{0,17}", planned):
+        raise FormatError(str(path), f"planned_last_step {planned!r}", "a whole number from 1")
+    return Chunk(path, steps.tolist(), epochs, metrics, rows, window, int(planned) if planned else None)
 
 
 def _window(path: Path, header: Mapping[str, str]) -> PlannedWindow:

@@ -133,6 +133,10 @@ class Layout:
         return {spec.name: spec.shape for spec in self.tensors}
 
     @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {spec.name: DTYPES[spec.dtype] for spec in self.tensors}
+
+    @property
     def flat_dtype(self) -> torch.dtype:
         """The narrowest dtype in which every tensor of this layout is exact: float32, or float64 where one needs it."""
         return torch.float64 if any(s.dtype == "float64" for s in self.tensors) else torch.float32

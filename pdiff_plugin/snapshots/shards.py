@@ -281,6 +281,10 @@ class JoinedChunk:
     _world: World
     _parts: Sequence[tuple[Chunk, Tensor]]  # of each rank: a chunk, and places (n,) in it
 
+    @property
+    def planned_last_step(self) -> int | None:
+        return self._parts[0][0].planned_last_step
+
     def __len__(self) -> int:
         return len(self.steps)
 

@@ -44,6 +44,8 @@ class SnapshotStore:
         trajectories: ids, in the order of the rows.
         conditions: trajectory -> names -> values of the setting that it was recorded at, of those that have one.
         sparse: trajectory -> its planned window, of those that have rows from before it.
+        stopped_early: trajectory -> the step that its last row was planned for, of those whose newest is from before
+            (also of those that are left out): training was stopped, or is not over.
         left_out: one sentence per trajectory that has nothing else, while others have rows of their windows: what
             lies far from the end of a training is to stand in for these rows, not beside them.
         problems: one sentence per file that could not be read; what it holds is left out.
@@ -57,11 +59,15 @@ class SnapshotStore:
         self._chunks: list[tuple[int, Chunk | JoinedChunk]] = []
         self._base_headers: dict[str, dict[str, str]] = {}
         self.sparse: dict[str, PlannedWindow] = {}
+        self.stopped_early: dict[str, int] = {}
         self.left_out: list[str] = []
         for name, chunks in self._read_trajectories().items():
             if chunks:
                 self._chunks += [(len(self.trajectories), chunk) for chunk in chunks]
                 self.trajectories.append(name)
+                planned = chunks[-1].planned_last_step
+                if planned is not None and max(chunks[-1].steps, default=0) < planned:
+                    self.stopped_early[name] = planned
             try:
                 self._base_headers[name] = self._find_base(name)[1]
             except (FormatError, FormatVersionError) as error:
@@ -91,6 +97,8 @@ class SnapshotStore:
         are_alone = not any(found[name] for name in found.keys() - short.keys())
         for name, window in short.items():
             chunks, problems = read_trajectory(self._worlds, name, with_sparse=True)
+            if chunks:
+                self.stopped_early[name] = window.total_steps
             if are_alone:
                 self.problems += [problem for problem in problems if problem not in self.problems]
                 found[name], self.sparse[name] = chunks, window
@@ -140,6 +148,7 @@ class SnapshotStore:
         part._base_headers = {name: header for name, header in self._base_headers.items() if name in kept}
         part.conditions = {name: condition for name, condition in self.conditions.items() if name in kept}
         part.sparse = {name: window for name, window in self.sparse.items() if name in kept}
+        part.stopped_early = {name: planned for name, planned in self.stopped_early.items() if name in kept}
         return part
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -124,17 +124,27 @@ class TensorFileWriter:
             self._file.close()
 
 
+# Writes tensors that are made as they are written, a run of values at a time.
+LateTensors = Callable[[TensorFileWriter], None]
+
+
 def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], name: str, version: int, header: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    version: int,
+    header: Mapping[str, str] | None = None,
+    late: LateTensors | None = None,
 ) -> None:
     """Write a tensor file of ours, atomically and without a copy of any tensor in memory.
 
     Args:
         path: the file, which is replaced.
-        tensors: of any dtype, layout in memory and device.
+        tensors: of any dtype, layout in memory and device; those on the device ``meta`` are left to ``late``.
         name: of the format.
         version: of the format.
         header: more text for the header.
+        late: writes these.
 
     Raises:
         UnsupportedTensorError: a dtype that safetensors does not know.
@@ -143,7 +153,10 @@ def save_tensors(
     specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     with replacing(path) as temp, TensorFileWriter(temp, specs, text) as file:
         for key, tensor in tensors.items():
-            file.write(key, tensor)
+            if not tensor.is_meta:
+                file.write(key, tensor)
+        if late is not None:
+            late(file)
 
 
 def load_tensors(path: Path, name: str, version: int) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -156,6 +169,15 @@ def load_tensors(path: Path, name: str, version: int) -> tuple[dict[str, Tensor]
     """
     with _opened(path, name, version) as (file, header):
         return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (not a dict)
+
+
+def load_state(path: Path, name: str, version: int) -> dict[str, Tensor]:
+    """Tensors, mapped from a file of ours or from the state dict of somebody else, which says "pt" or nothing.
+
+    Errors are those of :func:`load_tensors`.
+    """
+    with _opened(path, name, version, others=(None, "pt")) as (file, _):
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def load_header(path: Path, name: str, version: int) -> dict[str, str]:
@@ -178,13 +200,16 @@ def from_json(path: Path, header: Mapping[str, str], key: str) -> Any:
 
 
 @contextmanager
-def _opened(path: Path, name: str, version: int) -> Iterator[tuple[Any, dict[str, str]]]:
+def _opened(
+    path: Path, name: str, version: int, others: Sequence[str | None] = ()
+) -> Iterator[tuple[Any, dict[str, str]]]:
     try:
         check_regular(path)
         with safe_open(path, framework="pt") as file:
             opened: Any = file
             header = opened.metadata() or {}
-            check_format(str(path), header, name, version)
+            if header.get("format") not in others:
+                check_format(str(path), header, name, version)
             yield opened, header
     except FileNotFoundError:
         raise

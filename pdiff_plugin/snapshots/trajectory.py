@@ -142,16 +142,17 @@ class TrajectoryWriter:
         epochs: Sequence[float | None] | None = None,
         metrics: Sequence[Mapping[str, float]] | None = None,
         window: PlannedWindow | None = None,
+        planned_last_step: int | None = None,
     ) -> Path:
         """Write ``rows`` (n, D) as the next chunk and return its path. It exists whole or not at all.
 
-        With ``window`` they are rows from before that.
+        With ``window`` they are rows from before that. ``planned_last_step`` is that of the run's last row.
         """
         self._ownership.check()
         self._ownership.beat()
         kind, chunks = ("chunk", self._chunks) if window is None else ("sparse", self._sparse)
         path = self.folder / f"{kind}-{self._next_numbers[kind]:06d}.safetensors"
-        save_chunk(path, rows.to(self.row_dtype), steps, epochs, metrics, window)
+        save_chunk(path, rows.to(self.row_dtype), steps, epochs, metrics, window, planned_last_step)
         self._next_numbers[kind] += 1
         chunks.append((path, list(steps)))
         return path
@@ -207,6 +208,7 @@ class TrajectoryWriter:
                     [chunk.epochs[i] for i in rows],
                     [chunk.metrics[i] for i in rows],
                     chunk.window,
+                    chunk.planned_last_step,
                 )
             kept.append((path, [steps[i] for i in rows]))
         chunks[:] = kept

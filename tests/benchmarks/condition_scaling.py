@@ -100,7 +100,7 @@ def loss(model: Product, condition: dict[str, float]) -> Tensor:
 
 def measure(store: Path, out: Path, num_steps: int) -> dict[str, float]:
     """Seconds of a fit and of 16 members at a new condition (the first, and the median of later ones), and memory."""
-    from fit_scaling import PeakMemory
+    from peak_memory import PeakMemory
 
     with PeakMemory() as memory:
         start, cpu = time.perf_counter(), time.process_time()

@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import threading
 import time
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
+from peak_memory import PeakMemory
 from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
@@ -89,30 +89,6 @@ def judge(folder: Path, **options: object) -> dict[str, object]:
         "sets": result.sets,
         "verdict": result.verdict.sentence,
     }
-
-
-class PeakMemory:
-    """The largest RssAnon of this process while the ``with`` block runs; zero on other systems than Linux."""
-
-    peak_gb = 0.0
-
-    def __enter__(self) -> PeakMemory:
-        self._done = threading.Event()
-        self._watcher = threading.Thread(target=self._watch)
-        self._watcher.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._watcher.join()
-
-    def _watch(self) -> None:
-        status = Path("/proc/self/status")
-        while status.exists():
-            kilobytes = int(status.read_text().split("RssAnon:")[1].split()[0])
-            self.peak_gb = max(self.peak_gb, kilobytes * 1024 / 1e9)
-            if self._done.wait(0.02):
-                return
 
 
 def new_model() -> nn.Module:

@@ -14,6 +14,7 @@ import pytest
 
 @pytest.fixture
 def scaling(request, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # as of a script that is run
     spec = importlib.util.spec_from_file_location("fit_scaling", Path(__file__).with_name("fit_scaling.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -29,6 +29,7 @@ REASONS = {
     "needs a cluster",
     "needs an account; tests/test_hub.py runs it against a stand-in",
     "starts a Ray for half a minute; tests/cluster runs it",
+    "needs Optuna; tests/integrations/test_optuna.py runs it",
 }
 KNOWN = {"docs/reference/evaluation.md": {"Task": Task, "torch": torch}}  # each of its snippets is one line of a script
 FROM_NOTHING = "docs/start.md"

@@ -505,3 +505,51 @@ def test_settings_that_a_newer_release_has_added_are_left_out(tmp_path):
     members = {f"members/{name}": torch.stack([tensor] * 2) for name, tensor in net.state_dict().items()}
     save_file(members, tmp_path / "e.safetensors", header)
     assert DiffusionEnsemble.load(tmp_path / "e.safetensors", net).task == "regression"
+
+
+@pytest.fixture
+def files(tmp_path, weights):
+    for number, member in enumerate(weights.members()):
+        save_file(
+            {name: tensor.contiguous() for name, tensor in member.items()}, tmp_path / f"member-{number}.safetensors"
+        )
+    return WeightSet.from_files(tmp_path)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_members_in_files_predict_as_those_in_memory(model, weights, files, x, task):
+    expected = DiffusionEnsemble(model, weights, strategy="loop", task=task)
+
+    ensemble = DiffusionEnsemble(model, files, task=task)
+
+    assert ensemble.execution == "plain loop"
+    assert torch.equal(ensemble(x), expected(x))
+    assert torch.equal(ensemble.members(x), expected.members(x))
+    found, wanted = (vars(one.predict_loader([(x, x)])) for one in (ensemble, expected))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    for found, member in zip(ensemble.members_state_dicts(), expected.members_state_dicts(), strict=True):
+        assert all(torch.equal(found[name], member[name]) for name in member)
+
+
+def test_members_in_files_take_the_dtype_of_the_model(model, weights, files, x):
+    model.double()
+
+    found = DiffusionEnsemble(model, files)(x.double())
+
+    assert torch.equal(found, DiffusionEnsemble(model, weights, strategy="loop")(x.double()))
+
+
+def test_an_ensemble_of_files_is_saved_and_averaged_like_any(model, weights, files, x, tmp_path):
+    expected, ensemble = DiffusionEnsemble(model, weights), DiffusionEnsemble(model, files)
+
+    ensemble.save(tmp_path / "ensemble.safetensors")
+
+    assert torch.equal(DiffusionEnsemble.load(tmp_path / "ensemble.safetensors", model)(x), expected(x))
+    assert torch.equal(ensemble.to_soup()(x), expected.to_soup()(x))
+    ensemble.set_weights(weights)
+    assert torch.equal(ensemble(x), expected(x))
+
+
+def test_members_in_files_are_refused_where_they_cannot_share_their_trunk(model, files):
+    with pytest.raises(ConfigError, match=r"strategy = 'trunk'.*stay in their files"):
+        DiffusionEnsemble(model, files, strategy="trunk")

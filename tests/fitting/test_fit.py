@@ -101,6 +101,66 @@ def test_a_bfloat16_basis_halves_the_file_and_survives_it(make_store, tmp_path):
     assert 0 < (one - exact).norm() < 2**-8 * (exact - exact.mean(0)).norm()
 
 
+def test_a_large_basis_is_written_once_into_the_same_file(make_store, tmp_path, monkeypatch):
+    layout = Layout((TensorSpec("w", (4, 50), "float32", "parameter"), TensorSpec("b", (7,), "float32", "parameter")))
+    store = make_store(layout=layout)
+    monkeypatch.setattr(Split, "block_values", lambda split, memory_gb: 16)
+    fit(store, QUICK, out=tmp_path / "small")
+    seen = []
+    monkeypatch.setattr("pdiff_plugin.fitting.subspace_stage._MAPPED_BYTES", 100)
+    monkeypatch.setattr("pdiff_plugin.fitting.subspace_stage.mapped", None)  # nowhere else
+
+    generator = fit(store, QUICK, out=tmp_path / "large", on_progress=lambda progress: seen.append(progress.stage))
+
+    assert file_of(tmp_path / "large") == file_of(tmp_path / "small")
+    assert seen[-1] == "autoencoder"
+    assert generator.sample(1)["w"].shape == (1, 4, 50)
+
+
+def test_a_fit_that_is_interrupted_while_a_large_basis_is_written_goes_on(make_store, tmp_path, monkeypatch):
+    store = make_store()
+    fit(store, QUICK, out=tmp_path / "whole")
+    monkeypatch.setattr("pdiff_plugin.fitting.subspace_stage._MAPPED_BYTES", 100)
+    seen = []
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(store, QUICK, out=tmp_path / "cut", on_progress=InterruptAt("autoencoder"))
+    left = sorted(path.name for path in (tmp_path / "cut").iterdir())
+    assert json.loads((tmp_path / "cut" / "fit.json").read_text())["status"] == "running"
+    fit(store, QUICK, out=tmp_path / "cut", on_progress=lambda progress: seen.append(progress.stage))
+
+    assert left == ["diffusion.checkpoint.safetensors", "fit.json", "statistics.checkpoint.safetensors"]
+    assert file_of(tmp_path / "cut") == file_of(tmp_path / "whole")
+    assert set(seen) == {"autoencoder"}
+
+
+def test_the_basis_of_a_large_model_is_bfloat16_unless_said_otherwise(make_store, tmp_path, monkeypatch):
+    store = make_store()
+    small = fit(store, QUICK, out=tmp_path / "small")
+    monkeypatch.setattr("pdiff_plugin.config._MAX_FLOAT32_VALUES", store.layout.num_values - 1)
+
+    large = fit(store, QUICK)
+    asked = fit(store, replace(QUICK, autoencoder=replace(QUICK.autoencoder, basis_dtype="float32")))
+
+    dtypes = [generator.autoencoder.basis.dtype for generator in (small, large, asked)]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+    # As an earlier release, which does not know "auto", writes and reads it.
+    assert (small.config.autoencoder.basis_dtype, large.config.autoencoder.basis_dtype) == ("float32", "bfloat16")
+
+
+def test_a_fit_that_began_with_a_float32_basis_goes_on_with_it_however_large(make_store, tmp_path, monkeypatch):
+    store = make_store()
+    of_old = replace(QUICK, autoencoder=replace(QUICK.autoencoder, basis_dtype="float32"))
+    fit(store, of_old, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(store, of_old, out=tmp_path / "cut", on_progress=InterruptAt("diffusion", 20))
+    monkeypatch.setattr("pdiff_plugin.config._MAX_FLOAT32_VALUES", 1)
+
+    fit(store, QUICK, out=tmp_path / "cut")
+
+    assert file_of(tmp_path / "cut") == file_of(tmp_path / "whole")
+
+
 def test_a_fit_from_before_a_setting_existed_counts_as_one_with_its_default(make_store, tmp_path):
     store = make_store()
     fit(store, QUICK, out=tmp_path / "fit")
@@ -116,7 +176,7 @@ def test_a_fit_from_before_a_setting_existed_counts_as_one_with_its_default(make
 
     found = fit(store, QUICK, out=tmp_path / "fit")
 
-    assert found.config == QUICK
+    assert found.config == QUICK.settled(store.layout.num_values)
     assert len(file_of(tmp_path / "fit")) < len(before)  # it was taken as it is
 
 

@@ -11,7 +11,7 @@ from sklearn.decomposition import PCA
 
 from pdiff_plugin.config import FitConfig, SubspaceConfig
 from pdiff_plugin.fitting.runtime import Runtime
-from pdiff_plugin.fitting.subspace_stage import _empty_basis, fit_subspace
+from pdiff_plugin.fitting.subspace_stage import _empty, fit_subspace
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 from pdiff_plugin.snapshots.split import Split
 from pdiff_plugin.snapshots.statistics import NonFiniteRowsError, column_blocks, measure
@@ -50,7 +50,7 @@ def fitted(rows, config=FULL, heldout=(), block_values=16):
         store = SnapshotStore.open(folder)
         split = replace(Split.choose(store, torch.arange(len(store)), 0.0), heldout=held)
         statistics = measure(split.read, LAYOUT, block_values=block_values, train_rows=split.train_rows)
-        return fit_subspace(split, statistics, FitConfig(autoencoder=config), Runtime())
+        return fit_subspace(split, statistics, FitConfig(autoencoder=config).settled(LAYOUT.num_values), Runtime())
 
 
 def standardised(rows):
@@ -235,7 +235,7 @@ def test_a_basis_is_never_converted_whole(rows, monkeypatch):
 def test_a_large_basis_lies_in_a_file_that_is_gone_with_it(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr("pdiff_plugin.fitting.subspace_stage._MAPPED_BYTES", 100)
 
-    basis = _empty_basis(5, 30, dtype, tmp_path)
+    basis = _empty("basis", 5, 30, dtype, tmp_path)
     basis[:] = 1.5
 
     assert mapped_file(basis).parent == tmp_path
@@ -247,13 +247,13 @@ def test_without_a_folder_a_large_basis_lies_in_the_system_s_one_for_temporary_f
     monkeypatch.setattr("pdiff_plugin.fitting.subspace_stage._MAPPED_BYTES", 100)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
-    assert mapped_file(_empty_basis(5, 30, torch.float32, None)).parent == tmp_path
+    assert mapped_file(_empty("basis", 5, 30, torch.float32, None)).parent == tmp_path
 
 
 def test_a_basis_for_which_the_disk_has_no_room_is_kept_in_memory_and_that_is_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("pdiff_plugin.fitting.subspace_stage._MAPPED_BYTES", 100)
 
-    basis = _empty_basis(5, 30, torch.float32, tmp_path / "missing")
+    basis = _empty("basis", 5, 30, torch.float32, tmp_path / "missing")
 
     assert basis.shape == (5, 30)
     assert mapped_file(basis) is None

@@ -1,19 +1,22 @@
 """Members as files: what `sample` gives, in little memory, whole or not at all."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
-from pdiff_plugin import FitConfig, WeightGenerator
+from pdiff_plugin import FitConfig, WeightGenerator, swap_
 from pdiff_plugin.config import DiffusionConfig
-from pdiff_plugin.errors import ConfigError, MembersExistError
+from pdiff_plugin.errors import ConfigError, LayoutMismatchError, MembersExistError
 from pdiff_plugin.generator.denoiser import new_denoiser
 from pdiff_plugin.generator.frames import Frames
 from pdiff_plugin.generator.members import MEMBER_CHUNK, write_latents, write_members
 from pdiff_plugin.generator.subspace import SubspaceAutoencoder
+from pdiff_plugin.modules.names import named_tensors
 from pdiff_plugin.snapshots.layout import Layout, TensorSpec
 
 K = 4
@@ -198,3 +201,50 @@ def test_memory_does_not_grow_with_the_number_of_values_and_members(tmp_path, mo
     # 16 members are 128 MB, a block of them 4 MB.
     assert sum(path.stat().st_size for path in paths) > 128e6
     assert max(held) - held[0] < 40
+
+
+class Model(nn.Module):
+    """As the mixed layout, with a tensor that is not contiguous, one in another dtype, and one of its own."""
+
+    def __init__(self):
+        super().__init__()
+        for name, tensor in {
+            "scalar": torch.zeros(()),
+            "weight": torch.zeros(500, 300).T,
+            "f16": torch.zeros(7, 11).half(),
+            "empty": torch.zeros(0, 3),
+            "brain": torch.zeros(13),
+            "f64": torch.zeros(5).double(),
+            "other": torch.ones(3),
+        }.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+        self.norm = nn.Module()
+        self.norm.register_buffer("running_var", torch.zeros(9).half())
+
+
+def generator_of_models():
+    names = {"half": "f16", "double": "f64"}
+    return make_generator(Layout(tuple(replace(spec, name=names.get(spec.name, spec.name)) for spec in MIXED)))
+
+
+def test_a_member_drawn_into_a_model_is_the_one_that_is_swapped_in():
+    generator, model, expected = generator_of_models(), Model(), Model()
+    swap_(expected, generator.sample(1, rng=seeded(), temperature=0.5).member(0))
+
+    generator.sample_into(model, rng=seeded(), temperature=0.5)
+
+    found = named_tensors(model)
+    assert float(found["weight"].detach().std()) > 0.1
+    for name, tensor in named_tensors(expected).items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_a_model_that_does_not_fit_is_left_as_it_is():
+    model = Model()
+    model.f64 = nn.Parameter(torch.zeros(4))
+
+    with pytest.raises(LayoutMismatchError, match="'f64'"):
+        generator_of_models().sample_into(model)
+
+    assert all(not tensor.detach().any() for name, tensor in named_tensors(model).items() if name != "other")

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from pdiff_plugin.errors import LayoutMismatchError
+from pdiff_plugin.errors import ConfigError, FormatError, FormatVersionError, LayoutMismatchError
 from pdiff_plugin.generator.weights import WeightSet
 from pdiff_plugin.snapshots.layout import Layout
 
@@ -51,3 +52,49 @@ def test_tensors_of_different_numbers_of_members_are_refused_by_name():
     with pytest.raises(LayoutMismatchError) as error:
         WeightSet({"a": torch.zeros(3, 2), "b": torch.zeros(2, 2)})
     assert "tensor 'b': the set recorded 3 members on axis 0, found (2, 2)" in str(error.value)
+
+
+def saved(folder, members, header=None):
+    """One file for each member, as ``pdiff generate`` names them."""
+    paths = [folder / f"member-{number:04d}.safetensors" for number in range(len(members))]
+    for path, member in zip(paths, members, strict=True):
+        save_file(member, path, header)
+    return paths
+
+
+def test_members_in_files_are_the_same_set_as_in_memory(tmp_path, members):
+    expected = WeightSet.from_members(members)
+    paths = saved(tmp_path, members)
+
+    for weights in (WeightSet.from_files(tmp_path), WeightSet.from_files(paths), WeightSet.from_files(list(paths))):
+        assert (weights.num_members, weights.shapes) == (4, {"w": (2, 3), "b": ()})
+        assert weights.shapes == expected.shapes
+        for name, tensor in expected.items():
+            assert torch.equal(weights[name], tensor)
+            assert torch.equal(weights.member(-1)[name], tensor[-1])
+            assert torch.equal(weights.select([3, 0])[name], tensor[[3, 0]])
+    with pytest.raises(IndexError, match="member 4 of a set of 4"):
+        weights.member(4)
+
+
+def test_files_that_are_no_members_of_one_model_are_refused_by_name(tmp_path, members):
+    paths = saved(tmp_path, members)
+    save_file({"w": torch.zeros(2, 3)}, paths[1])
+
+    with pytest.raises(LayoutMismatchError, match=r"tensor 'b'.*member-0001"):
+        WeightSet.from_files(tmp_path)
+    save_file({**members[1], "more": torch.zeros(1)}, paths[1])
+    with pytest.raises(LayoutMismatchError, match="tensor 'more'"):
+        WeightSet.from_files(tmp_path)
+    save_file(members[1], paths[1], {"format": "pdiff-member", "format_version": "2"})
+    with pytest.raises(FormatVersionError):
+        WeightSet.from_files(tmp_path)
+    save_file(members[1], paths[1], {"format": "pdiff-ensemble", "format_version": "1"})
+    with pytest.raises(FormatError, match="format 'pdiff-ensemble'"):
+        WeightSet.from_files(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for nothing in ([], tmp_path / "empty"):
+        with pytest.raises(ConfigError, match="members"):
+            WeightSet.from_files(nothing)
+    with pytest.raises(FileNotFoundError):
+        WeightSet.from_files(tmp_path / "missing")

@@ -124,6 +124,7 @@ PACKAGES = {
     "fastai": "fastai",
     "keras": "keras",
     "ray_train": "ray.train",
+    "ray_tune": "ray.tune",
     "composer": "composer",
 }
 

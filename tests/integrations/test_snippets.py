@@ -30,7 +30,9 @@ def run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for name in (DATA, page):
-        for code in re.findall(r"^```python\n(.*?)^```", (PAGES / f"{name}.md").read_text(), re.DOTALL | re.MULTILINE):
+        for code in re.findall(
+            r"(?<!-->\n)^```python\n(.*?)^```", (PAGES / f"{name}.md").read_text(), re.DOTALL | re.MULTILINE
+        ):
             exec(compile(code, f"{name}.md", "exec"), namespace)
     return namespace
 
@@ -64,6 +66,18 @@ def test_the_snippet_of_ray_train_records_once_for_two_workers(local_ray, tmp_pa
     assert store.steps.tolist() == list(range(1, 31))  # 15 batches a worker and epoch
 
 
+def test_the_snippet_of_ray_tune_records_each_trial(local_ray, tmp_path, monkeypatch):
+    namespace = run("ray-tune", tmp_path, monkeypatch)
+    assert namespace["results"].num_errors == 0
+    for result in namespace["results"]:
+        store = SnapshotStore.open(f"{result.path}/pdiff-snapshots")
+        (name,) = store.trajectories
+        assert name == result.metrics["trial_id"]
+        assert store.conditions == {name: {"lr": result.config["lr"]}}
+        assert (name in store.stopped_early) == (result.metrics["training_iteration"] < 4)
+    assert namespace["ended"].trajectories
+
+
 def test_every_trainer_has_a_page_and_every_page_a_case():
-    of_cases = {getattr(case, "values", case)[0] for case in CASES} | {"ray-train"}
+    of_cases = {getattr(case, "values", case)[0] for case in CASES} | {"ray-train", "ray-tune"}
     assert of_cases == {page.stem for page in PAGES.glob("*.md")} - {DATA, "index", "timm"}  # timm: test_timm.py

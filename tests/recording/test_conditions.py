@@ -77,7 +77,9 @@ def test_what_is_no_condition_is_refused_when_the_recorder_is_made():
 @pytest.mark.parametrize("condition", ["hparams", ["lr"], ("lr",), "lr"])
 def test_names_alone_are_refused_where_there_is_nothing_to_look_them_up_in(net, tmp_path, condition):
     recorder = PDiffRecorder(tmp_path / "s", condition=condition)
-    with pytest.raises(ConfigError, match="must be a dict of names to values here: only Lightning and transformers"):
+    with pytest.raises(
+        ConfigError, match="must be a dict of names to values here: only Lightning, transformers and Ray"
+    ):
         recorder.attach(net)
     assert not (tmp_path / "s").exists()
 

@@ -171,3 +171,4 @@ def test_shards_of_a_run_that_ends_before_its_window_are_joined_to_the_sparse_ro
     assert store.steps.tolist() == expected.steps.tolist() == [1, 2]
     assert torch.equal(store.rows(), expected.rows())
     assert store.sparse == expected.sparse != {}
+    assert store.stopped_early == expected.stopped_early != {}

@@ -231,7 +231,30 @@ def test_sparse_snapshots_are_left_out_where_another_run_has_its_window(model, t
         "before that are left out, since other runs have those of their windows"
     )
     assert store.left_out == [sentence, sentence.replace("run-001", "run-002")]
+    assert list(store.stopped_early) == ["run-001", "run-002"]
     assert sentence in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "settings", "planned"),
+    [
+        (1000, {}, None),
+        (999, {}, 1000),
+        (850, {"every_n_steps": 7}, 1000),
+        (999, {"keep_newest": True, "every_n_steps": 30}, None),  # the next row would have been after the end
+        (989, {"keep_newest": True, "every_n_steps": 30}, 990),
+    ],
+)
+def test_a_run_that_ended_early_is_told_from_one_that_got_to_its_end(model, tmp_path, num_steps, settings, planned):
+    count(model, tmp_path, num_steps, 1000, **settings)
+    store = SnapshotStore.open(tmp_path)
+    assert store.stopped_early == ({} if planned is None else {"run-001": planned})
+    assert store.only(["run-001"]).stopped_early == store.stopped_early
+
+
+def test_a_run_whose_length_is_not_known_does_not_end_early(model, tmp_path):
+    count(model, tmp_path, 50, None)
+    assert SnapshotStore.open(tmp_path).stopped_early == {}
 
 
 def test_a_finished_run_that_is_prolonged_and_stopped_early_keeps_its_window(model, tmp_path):

@@ -20,7 +20,7 @@ from pdiff_plugin.errors import (
     StoreNotFoundError,
     TrajectoryExistsError,
 )
-from pdiff_plugin.snapshots.chunks import PlannedWindow
+from pdiff_plugin.snapshots.chunks import PlannedWindow, save_chunk
 from pdiff_plugin.snapshots.layout import Layout
 from pdiff_plugin.snapshots.store import SnapshotStore
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
@@ -491,6 +491,23 @@ def test_sparse_rows_stand_before_those_of_a_window_until_there_are_enough(tmp_p
         store = SnapshotStore.open(tmp_path)
         assert store.steps.tolist() == expected
         assert store.sparse == ({} if step == 92 else {"a": WINDOW})
+
+
+def test_the_planned_last_step_stays_when_rows_are_dropped_and_must_be_a_number(tmp_path):
+    writer = TrajectoryWriter(tmp_path, LAYOUT, trajectory="a")
+    writer.write_chunk(torch.rand(3, 7), [4, 5, 6], planned_last_step=9)
+    writer.close()
+    TrajectoryWriter(tmp_path, LAYOUT, trajectory="a", resume_step=5).close()
+    store = SnapshotStore.open(tmp_path)
+    assert store.steps.tolist() == [4, 5]
+    assert store.stopped_early == {"a": 9}
+    for planned in (0, "soon"):
+        save_chunk(
+            tmp_path / "trajectories/a/chunk-000001.safetensors", torch.rand(1, 7), [4], planned_last_step=planned
+        )
+        store = SnapshotStore.open(tmp_path)
+        assert (len(store), store.stopped_early) == (0, {})
+        assert f"found planned_last_step '{planned}', expected a whole number from 1" in store.problems[0]
 
 
 def test_sparse_rows_are_cut_and_dropped(tmp_path):
