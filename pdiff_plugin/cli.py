@@ -28,6 +28,7 @@ import pdiff_plugin as pdiff
 from pdiff_plugin import console, describe
 from pdiff_plugin.config import (
     AUTOENCODER_CONFIGS,
+    CACHE_GB,
     AutoencoderName,
     ConditionConfig,
     DiffusionConfig,
@@ -309,6 +310,7 @@ def fit(
     fresh: Fresh = False,
     log: LogTo = (),
     json: Json = False,
+    cache_gb: float = CACHE_GB,
     config: Annotated[FitConfig, Inline] = FitConfig(),  # noqa: B008 (frozen)
     distributed: Where = DistributedConfig(),  # noqa: B008 (frozen)
 ) -> None:
@@ -323,6 +325,8 @@ def fit(
         out: Run folder for generator.safetensors and fit.json; may be a URL too.
         preset: Settings that the other flags change: `paper` is the published configuration of p-diff.
         autoencoder: Which one, if not the preset's; with --help, `--autoencoder conv` shows the settings of that.
+        cache_gb: Of a store in a bucket, bound on what each worker keeps on disk, in GB. What does not fit is fetched
+            twice.
     """
     from pdiff_plugin.snapshots.remote import is_remote
 
@@ -333,7 +337,14 @@ def fit(
             from pdiff_plugin.cluster.fit import fit_distributed
 
             fitted = fit_distributed(
-                stores, config, distributed, out=out, fresh=fresh, on_progress=on_progress, loggers=log
+                stores,
+                config,
+                distributed,
+                out=out,
+                fresh=fresh,
+                on_progress=on_progress,
+                loggers=log,
+                cache_gb=cache_gb,
             )
         else:
             fitted = pdiff.fit(stores, config, out=out, fresh=fresh, on_progress=on_progress, loggers=log)

@@ -697,6 +697,10 @@ class RefineConfig:
         _check("seed", self.seed, 0)
 
 
+# Bound on what each worker of a fit keeps on disk of a store in a bucket, in GB.
+CACHE_GB = 10.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
     """Where work is done: in this process, on several workers of this machine, or on a Ray cluster."""

@@ -129,6 +129,19 @@ def test_inspect_shows_what_a_fit_measured(fitted: Path, capsys: pytest.CaptureF
     assert "spread_ratio" in capsys.readouterr().out
 
 
+def test_what_a_fit_read_from_a_bucket_is_shown_beside_the_size_of_its_store(
+    fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = WeightGenerator.load(fitted)
+    generator.report |= {"bytes_read": 3_030_000, "bytes_in_store": 2_000_000}
+    generator.save(fitted)
+    capsys.readouterr()
+    assert main(["inspect", str(fitted)]) == 0
+    text = capsys.readouterr().out
+    assert "3.0 MB of a store of 2.0 MB" in text
+    assert "bytes_read" not in text
+
+
 def test_debug_adds_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path), "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -31,10 +31,11 @@ from pdiff_plugin.cluster.connection import (
     room_for,
     wait_for_room,
 )
-from pdiff_plugin.config import DistributedConfig, FitConfig
+from pdiff_plugin.config import CACHE_GB, DistributedConfig, FitConfig
 from pdiff_plugin.errors import ConfigError, PDiffError, WorkersFailedError
+from pdiff_plugin.fitting.fit import TRAFFIC
 from pdiff_plugin.fitting.folder import FitFolder, local_folder
-from pdiff_plugin.fitting.ranks import check_num_ranks, fit_on_ranks, opened_store, whole_path
+from pdiff_plugin.fitting.ranks import check_cache, check_num_ranks, fit_on_ranks, opened_store, whole_path
 from pdiff_plugin.fitting.several import Stores, one_store
 from pdiff_plugin.fitting.statistics_stage import part_to_fit
 from pdiff_plugin.generator.generator import WeightGenerator
@@ -74,6 +75,7 @@ def fit_distributed(
     fresh: bool = False,
     on_progress: OnProgress | None = None,
     loggers: Loggers = (),
+    cache_gb: float = CACHE_GB,
 ) -> WeightGenerator:
     """As :func:`pdiff_plugin.fit`, on the workers of a Ray cluster; the result is the same up to rounding.
 
@@ -86,9 +88,12 @@ def fit_distributed(
         fresh: start anew, replacing the fit in ``out``.
         on_progress: told how the stages get on, in the calling thread.
         loggers: take the curves and figures, in the calling thread too.
+        cache_gb: of a store in a bucket, bound on what each worker keeps on disk, in the folder for temporary files.
 
     Raises:
         UnusableSnapshotsError, FitExistsError: as in one process.
+        ConfigError: ``cache_gb`` is too small for this kind of fit, or there are more workers than rows in a batch.
+        BucketError: a bucket refuses us, or does not answer.
         ClusterUnreachableError, ClusterAccessError, ClusterTooSmallError: there is no such place to run.
         StorageNotSharedError: a node does not see ``store`` or ``out``.
         WorkersFailedError: workers were lost more often than ``max_failures``, or could not be replaced.
@@ -96,12 +101,14 @@ def fit_distributed(
     config, distributed = config or FitConfig(), distributed or DistributedConfig()
     check_num_ranks(distributed.num_workers, config)
     store = one_store(store, out, fresh=fresh, on_progress=on_progress)
-    job = _Job(whole_path(store.path if isinstance(store, SnapshotStore) else store), whole_path(out), config)
+    job = _Job(whole_path(store.path if isinstance(store, SnapshotStore) else store), whole_path(out), config, cache_gb)
     with ExitStack() as stack:
         # Of a store in a bucket the driver needs all but the rows.
         if not isinstance(store, SnapshotStore):
-            store = stack.enter_context(opened_store(job.store, first_columns))
+            store = stack.enter_context(opened_store(job.store, first_columns, config, cache_gb))
         store = part_to_fit(store, config)
+        if is_remote(job.store):
+            check_cache(store, config, cache_gb)
         with local_folder(job.out) as path:
             folder = FitFolder.open(store, config, path, fresh=fresh, source=job.store)
             is_finished = folder.is_finished
@@ -115,6 +122,8 @@ def fit_distributed(
             generator = WeightGenerator.load(path)  # its file stays mapped where the folder is only a copy
         if not is_finished:
             log.figures({"report": generator.report})
+            if "bytes_read" in generator.report:
+                logger.info(TRAFFIC, generator.report["bytes_read"], generator.report["bytes_in_store"])
     return generator
 
 
@@ -125,6 +134,7 @@ class _Job:
     store: str
     out: str
     config: FitConfig
+    cache_gb: float
 
     def shared_files(self) -> list[Path]:
         """Files that every node has to see."""
@@ -243,7 +253,7 @@ def _work(settings: dict[str, Any]) -> None:
     if rank == 0:
         package.addHandler(handler)
     try:
-        fit_on_ranks(job.store, job.config, out=job.out, on_progress=_Teller(board))
+        fit_on_ranks(job.store, job.config, out=job.out, on_progress=_Teller(board), cache_gb=job.cache_gb)
     except PDiffError as error:
         ray.get(board.put.remote(_Failed(error)), timeout=_BOARD_TIMEOUT_S)
         raise

@@ -35,12 +35,15 @@ from pdiff_plugin.generator.frames import Frames, fit_frames, plain_frames
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.loggers import Loggers, logged
 from pdiff_plugin.progress import OnProgress
+from pdiff_plugin.snapshots.bucket_store import BucketStore
 from pdiff_plugin.snapshots.fingerprint import fingerprint
 from pdiff_plugin.snapshots.split import Split
 from pdiff_plugin.snapshots.statistics import Statistics
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 logger = logging.getLogger(__name__)
+
+TRAFFIC = "the workers read %d bytes from the bucket, of a store of %d"
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,11 @@ def run_stages(store: SnapshotStore, folder: FitFolder, runtime: Runtime) -> Wei
     with folder.timed("statistics"):
         split, statistics, alignment = measure_store(store, config, runtime)
         digest = fingerprint(store, runtime.share(store.layout.num_values), runtime.all_reduce)
+        _count_bytes("statistics", store, folder, runtime)
     folder.document["nonfinite_steps"] = nonfinite_names(split)
     with folder.timed("autoencoder"):
         encoded = autoencoder_stage(config).fit(split, statistics, config, runtime)
+        _count_bytes("autoencoder", store, folder, runtime)
     _warn_of_fidelity(encoded, config)
     variables = variables_of(store, config)
     conditions = [store.conditions[name] for name in store.trajectories] if variables else []
@@ -169,12 +174,22 @@ def run_stages(store: SnapshotStore, folder: FitFolder, runtime: Runtime) -> Wei
             generator.report["alignment"] = alignment.report
         elif generator.report.get("trajectory_separation", 0.0) > FAR_APART and runtime.world_size == 1:
             suggest_alignment(split, config)
+        if isinstance(store, BucketStore):
+            folder.add_bytes_read("report", store.take_num_bytes())
+            generator.report |= {"bytes_read": folder.bytes_read, "bytes_in_store": store.size_bytes}
+            logger.info(TRAFFIC, folder.bytes_read, store.size_bytes)
     generator.to("cpu")
     with folder.timed("file"):
         folder.finish(generator, fitted.history, encoded.late)
     runtime.drop_checkpoints()
     # Read back, so that the basis lies in the generator's own file and no longer in memory or scratch.
     return generator if folder.path is None else WeightGenerator.load(folder.path)
+
+
+def _count_bytes(stage: str, store: SnapshotStore, folder: FitFolder, runtime: Runtime) -> None:
+    """Keep how many bytes all ranks have read from a bucket in a stage, of a store that is in one."""
+    if isinstance(store, BucketStore):
+        folder.add_bytes_read(stage, int(runtime.all_reduce(torch.tensor(store.take_num_bytes()))))
 
 
 def _fit_runs(

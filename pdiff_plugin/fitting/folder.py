@@ -102,6 +102,18 @@ class FitFolder:
             seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
             self.write()
 
+    def add_bytes_read(self, stage: str, count: int) -> None:
+        """Add to ``document["bytes_read"][stage]`` what was read from a bucket, over all attempts; not yet written."""
+        if count:
+            found = self.document.setdefault("bytes_read", {})
+            found[stage] = found.get(stage, 0) + count
+
+    @property
+    def bytes_read(self) -> int:
+        """What was read from a bucket in the stages that have ended."""
+        total: int = sum(self.document.get("bytes_read", {}).values())
+        return total
+
     def write_history(self, history: list[dict[str, float]]) -> None:
         self.document["history"] = json_safe(history, _DIGITS)
         self.write()
@@ -139,6 +151,8 @@ def _read(path: Path) -> tuple[dict[str, Any], FitConfig]:
             raise TypeError("a status, a store or snapshots that are no text")
         if not isinstance(found["history"], list) or not all(map(is_number, found["seconds"].values())):
             raise TypeError("a history or seconds that are none")
+        if not all(type(count) is int for count in found.get("bytes_read", {}).values()):
+            raise TypeError("numbers of bytes that are none")
     return found, settings
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -67,6 +67,20 @@ class Chunk:
     def gather(self, columns: Tensor, rows: Tensor) -> Tensor:
         """Values at any ``columns`` (c,) of the rows at ``rows`` (m,), both int64: (m, c)."""
         return self._rows.index_select(1, columns)[rows]
+
+    def parts(self, lo: int, hi: int, rows: Tensor) -> Iterator[tuple[Chunk, Tensor, int, int]]:
+        """The files that columns [lo, hi) of the rows at ``rows`` (m,) are in, side by side: file, the rows in it (m,),
+        and columns [first, last) of its own."""
+        yield self, rows, lo, hi
+
+    def byte_range(self, row: int, lo: int, hi: int) -> tuple[int, int]:
+        """Bytes [start, stop) behind the beginning of all rows in which columns [lo, hi) of a row are."""
+        width, size = self._rows.shape[1], self._rows.element_size()
+        return (row * width + lo) * size, (row * width + hi) * size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._rows.dtype
 
 
 def save_chunk(

@@ -30,7 +30,7 @@ def mapped(shape: tuple[int, ...], dtype: torch.dtype, what: str, *, least_bytes
         return torch.empty(shape, dtype=dtype)
     try:
         # Unlinked at once: the mapping keeps it alive.
-        with tempfile.NamedTemporaryFile(prefix=f"{TEMP_MARK}{what}-", dir=folder or _disk_folder()) as file:
+        with tempfile.NamedTemporaryFile(prefix=f"{TEMP_MARK}{what}-", dir=folder or disk_folder()) as file:
             if hasattr(os, "posix_fallocate"):  # else a full disk would show as a SIGBUS in the middle of the pass
                 os.posix_fallocate(file.fileno(), 0, size_bytes)
             size = size_bytes // dtype.itemsize
@@ -40,7 +40,7 @@ def mapped(shape: tuple[int, ...], dtype: torch.dtype, what: str, *, least_bytes
         return torch.empty(shape, dtype=dtype)
 
 
-def _disk_folder() -> str:
+def disk_folder() -> str:
     """The folder for temporary files; ``/var/tmp`` instead of ``/tmp``, which is memory on many systems."""
     folder = tempfile.gettempdir()
     return "/var/tmp" if folder == "/tmp" and os.access("/var/tmp", os.W_OK | os.X_OK) else folder

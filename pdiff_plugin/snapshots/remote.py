@@ -1,8 +1,8 @@
 """Stores and run folders in a bucket (``s3://``, ``gs://``, any URL that fsspec knows).
 
-A store is read through memory maps, which a bucket cannot serve: the columns that are wanted are copied first, into
-sparse files of the same shape, so that everything else works as on a local disk. A run folder is a local one whose
-files are put into the bucket as they change.
+Of a store all but the rows is copied, into sparse files of the same shape, which open as a store on a local disk does;
+rows are read from the bucket by :mod:`pdiff_plugin.snapshots.bucket_store`. A run folder is a local one whose files are
+put into the bucket as they change.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import logging
 import stat
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,8 +32,10 @@ logger = logging.getLogger(__name__)
 
 _PUSH_EVERY_S = 2.0
 _LAST_TRIES = 5  # 30 s in all
-# Ranges asked for at once: one per snapshot, and buckets answer many at a time.
-_BATCH_BYTES = 64 << 20
+# Of a chunk file, read before its header says how long that is; that of one snapshot has some hundred bytes.
+_HEAD_BYTES = 4096
+_MAX_HEAD_BYTES = 100 << 20  # more, safetensors does not read
+_HEADS_AT_ONCE = 1024
 # Names under which file systems of fsspec tell whether an object is the same still.
 _VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 
@@ -42,29 +45,114 @@ def is_remote(path: object) -> bool:
     return "://" in str(path)
 
 
-def copy_store(url: str, folder: Path, share: Callable[[int], slice] | None = None) -> Path:
-    """Copy a store from a bucket: headers, steps, conditions, and the wanted columns of every chunk.
+@dataclass(frozen=True)
+class RemoteRows:
+    """Where the rows of a chunk file are in a bucket.
+
+    Attributes:
+        path: of the object.
+        first_byte: of the first row; the others follow on it.
+    """
+
+    path: str
+    first_byte: int
+
+
+class RangeReader:
+    """Reads ranges of the objects in a folder of a bucket, many at once, and counts the bytes.
 
     Args:
-        url: of the store.
-        folder: to copy to; made if missing.
-        share: the columns that are wanted, given their number; all unless given. The others read as zeros and take no
-            room on disk.
+        url: of the folder.
+
+    Raises:
+        BucketError: the bucket refuses us, or does not answer.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._num_bytes, self._lock = 0, threading.Lock()
+        with _asking(url, Path()):
+            self.fs, self.root = _open(url)
+
+    def read(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Bytes [start, stop) of each (path, start, stop); where the bucket is busy, what is missing is asked again.
+
+        Raises:
+            BucketError: the bucket refuses us, or does not answer, or an object is gone or shorter than it was.
+        """
+        found: dict[int, bytes] = {}
+
+        def ask() -> None:
+            left = [number for number in range(len(ranges)) if number not in found]
+            paths, starts, stops = (list(part) for part in zip(*(ranges[number] for number in left), strict=True))
+            pieces = self.fs.cat_ranges(paths, starts, stops, on_error="return")
+            failures: list[Exception] = []
+            for number, piece in zip(left, pieces, strict=True):
+                path, start, stop = ranges[number]
+                if isinstance(piece, FileNotFoundError):
+                    raise BucketError(self.url, f"{path} is gone since the store was opened") from piece
+                if isinstance(piece, Exception):
+                    failures.append(piece)
+                elif len(piece) != stop - start:
+                    failures.append(OSError(f"{len(piece)} bytes of {path} where {stop - start} were asked for"))
+                else:
+                    found[number] = piece
+                    with self._lock:
+                        self._num_bytes += len(piece)
+            if failures:
+                raise failures[0]
+
+        if ranges:
+            with _asking(self.url, Path()):
+                _patiently(ask, f"read {self.url}")
+        return [found[number] for number in range(len(ranges))]
+
+    def take_num_bytes(self) -> int:
+        """Bytes that were read since this was asked last."""
+        with self._lock:
+            taken, self._num_bytes = self._num_bytes, 0
+        return taken
+
+
+def copy_without_rows(reader: RangeReader, folder: Path) -> tuple[dict[Path, RemoteRows], int]:
+    """Copy of a store in a bucket what is small: layouts, conditions, and of its chunks all but the rows.
+
+    Args:
+        reader: of the store's folder.
+        folder: to copy to; made if missing. It opens as a store whose rows are zeros and take no room.
 
     Returns:
-        ``folder``, which opens as a store.
+        Path of each chunk in ``folder`` -> where its rows are, and the size of all chunks in bytes.
 
     Raises:
         StoreNotFoundError: there is none.
         BucketError: the bucket refuses us, or does not answer.
         FormatError: a layout cannot be read, or a rank's snapshots are missing.
     """
-    with _asking(url, folder):
-        return _copy_store(url, folder, share)
+    fs, root = reader.fs, reader.root
+    with _asking(reader.url, folder):
+        _copy_documents(fs, root, reader.url, folder)
+        found: dict[str, dict[str, Any]] = {}
+        for place in chain.from_iterable(world.folders for world in read_worlds(folder)[0]):
+            inside = PurePosixPath(root, place.relative_to(folder))
+            for kind in ("chunk", "sparse"):
+                found |= fs.glob(f"{inside}/trajectories/*/{kind}-*.safetensors", detail=True)
+        sizes = {str(path): int(about["size"]) for path, about in found.items()}
+        rows: dict[Path, RemoteRows] = {}
+        for first in range(0, len(sizes), _HEADS_AT_ONCE):
+            some = dict(sorted(sizes.items())[first : first + _HEADS_AT_ONCE])
+            for path, origin in _copy_heads(reader, some, folder).items():
+                rows[_local_path(path, root, folder)] = RemoteRows(path, origin)
+    return rows, sum(sizes.values())
 
 
 def copy_whole_store(url: str, folder: Path, trajectories: Collection[str]) -> Path:
-    """As :func:`copy_store`, of some trajectories all columns and the whole model; what ranks wrote is left out."""
+    """Copy some trajectories of a store, with the whole model of each; what ranks wrote is left out.
+
+    Raises:
+        StoreNotFoundError: there is none.
+        BucketError: the bucket refuses us, or does not answer.
+    """
     with _asking(url, folder):
         fs, root = _open(url)
         _copy_documents(fs, root, url, folder)
@@ -132,51 +220,43 @@ def _local_path(remote: str, root: str, folder: Path) -> Path:
     return local
 
 
-def _copy_store(url: str, folder: Path, share: Callable[[int], slice] | None) -> Path:
-    fs, root = _open(url)
-    _copy_documents(fs, root, url, folder)
-    for world in read_worlds(folder)[0]:
-        columns = share(world.layout.num_values) if share else slice(0, world.layout.num_values)
-        for rank, place in enumerate(world.folders):
-            own = [(lo, hi) for owner, lo, hi in world.ranges(columns.start, columns.stop) if owner == rank]
-            inside = PurePosixPath(root, place.relative_to(folder))
-            chunks = [fs.glob(f"{inside}/trajectories/*/{kind}-*.safetensors") for kind in ("chunk", "sparse")]
-            for remote in sorted(chain.from_iterable(chunks)):
-                _copy_chunk(fs, str(remote), _local_path(str(remote), root, folder), own)
-    return folder
-
-
-def _copy_chunk(fs: Any, remote: str, local: Path, columns: Sequence[tuple[int, int]]) -> None:
-    """Copy a chunk file, of its rows the ``columns`` [lo, hi) alone."""
+def _copy_heads(reader: RangeReader, sizes: Mapping[str, int], folder: Path) -> dict[str, int]:
+    """Copy chunk files without their rows; path -> first byte of the rows, of those that are not damaged."""
+    heads = _read_heads(reader, {path: min(size, _HEAD_BYTES) for path, size in sizes.items()})
     # https://github.com/huggingface/safetensors#format: a length, a JSON header, and the tensors, row by row.
-    size = int(fs.size(remote))
-    length = int.from_bytes(fs.cat_file(remote, start=0, end=8), "little")
-    head = fs.cat_file(remote, start=0, end=8 + length)
-    origin = 8 + length
-    try:
-        header = json.loads(head[8:])
-        begin, end = header["rows"]["data_offsets"]
-        n, D = header["rows"]["shape"]
-        others = [spec["data_offsets"] for name, spec in header.items() if name not in ("rows", "__metadata__")]
-    except (ValueError, KeyError, TypeError):
-        local.write_bytes(fs.cat_file(remote))  # damaged: whoever opens the copy says so
-        return
-    width = (end - begin) // max(1, n * D)
-    ranges = [(origin + start, origin + stop) for start, stop in others]
-    for row in range(n):
-        start = origin + begin + row * D * width
-        ranges += [(start + lo * width, start + hi * width) for lo, hi in columns if lo < hi]
-    with open(local, "wb") as file:
-        file.truncate(size)
-        file.write(head)
-        at_once = max(1, _BATCH_BYTES // max(1, *(stop - start for start, stop in ranges)))
-        for first in range(0, len(ranges), at_once):
-            starts, stops = map(list, zip(*ranges[first : first + at_once], strict=True))
-            for start, piece in zip(starts, fs.cat_ranges([remote] * len(starts), starts, stops), strict=True):
-                if isinstance(piece, Exception):
-                    raise piece
-                file.seek(start)
-                file.write(piece)
+    lengths = {path: 8 + int.from_bytes(head[:8], "little") for path, head in heads.items()}
+    most = {path: min(size, _MAX_HEAD_BYTES) for path, size in sizes.items()}
+    longer = {path: length for path, length in lengths.items() if len(heads[path]) < length <= most[path]}
+    heads |= _read_heads(reader, longer)
+    origins: dict[str, int] = {}
+    steps: dict[str, tuple[int, int]] = {}
+    for path, head in heads.items():
+        try:
+            header, start = json.loads(head[8 : lengths[path]]), lengths[path]
+            first, last = (start + int(offset) for offset in header["steps"]["data_offsets"])
+            origin = start + int(header["rows"]["data_offsets"][0])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue  # damaged: whoever opens the copy says so
+        if start <= first < last <= sizes[path]:
+            origins[path], steps[path] = origin, (first, last)
+    behind = {path: places for path, places in steps.items() if places[1] > len(heads[path])}
+    pieces = reader.read([(path, first, last) for path, (first, last) in behind.items()])
+    values = {path: heads[path][first:last] for path, (first, last) in steps.items()}
+    values |= dict(zip(behind, pieces, strict=True))
+    for path, size in sizes.items():
+        with open(_local_path(path, reader.root, folder), "wb") as file:
+            file.truncate(size)
+            file.write(heads[path][: lengths[path]])
+            if path in steps:
+                file.seek(steps[path][0])
+                file.write(values[path])
+    return origins
+
+
+def _read_heads(reader: RangeReader, lengths: Mapping[str, int]) -> dict[str, bytes]:
+    """The first bytes of objects."""
+    asked = [(path, 0, length) for path, length in lengths.items() if length]
+    return dict.fromkeys(lengths, b"") | dict(zip((path for path, _, _ in asked), reader.read(asked), strict=True))
 
 
 @contextmanager

@@ -307,6 +307,12 @@ class JoinedChunk:
             out[:, is_own] = chunk.gather(own, places[rows]).to(out.dtype)
         return out
 
+    def parts(self, lo: int, hi: int, rows: Tensor) -> Iterator[tuple[Chunk, Tensor, int, int]]:
+        """As those of :class:`Chunk`."""
+        for rank, first, last in self._world.ranges(lo, hi):
+            chunk, places = self._parts[rank]
+            yield chunk, places[rows], first, last
+
 
 def read_trajectory(
     worlds: Sequence[World], trajectory: str, *, with_sparse: bool = False

@@ -14,7 +14,6 @@ Shapes: N snapshots in the store, D values in a row.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -140,7 +139,8 @@ class SnapshotStore:
                 raise KeyError(name)
         kept = [name for name in self.trajectories if name in set(trajectories)]
         places = {self.trajectories.index(name): number for number, name in enumerate(kept)}
-        part = copy.copy(self)
+        part = object.__new__(type(self))  # copy.copy would open the files again, as unpickling does
+        part.__dict__ |= self.__dict__
         for name in ("steps", "trajectory_index", "_chunk_starts", "epochs", "metrics"):
             part.__dict__.pop(name, None)  # computed from the chunks when asked for
         part.trajectories = kept
@@ -210,11 +210,15 @@ class SnapshotStore:
         dtype = torch.float64 if self.row_dtype == torch.float64 else torch.float32
         wanted = self._numbers(indices)
         out = torch.empty(len(wanted), hi - lo, dtype=dtype)
+        self._read(out, lo, hi, wanted)
+        return out
+
+    def _read(self, out: Tensor, lo: int, hi: int, wanted: Tensor) -> None:
+        """Fill ``out`` (m, hi - lo) with columns [lo, hi) of the snapshots ``wanted`` (m,)."""
         for chunk, places, own in self._pieces(wanted):
             is_whole = isinstance(places, slice) and len(own) == len(chunk)
             values = chunk.columns(lo, hi, None if is_whole else own)
-            out[places] = values if isinstance(places, slice) else values.to(dtype)
-        return out
+            out[places] = values if isinstance(places, slice) else values.to(out.dtype)
 
     def _numbers(self, indices: Sequence[int] | Tensor | None) -> Tensor:
         """``indices`` as int64 from 0 to N - 1, as :meth:`_pieces` takes them."""
@@ -254,9 +258,13 @@ class SnapshotStore:
         """
         wanted = self._numbers(indices)
         out = torch.empty(len(wanted), len(columns), dtype=self.rows(0, 0).dtype)
+        self._pick(out, columns, wanted)
+        return out
+
+    def _pick(self, out: Tensor, columns: Tensor, wanted: Tensor) -> None:
+        """Fill ``out`` (m, c) with ``columns`` (c,) of the snapshots ``wanted`` (m,)."""
         for chunk, places, own in self._pieces(wanted):
             out[places] = chunk.gather(columns, own).to(out.dtype)
-        return out
 
     def state_dict(self, index: int) -> dict[str, Tensor]:
         """Snapshot ``index`` as name -> tensor (*shape), in the dtypes of the recorded model."""

@@ -23,11 +23,12 @@ from pdiff_plugin.cluster.fit import fit_distributed
 
 settings = json.loads(sys.argv[1])
 def show(report):
-    print(json.dumps([time.time(), report.stage, report.step, report.total_steps]), flush=True)
+    workers = report.metrics["workers"]
+    print(json.dumps([time.time(), report.stage, report.step, report.total_steps, workers]), flush=True)
 try:
     fit_distributed(
         settings["store"], FitConfig.from_json(settings["config"]), DistributedConfig(**settings["distributed"]),
-        out=settings["out"], on_progress=show,
+        out=settings["out"], on_progress=show, **settings["options"],
     )
 except PDiffError as error:
     sys.exit(f"{type(error).__name__}: {error}")
@@ -82,10 +83,20 @@ class Process:
 
 
 class FitProcess(Process):
-    """A distributed fit in a process of its own, with what it reported: (time, stage, step, total steps)."""
+    """A distributed fit in a process of its own, with what it reported: (time, stage, step, total steps, workers)."""
 
-    def __init__(self, store: Path, out: Path, config: dict, *, limit_s: float = 300.0, **distributed) -> None:
+    def __init__(
+        self,
+        store: Path,
+        out: Path,
+        config: dict,
+        *,
+        limit_s: float = 300.0,
+        options: dict | None = None,
+        **distributed,
+    ) -> None:
         settings = {"store": str(store), "out": str(out), "config": config, "distributed": distributed}
+        settings["options"] = options or {}
         super().__init__([sys.executable, "-c", DRIVER, json.dumps(settings)], limit_s)
 
     @property

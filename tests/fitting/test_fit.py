@@ -647,6 +647,7 @@ def test_runs_far_apart_are_reported_and_named_in_a_warning(make_store, caplog):
         ({"config": {}}, "KeyError: 'autoencoder'"),
         ({"seconds": {"diffusion": "long"}}, "a history or seconds that are none"),
         ({"history": {}}, "a history or seconds that are none"),
+        ({"bytes_read": {"statistics": "all"}}, "numbers of bytes that are none"),
         ({"status": 3}, "that are no text"),
     ],
 )

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 from pdiff_plugin import DiffusionConfig, FitConfig, WeightGenerator, fit, merge_stores
 from pdiff_plugin.errors import BucketError, FolderInUseError, StoreNotFoundError
 from pdiff_plugin.snapshots import bucket_owner, remote
-from pdiff_plugin.snapshots.remote import copy_store, mirrored
+from pdiff_plugin.snapshots.bucket_store import BucketStore, opened_in_bucket
+from pdiff_plugin.snapshots.remote import mirrored
 from pdiff_plugin.snapshots.store import SnapshotStore
 from pdiff_plugin.snapshots.trajectory import TrajectoryWriter
 
@@ -117,14 +119,52 @@ def first(count: int, fault: Fault, method: str = "") -> Fault:
     return answer
 
 
-def test_a_store_is_copied_and_a_missing_one_is_told(bucket: str, walk_store: Path, tmp_path: Path) -> None:
+def opened(url: str) -> AbstractContextManager[BucketStore]:
+    """A store that is read through a cache of less than its size."""
+    return opened_in_bucket(url, lambda D: slice(0, D), cache_bytes=8000, memory_bytes=10**6)
+
+
+def test_a_store_is_read_and_a_missing_one_is_told(bucket: str, walk_store: Path) -> None:
     files().put(str(walk_store), f"{bucket}/store", recursive=True)
 
-    share = SnapshotStore.open(copy_store(f"{bucket}/store", tmp_path / "copy", lambda D: slice(D // 4, D // 2)))
+    with opened(f"{bucket}/store") as store:
+        assert torch.equal(store.rows(), SnapshotStore.open(walk_store).rows())
+    with pytest.raises(StoreNotFoundError, match="is not a snapshot store"), opened(f"{bucket}/other"):
+        pytest.fail("there is none")
 
-    assert torch.equal(share.rows(12, 24), SnapshotStore.open(walk_store).rows(12, 24))
-    with pytest.raises(StoreNotFoundError, match="is not a snapshot store"):
-        copy_store(f"{bucket}/other", tmp_path / "other")
+
+def cut(environ: dict[str, Any], start_response: Callable[..., Any]) -> Answer | None:
+    """An answer that ends in the middle, as when a connection breaks."""
+    if "bytes=" not in environ.get("HTTP_RANGE", ""):
+        return None
+    start_response("206 Partial Content", [("Content-Length", "100")])
+    return [b"half"]
+
+
+@pytest.mark.parametrize("fault", ["busy", "cut"])
+def test_columns_are_asked_for_again_where_the_service_is_busy_or_the_line_is_cut(
+    bucket: str, service: Service, walk_store: Path, fault: str
+) -> None:
+    files().put(str(walk_store), f"{bucket}/store", recursive=True)
+    with opened(f"{bucket}/store") as store:
+        store.take_num_bytes()
+        service.fault = first(3, error("503 Slow Down", "SlowDown") if fault == "busy" else cut)
+        rows = store.rows(0, 24)
+        assert torch.equal(rows, SnapshotStore.open(walk_store).rows(0, 24))
+
+
+def test_a_service_that_stays_away_and_an_object_that_goes_are_told(
+    bucket: str, service: Service, walk_store: Path
+) -> None:
+    files().put(str(walk_store), f"{bucket}/store", recursive=True)
+    with opened(f"{bucket}/store") as store:
+        service.fault = error("503 Slow Down", "SlowDown")
+        with pytest.raises(BucketError, match=f"{bucket}/store: .*SlowDown"):
+            store.rows(0, 24)
+        service.fault = None
+        files().rm(f"{bucket}/store/trajectories", recursive=True)
+        with pytest.raises(BucketError, match=r"chunk-000001\.safetensors is gone since the store was opened"):
+            store.rows(0, 24)
 
 
 def test_stores_in_a_bucket_are_merged_and_a_service_that_fails_leaves_whole_trajectories_alone(
@@ -247,13 +287,12 @@ def test_a_service_that_is_busy_for_a_while_costs_seconds(bucket: str, service: 
 
 
 @pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"])
-def test_wrong_credentials_name_the_bucket_and_where_they_come_from(
-    bucket: str, service: Service, tmp_path: Path, code: str
-) -> None:
+def test_wrong_credentials_name_the_bucket_and_where_they_come_from(bucket: str, service: Service, code: str) -> None:
     service.fault = error("403 Forbidden", code)
     started = time.monotonic()
-    with pytest.raises(BucketError, match=rf"{bucket}/store: .*AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"):
-        copy_store(f"{bucket}/store", tmp_path / "copy")
+    variables = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
+    with pytest.raises(BucketError, match=rf"{bucket}/store: .*{variables}"), opened(f"{bucket}/store"):
+        pytest.fail("there is nothing to work on")
     with pytest.raises(BucketError, match=f"{bucket}/fit: "), mirrored(f"{bucket}/fit", last="fit.json"):
         pytest.fail("there is nothing to work on")
     assert time.monotonic() - started < 10

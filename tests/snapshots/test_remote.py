@@ -1,4 +1,4 @@
-"""Stores and run folders in a bucket, here fsspec's own in memory."""
+"""Run folders in a bucket, here fsspec's own in memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
-import torch
 
-from pdiff_plugin import PDiffRecorder
-from pdiff_plugin.errors import FolderInUseError, StoreNotFoundError
-from pdiff_plugin.snapshots.remote import copy_store, is_remote, mirrored
-from pdiff_plugin.snapshots.store import SnapshotStore
-
-DATA = Path(__file__).parents[1] / "data"
+from pdiff_plugin.errors import FolderInUseError
+from pdiff_plugin.snapshots.remote import is_remote, mirrored
 
 
 @pytest.fixture
@@ -31,60 +26,6 @@ def bucket() -> str:
 def test_a_url_is_remote_and_a_path_is_not(tmp_path: Path) -> None:
     assert is_remote("s3://bucket/runs/a")
     assert not is_remote(tmp_path)
-
-
-def test_a_copied_store_is_the_store(bucket: str, walk_store: Path, tmp_path: Path) -> None:
-    fsspec.filesystem("memory").put(str(walk_store), f"{bucket}/store", recursive=True)
-
-    copy = SnapshotStore.open(copy_store(f"{bucket}/store", tmp_path / "copy"))
-
-    original = SnapshotStore.open(walk_store)
-    assert copy.layout == original.layout
-    assert torch.equal(copy.steps, original.steps)
-    assert torch.equal(copy.rows(), original.rows())
-
-
-def test_a_share_of_the_columns_is_copied_and_the_rest_reads_as_zeros(
-    bucket: str, walk_store: Path, tmp_path: Path
-) -> None:
-    fsspec.filesystem("memory").put(str(walk_store), f"{bucket}/store", recursive=True)
-
-    copy = SnapshotStore.open(copy_store(f"{bucket}/store", tmp_path / "copy", lambda D: slice(D // 4, D // 2)))
-
-    original = SnapshotStore.open(walk_store)
-    assert torch.equal(copy.rows(12, 24), original.rows(12, 24))
-    assert copy.rows(0, 12).abs().max() == 0
-    assert copy.rows(24, 48).abs().max() == 0
-
-
-@pytest.mark.parametrize("name", ["store-v1-sharded", "store-v1-joined"])
-def test_a_store_that_ranks_wrote_is_copied_as_one(bucket: str, tmp_path: Path, name: str) -> None:
-    fsspec.filesystem("memory").put(str(DATA / name), f"{bucket}/store", recursive=True)
-    expected = SnapshotStore.open(DATA / name).rows()
-
-    whole = SnapshotStore.open(copy_store(f"{bucket}/store", tmp_path / "whole"))
-    share = SnapshotStore.open(copy_store(f"{bucket}/store", tmp_path / "share", lambda D: slice(3, 9)))
-
-    assert torch.equal(whole.rows(), expected)
-    assert torch.equal(share.rows(3, 9), expected[:, 3:9])
-    assert share.rows(0, 3).abs().max() == 0
-    assert share.rows(9, 14).abs().max() == 0
-
-
-def test_a_damaged_chunk_in_the_bucket_is_reported_as_on_a_disk(bucket: str, walk_store: Path, tmp_path: Path) -> None:
-    fs = fsspec.filesystem("memory")
-    fs.put(str(walk_store), f"{bucket}/store", recursive=True)
-    fs.pipe(f"{bucket}/store/trajectories/run-001/chunk-000002.safetensors", b"half a file")
-
-    copy = SnapshotStore.open(copy_store(f"{bucket}/store", tmp_path / "copy"))
-
-    assert torch.equal(copy.rows(), SnapshotStore.open(walk_store).rows())
-    assert "chunk-000002.safetensors: found an unreadable file" in copy.problems[0]
-
-
-def test_no_store_in_the_bucket_is_said(bucket: str, tmp_path: Path) -> None:
-    with pytest.raises(StoreNotFoundError, match="memory://bucket/nothing is not a snapshot store"):
-        copy_store(f"{bucket}/nothing", tmp_path / "copy")
 
 
 @pytest.mark.parametrize("num_failures", [1, 99])
@@ -155,15 +96,3 @@ def test_what_changes_in_a_mirrored_folder_changes_in_the_bucket(bucket: str) ->
         (folder / "diffusion.checkpoint.safetensors").unlink()
     assert fs.cat(f"{bucket}/fit/fit.json") == b"two"
     assert [Path(name).name for name in fs.ls(f"{bucket}/fit", detail=False)] == ["fit.json"]
-
-
-def test_a_run_that_ended_before_its_window_is_copied_with_its_sparse_snapshots(bucket: str, tmp_path: Path) -> None:
-    model = torch.nn.Linear(3, 2)
-    with PDiffRecorder(tmp_path / "store", layers="all", last_steps=20).attach(model, total_steps=100) as recorder:
-        for _ in range(61):
-            recorder.step()
-    fsspec.filesystem("memory").put(str(tmp_path / "store"), "/bucket/store", recursive=True)
-    copy = SnapshotStore.open(copy_store(f"{bucket}/store", tmp_path / "copy"))
-    assert copy.problems == []
-    assert copy.steps.tolist() == list(range(17, 62, 4))
-    assert copy.sparse == SnapshotStore.open(tmp_path / "store").sparse

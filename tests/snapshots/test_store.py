@@ -575,3 +575,11 @@ def test_a_pickle_of_a_store_is_that_store_without_later_runs_and_refused_where_
         FormatError, match=r"found 6 snapshots of 1 trajectories, expected 5 of 1, as when it was opened"
     ):
         pickle.loads(pickled)
+
+
+def test_a_part_of_a_store_is_not_opened_again(walk_store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (walk_store / "trajectories" / "run-001" / "chunk-000009.safetensors").write_bytes(b"half a file")
+    store = SnapshotStore.open(walk_store)
+    part = store.only(["run-001"])
+    assert torch.equal(part.rows(), store.rows())
+    assert caplog.text.count("chunk-000009.safetensors") == 1
