@@ -14,10 +14,10 @@ with its share of the columns:
     bytes read           2 N D s: one pass for the Gram matrix, one for the directions; over the network once where a
                          worker's share fits its cache, else twice
     statistics           D (a1 N + a2 N^2) / W
-    directions           D (b1 N + b2 N K + b3 K) / W, an eigenproblem of N x N (of many conditions for its leading
-                         vectors alone), and their journey to the first worker, (1 - 1/W) K D b bytes
-    the rest             c0 + c1 N + c2 N^2, with conditions c0' and terms of R^2 and R^3, on every worker alike, and
-                         c3 K D on the first, which writes the generator
+    directions           D (b1 N + b2 N K + b3 K) / W, and on every worker an eigenproblem of N x N (of many conditions
+                         for its leading vectors alone); then (1 - 1/W) K D b bytes go to the first worker, which
+                         writes them
+    the rest             c0 + c1 N + c2 N^2 + c3 K D, with conditions c0' and terms of R^2 and R^3, on every worker
     memory of a worker   m0 + m1 N^2, a process and a few matrices of N x N float64; blocks are bounded by --memory-gb
 """
 
@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +201,13 @@ def constants(stage: str, points: Sequence[dict[str, Any]]) -> np.ndarray[Any, A
     return found / scale
 
 
-def predicted(found: dict[str, Any], size: Size, K: float) -> dict[str, float]:
-    return {stage: float(np.dot(found[stage], terms(stage, size, K))) for stage in MEASURED}
+def predicted(found: dict[str, Any], size: Size, K: float, num_workers: int = 1) -> dict[str, float]:
+    """What a worker spends: what grows with D is shared out, the rest is done by each of them."""
+    alone, bare = {}, replace(size, num_values=0)
+    for stage in MEASURED:
+        in_all, own = (float(np.dot(found[stage], terms(stage, each, K))) for each in (size, bare))
+        alone[stage] = own + (in_all - own) / num_workers
+    return alone
 
 
 @dataclass(frozen=True)
@@ -256,36 +261,22 @@ def plan(points: Sequence[dict[str, Any]], disk_gb_s: float, network_gb_s: float
             f"{said['peak_gb']:.2f} / {point['peak_gb']:.2f}",
         )
     console.print(table)
+    names = ("reading", "passes", "joining", "writing", "rest", "in all")
     table = Table(
-        "fit",
-        "workers",
-        "read, TB",
-        "network, TB",
-        "memory, GB",
-        "disk, TB",
-        "reading",
-        "passes",
-        "joining",
-        "rest",
-        "time, h",
+        *("fit", "workers", "read, TB", "network, TB", "memory, GB", "disk, TB"), *(f"{name}, h" for name in names)
     )
     for one in PLANS:
         for W in (1, 8, 64):
-            said = predicted(found, one.size, one.K)
+            said = predicted(found, one.size, one.K, W)
             reading = one.read_gb() / W / min(disk_gb_s, network_gb_s)
-            passes = (said["statistics"] + said["directions"]) / W
-            joined = (1 - 1 / W) * one.basis_gb() + 2 * (W > 1) * one.matrix_gb()
-            parts = [max(reading, passes), joined / network_gb_s, said["rest"]]
-            table.add_row(
-                one.name,
-                str(W),
-                f"{one.read_gb() / 1e3:.3g}",
-                f"{(one.read_gb() + (W - 1) * (one.basis_gb() / W + 2 * one.matrix_gb())) / 1e3:.3g}",
-                f"{said['peak_gb']:.3g}",
-                f"{one.basis_gb() / 1e3:.3g}",
-                *(f"{seconds / HOUR:.3g}" for seconds in (reading, passes, joined / network_gb_s, said["rest"])),
-                f"{sum(parts) / HOUR:.3g}",
-            )
+            passes = said["statistics"] + said["directions"]
+            joining = ((1 - 1 / W) * one.basis_gb() + 2 * (W > 1) * one.matrix_gb()) / network_gb_s
+            writing = one.basis_gb() / disk_gb_s
+            in_all = max(reading, passes) + joining + writing + said["rest"]
+            sent = one.read_gb() + (W - 1) * (one.basis_gb() / W + 2 * one.matrix_gb())
+            figures = (one.read_gb() / 1e3, sent / 1e3, said["peak_gb"], one.basis_gb() / 1e3)
+            hours = (seconds / HOUR for seconds in (reading, passes, joining, writing, said["rest"], in_all))
+            table.add_row(one.name, str(W), *(f"{figure:.3g}" for figure in (*figures, *hours)))
     console.print(table)
 
 
