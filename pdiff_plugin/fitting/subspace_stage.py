@@ -20,6 +20,7 @@ from pdiff_plugin.config import FitConfig, SubspaceConfig
 from pdiff_plugin.fitting.runtime import Runtime
 from pdiff_plugin.generator.autoencoder import Encoded
 from pdiff_plugin.generator.subspace import SubspaceAutoencoder
+from pdiff_plugin.snapshots.bucket_store import BucketStore
 from pdiff_plugin.snapshots.layout import DTYPES
 from pdiff_plugin.snapshots.mapped import mapped
 from pdiff_plugin.snapshots.split import Split
@@ -48,7 +49,7 @@ def fit_subspace(split: Split, statistics: Statistics, config: FitConfig, runtim
         statistics: of the same snapshots.
         config: of the fit.
         runtime: shares out the columns. A large basis is made as the generator's file is written, if there is to be
-            one and one process; else it is kept in a mapped file of the folder meanwhile.
+            one, one process, and no bucket; else it is kept in a mapped file of the folder meanwhile.
     """
     settings, train = cast(SubspaceConfig, config.autoencoder), split.train_rows
     gram = statistics.gram
@@ -61,7 +62,9 @@ def fit_subspace(split: Split, statistics: Statistics, config: FitConfig, runtim
     blocks = partial(_column_blocks, split, lift, statistics.scales, config, runtime)
     layout, K, late = split.store.layout, lift.shape[1], None
     D, dtype = layout.num_values, DTYPES[settings.basis_dtype]
-    if K * D * dtype.itemsize >= _MAPPED_BYTES and runtime.folder is not None and runtime.world_size == 1:
+    is_large, is_alone = K * D * dtype.itemsize >= _MAPPED_BYTES, runtime.world_size == 1
+    # The header of the file comes first, and says how many bytes of a bucket were read.
+    if is_large and is_alone and runtime.folder is not None and not isinstance(split.store, BucketStore):
         mean = torch.empty(D, dtype=torch.float32, device="meta")
         basis = torch.empty(K, D, dtype=dtype, device="meta")
         late = partial(_write_columns, blocks, D)

@@ -179,6 +179,20 @@ def test_the_conv_autoencoder_fetches_a_store_once_and_fits_what_it_fits_from_a_
     assert generator.report["bytes_read"] <= generator.report["bytes_in_store"] + 4096
 
 
+def test_what_a_large_basis_reads_of_a_bucket_is_counted(make_store, group_of_one, tmp_path, bucket, monkeypatch):
+    monkeypatch.setattr("pdiff_plugin.fitting.subspace_stage._MAPPED_BYTES", 100)
+    store = make_store()
+    fit(store, QUICK, out=tmp_path / "alone")
+
+    generator = fit_on_ranks(bucket(store), QUICK, out=tmp_path / "fit", cache_gb=1e-6)
+
+    read = json.loads((tmp_path / "fit" / "fit.json").read_text())["bytes_read"]
+    assert read["autoencoder"] > 0
+    assert sum(read.values()) == generator.report["bytes_read"]
+    alone = WeightGenerator.load(tmp_path / "alone").autoencoder.basis
+    assert torch.equal(generator.autoencoder.basis, alone)
+
+
 def test_a_cache_of_half_the_store_reads_half_of_it_twice_and_a_fit_that_goes_on_counts_all(
     wide_store, group_of_one, tmp_path, bucket
 ):
