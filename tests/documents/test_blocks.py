@@ -66,5 +66,5 @@ def test_blocks_that_are_not_run_are_few_and_say_why() -> None:
     blocks = [(name, block) for name, of_page in NAMES.items() for block in of_page]
     not_run = [block for _, block in blocks if block.reason is not None]
     assert len(blocks) > 70
-    assert len(not_run) <= 20
+    assert len(not_run) <= 22
     assert {block.reason for block in not_run} <= REASONS
