@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download, utils
 from safetensors.torch import load_file
 from torch import nn
 
@@ -190,6 +190,11 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, content, ETag=etag, X_Repo_Commit=commit, Content_Length=str(len(content)))
 
 
+def forget_whether_offline() -> None:
+    """Releases of huggingface_hub before 1.0 keep to what they found first."""
+    getattr(utils, "reset_sessions", lambda: None)()
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that the process talks to, as HF_ENDPOINT, HF_HOME and HF_TOKEN of a fresh one would have it."""
@@ -199,12 +204,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    for module in (constants, file_download):  # releases before 1.0 look into the second
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # as tests of trainers have it
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     monkeypatch.setenv("HF_TOKEN", hub.token)
+    forget_whether_offline()
     yield hub
     server.shutdown()
     thread.join()
@@ -275,6 +283,7 @@ def test_a_cached_generator_is_loaded_without_the_hub(hub: Hub, monkeypatch: pyt
 
     assert_equal(WeightGenerator.from_pretrained("ann/weights", local_files_only=True), WeightGenerator.load(FIT))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget_whether_offline()
     assert_equal(WeightGenerator.from_pretrained("ann/weights"), WeightGenerator.load(FIT))
     assert hub.requests == []
     with pytest.raises(HubError, match="hf://ann/other"):

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from pdiff_plugin.config import ConditionConfig, DiffusionConfig, DistributedConfig, FitConfig
+from pdiff_plugin.config import DistributedConfig
 from pdiff_plugin.errors import ConfigError
+from pdiff_plugin.evaluation import condition_rows
 from pdiff_plugin.evaluation.condition_result import ConditionEvaluation
 from pdiff_plugin.evaluation.conditions import evaluate_conditions
 from pdiff_plugin.evaluation.evaluate import evaluate
 from pdiff_plugin.evaluation.task import Task
-from pdiff_plugin.fitting.fit import fit
+from pdiff_plugin.fitting.centre_stage import fit_centre
 from pdiff_plugin.snapshots.store import SnapshotStore
 
 # Starting Ray and its workers leaves sockets and files of Ray's own to the garbage collector.
@@ -52,7 +53,9 @@ def test_a_loader_that_shuffles_is_refused(local_ray: None, one_run: tuple[Task,
         evaluate(shuffled, store, num_members=2, sets="core", score=ClusterScorer(DistributedConfig()))
 
 
-def test_conditions_judged_on_two_workers_have_the_figures_of_one_process(local_ray: None, tmp_path: Path) -> None:
+def test_conditions_judged_on_two_workers_have_the_figures_of_one_process(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray import cloudpickle
 
     from pdiff_plugin.cluster.scores import ClusterJudge
@@ -60,9 +63,12 @@ def test_conditions_judged_on_two_workers_have_the_figures_of_one_process(local_
     from . import test_conditions as lines
 
     cloudpickle.register_pickle_by_value(lines)  # workers cannot import a module of tests
+    monkeypatch.setattr(
+        condition_rows, "fit_centre", lambda kind, *args: fit_centre(kind.replace("network", "ridge"), *args)
+    )
     store = lines.write_store(tmp_path / "store", lines.linear)
-    held_out = ConditionConfig(hold_out=tuple(lines.HELD_OUT))
-    generator = fit(store, FitConfig(condition=held_out, diffusion=DiffusionConfig(max_steps=20)))
+    fitted = [run for run in store.trajectories if run not in lines.HELD_OUT]
+    generator: Any = lines.Oracle(store, fitted, lines.linear)
     reports = []
 
     def train(model: nn.Module, conditions: list[dict[str, float]], num_steps: int) -> None:
