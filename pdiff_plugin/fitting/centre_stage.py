@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pdiff_plugin.fitting.training import seeded
+from pdiff_plugin.fitting.training import seeded, with_gradients
 from pdiff_plugin.generator.centres import CENTRES, Centre, CentreNetwork, choose_settings
 
 _MAX_STEPS = 2000
@@ -20,6 +20,7 @@ _LR = 1e-3
 _HELDOUT = 0.2
 
 
+@with_gradients
 def fit_centre(kind: str, features: Tensor, means: Tensor, seed: int = 0) -> Centre:
     """Fit one kind of centre; its settings are those that predict each condition best from the others.
 

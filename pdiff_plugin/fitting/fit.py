@@ -29,6 +29,7 @@ from pdiff_plugin.fitting.runtime import Runtime
 from pdiff_plugin.fitting.several import Stores, one_store
 from pdiff_plugin.fitting.statistics_stage import measure_store, nonfinite_names, part_to_fit, variables_of
 from pdiff_plugin.fitting.subspace_stage import fit_subspace
+from pdiff_plugin.fitting.training import with_gradients
 from pdiff_plugin.generator.autoencoder import Encoded
 from pdiff_plugin.generator.condition import Condition
 from pdiff_plugin.generator.frames import Frames, fit_frames, plain_frames
@@ -115,6 +116,7 @@ def fit(
     return generator
 
 
+@with_gradients
 def run_stages(store: SnapshotStore, folder: FitFolder, runtime: Runtime) -> WeightGenerator | None:
     """Run the stages as one process, or as one rank of a group: the generator on rank 0, None on the others."""
     config = folder.config

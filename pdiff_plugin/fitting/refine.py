@@ -30,7 +30,7 @@ from pdiff_plugin.config import RefineConfig, configured
 from pdiff_plugin.errors import ConfigError, FitExistsError
 from pdiff_plugin.fitting.centre_stage import spread_choice
 from pdiff_plugin.fitting.runtime import Runtime
-from pdiff_plugin.fitting.training import Schedule, Training, seeded
+from pdiff_plugin.fitting.training import Schedule, Training, seeded, with_gradients
 from pdiff_plugin.generator.condition import Condition as Asked
 from pdiff_plugin.generator.generator import WeightGenerator
 from pdiff_plugin.generator.generator_file import FILE_NAME
@@ -139,6 +139,7 @@ class Losses:
     measure: Loss
 
 
+@with_gradients
 def run_refinement(
     generator: WeightGenerator,
     model: nn.Module,

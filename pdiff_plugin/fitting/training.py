@@ -23,6 +23,7 @@ from pdiff_plugin.progress import terminate
 
 F = TypeVar("F", bound=Callable[..., Tensor | tuple[Tensor, ...]])
 M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C", bound=Callable[..., Any])
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -222,6 +223,12 @@ class Training:
                     self.save()
                 raise
         self.save()
+
+
+def with_gradients(function: C) -> C:
+    """``function`` as it is where gradients are on, also where the caller has switched them off."""
+    on: C = torch.inference_mode(False)(torch.enable_grad()(function))
+    return on
 
 
 def seeded(make: Callable[[], M], seed: int) -> M:

@@ -63,6 +63,18 @@ def test_a_fit_leaves_a_generator_and_its_history(make_store, tmp_path):
     assert generator.sample(3)["head.weight"].shape == (3, 3, 8)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_fit_is_the_same_where_gradients_are_switched_off(make_store, mode):
+    store = make_store()
+    expected = fit(store, QUICK)
+
+    with mode():
+        found = fit(store, QUICK)
+
+    for name, tensor in expected.denoiser.state_dict().items():
+        assert torch.equal(found.denoiser.state_dict()[name], tensor), name
+
+
 def test_a_fit_ignores_conditions(make_store, tmp_path):
     store = make_store(trajectories=2)
     without = fit(store, QUICK, out=tmp_path / "without")
