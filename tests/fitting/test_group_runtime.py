@@ -55,10 +55,14 @@ def ranks(tmp_path_factory):
         subprocess.Popen([*command, str(rank), str(folder)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)
     ]
     found = []
-    for process in started:
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        found.append(json.loads(out))
+    try:
+        for process in started:
+            out, _ = process.communicate(timeout=120)
+            assert process.returncode == 0
+            found.append(json.loads(out))
+    finally:
+        for process in started:  # one that waits for another that has died would wait for ever
+            process.kill()
     return found
 
 
