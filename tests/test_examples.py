@@ -31,12 +31,14 @@ def test_a_workload_prints_its_table_and_its_curve(tmp_path: Path) -> None:
     assert "At equal novelty" in text
 
 
+@pytest.mark.slow
 def test_a_refined_generator_stands_beside_as_much_training(tmp_path: Path) -> None:
     text = run(str(EXAMPLES / "refine_runs.py"), "--smoke", "w1", cwd=tmp_path)
     for name in ("snapshots", "generated", "refined", "snapshots, each trained on", "run gone on, averages"):
         assert f"\n{name} " in text
 
 
+@pytest.mark.slow
 def test_a_whole_resnet_is_fitted_and_its_member_judged_beside_snapshots(tmp_path: Path) -> None:
     text = run(str(EXAMPLES / "whole_resnet.py"), "--smoke", cwd=tmp_path)
     assert "18 snapshots of 191,594 values" in text

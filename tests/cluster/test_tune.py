@@ -82,6 +82,7 @@ def test_a_search_ends_with_its_best_fit_and_is_returned_when_asked_again(local_
         tune(recorded_anew, QUICK, TuneConfig(num_trials=3), out=tmp_path / "tuned")
 
 
+@pytest.mark.slow
 def test_a_search_on_conditions_is_judged_at_those_held_out(local_ray, sweep_store, tmp_path):
     base = replace(QUICK, condition=ConditionConfig(kinds=("angle:cyclic=360",), hold_out=("angle=90",)))
     found = tune(sweep_store, base, TuneConfig(num_trials=2), out=tmp_path / "search")
