@@ -199,7 +199,7 @@ def show_generator(document: dict[str, Any]) -> None:
     num_read, num_stored = report.pop("bytes_read", None), report.pop("bytes_in_store", 0)
     rows = [[name, _text(value)] for name, value in report.items()]
     if num_read is not None:
-        rows.append(["read from the bucket", f"{num_read / 1e6:,.1f} MB of a store of {num_stored / 1e6:,.1f} MB"])
+        rows.append(["read from the bucket", f"{_size(num_read)} of a store of {_size(num_stored)}"])
     console.table(f"generator {document['generator']}", ["measured by the fit", ""], rows, numeric=False)
     if found:
         rows = [[name, _text(value)] for name, value in found.items()]

@@ -56,7 +56,6 @@ _BOARD_TIMEOUT_S = 30.0
 _COLLECTIVE_TIMEOUT_S = 7 * 24 * 3600
 _GOES_ON = "What was finished is kept: the same command goes on from there."
 _TRAIN_SETTINGS = {
-    "RAY_TRAIN_V2_ENABLED": "1",  # the default from Ray 2.51 on
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed; 2 s by default
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # so that an elastic group soon tries with fewer; 60 s by default
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
